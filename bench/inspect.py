@@ -1,0 +1,116 @@
+"""What the Triton kernels compile to, for GPUs that need not be there.
+
+Every layer of both networks is compiled for each architecture and its machine code read: registers, spills,
+shared memory, the matrix instruction, the width of asynchronous copies. Then the kernels that a compiled
+network launches on an H100. Exit status 1 if anything is amiss.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import pretend
+from bench.layers import Layer, layers
+from dcgan import fast, models
+from dcgan.kernels.gpu import offline, tiles
+
+HELP = "machine code of the Triton kernels, without a GPU"
+DTYPES = {
+    "float32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "float16": (torch.float16, "tf32"),
+    "bfloat16": (torch.bfloat16, "tf32"),
+}
+HEADINGS = (
+    *("kernel", "layer", "dtype", "tile M×N×K", "programs", "regs", "spills", "KB"),
+    *("matrix", "16-byte copies", "narrower", "loads", "verdict"),
+)
+MULTIPROCESSORS = {80: 108, 90: 132}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", type=int, nargs="+", choices=(80, 90), default=[80, 90])
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--batch", type=int, default=64, help="the default tile depends on it")
+    parser.add_argument("--channels", type=int, default=1, help="of the image")
+    parser.add_argument("--all", action="store_true", help="every tile, not only the default one")
+
+
+def tiles_of(layer: Layer, multiprocessors: int, every: bool) -> Iterator[tiles.Tile]:
+    """The layer's default tile, or every candidate."""
+    problem = layer.problem()
+    if every:
+        listed = tiles.candidates(problem.kernel, problem.precision)
+        yield from dict.fromkeys(tiles.fit(tile, problem) for tile in listed)
+    else:
+        yield tiles.estimate(problem, multiprocessors)
+
+
+def networks(channels: int) -> tuple[Any, Any]:
+    return models.Generator(channels=channels), models.Discriminator(channels=channels)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the tables; 1 if a kernel has a fault."""
+    console = Console(width=None if Console().is_terminal else 150)
+    wrong = 0
+    for arch in args.arch:
+        table = Table(title=f"sm_{arch}, batch {args.batch}, seed's networks, {args.channels} channel(s)")
+        for heading in HEADINGS:
+            table.add_column(heading, no_wrap=heading not in ("16-byte copies", "verdict"))
+        for dtype in args.dtype:
+            torch_dtype, precision = DTYPES[dtype]
+            torch.backends.cudnn.conv.fp32_precision = precision
+            for network in networks(args.channels):
+                for layer in layers(network, args.batch, torch_dtype):
+                    for tile in tiles_of(layer, MULTIPROCESSORS[arch], args.all):
+                        wrong += _row(table, layer, dtype, tile, arch)
+        console.print(table)
+    if 90 in args.arch:
+        wrong += _launches(console, args)
+    return int(wrong > 0)
+
+
+def _row(table: Table, layer: Layer, dtype: str, tile: tiles.Tile, arch: int) -> bool:
+    launch = layer.launch(tile)
+    report = offline.inspect(launch, arch)
+    faults = offline.faults(launch, report, arch)
+    narrower = sum(n for size, n in report.async_copies.items() if size < 16)
+    table.add_row(
+        layer.kernel.name,
+        layer.name,
+        dtype,
+        f"{tile.block_m}×{tile.block_n}×{tile.block_k} w{tile.num_warps} s{tile.num_stages}",
+        str(launch.programs),
+        str(report.registers),
+        str(report.spills),
+        f"{report.shared / 1024:.0f}",
+        report.matrix,
+        str(report.async_copies.get(16, 0)),
+        str(narrower),
+        str(report.loads),
+        "; ".join(faults) or "ok",
+    )
+    return bool(faults)
+
+
+def _launches(console: Console, args: argparse.Namespace) -> bool:
+    """Kernels that each compiled network launches in eval, ours and Inductor's, on a pretended H100."""
+    table = Table(title=f"torch.compile for a pretended H100, eval, bfloat16, batch {args.batch}")
+    for heading in ("network", "graphs", "our ops", "Inductor's kernels", "aten calls"):
+        table.add_column(heading)
+    wrong = False
+    g, d = fast.Generator(channels=args.channels), fast.Discriminator(channels=args.channels)
+    inputs = {"Generator": (g, (args.batch, 100)), "Discriminator": (d, (args.batch, args.channels, 64, 64))}
+    for name, (network, shape) in inputs.items():
+        counts = pretend.launches(network.eval().to(torch.bfloat16), shape)
+        table.add_row(name, *(str(value) for value in counts))
+        wrong |= counts.graphs != 1 or counts.ops != 5 or counts.aten > 0
+    console.print(table)
+    return wrong

@@ -1,0 +1,189 @@
+"""The coordinator: one process a provider, checked, then timed in short bursts taken in turn."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import IO, Any
+
+from bench.cases import Case, Materials
+from bench.ceiling import Ceiling
+from bench.providers import Provider
+from bench.stats import Spread, summarise
+
+PREPARE_SECONDS = 900.0  # torch.compile's longest search, on a slow machine
+SPARE_SECONDS = 120.0  # beyond its length, for a burst of slow calls
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure."""
+
+    seconds: float = 3.0
+    """Of each provider, each case."""
+    rounds: int = 6
+    """Bursts that the seconds are divided into."""
+    prepare_seconds: float = PREPARE_SECONDS
+    """Until a provider that does not answer is given up: building, compiling and checking."""
+
+
+@dataclass
+class Outcome:
+    """What became of one provider in one case."""
+
+    provider: Provider
+    status: str
+    """``ok``, ``wrong`` (an error beyond the tolerance: not timed), ``failed`` or ``skipped``."""
+    reason: str = ""
+    """Why there are no times."""
+    error: float | None = None
+    """‖out - ref‖₂/‖ref‖₂ against float64."""
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    """Times of a call, by column: ``warm``; on CUDA ``cold`` and ``graph``."""
+    peak_bytes: int | None = None
+
+
+class WorkerFailed(Exception):
+    """The worker raised, died or did not answer in time; the message says which."""
+
+
+class Process:
+    """A worker process and the pipe to it."""
+
+    def __init__(self, threads: int) -> None:
+        self._pipe, theirs = Pipe()
+        self._stderr: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        root = str(Path(__file__).resolve().parent.parent)
+        # OpenMP's waiting policy is left at its default for all: threads spin a moment between the parallel
+        # regions of a call, and sleep between bursts, as the worker makes sure. PASSIVE cost 10% at batch 1.
+        env = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker", str(theirs.fileno()), str(threads)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,
+            stderr=self._stderr,
+            env=env,
+        )
+        theirs.close()
+
+    def ask(self, timeout: float, method: str, *arguments: Any) -> Any:
+        """The worker's answer. Raises WorkerFailed."""
+        try:
+            self._pipe.send((method, *arguments))
+            if not self._pipe.poll(timeout):
+                raise WorkerFailed(f"no answer in {timeout:.0f} s")
+            status, value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise WorkerFailed(self._epitaph()) from None
+        if status == "error":
+            raise WorkerFailed(value)
+        return value
+
+    def close(self) -> None:
+        """Ends the process, busy or not."""
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+        self._stderr.close()
+
+    def _epitaph(self) -> str:
+        code = self._process.wait()
+        self._stderr.seek(0)
+        lines = [line.strip() for line in self._stderr if line.strip()]
+        how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
+        return f"{how}: {lines[-1]}" if lines else how
+
+
+@contextmanager
+def _process(threads: int) -> Iterator[Process]:
+    process = Process(threads)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def measure_ceiling(case: Case) -> Ceiling:
+    """The machine's limits with the case's device and dtype, measured in a process of its own."""
+    with _process(case.threads) as process:
+        ceiling: Ceiling = process.ask(PREPARE_SECONDS, "ceiling", case.device, case.dtype)
+    return ceiling
+
+
+def race(
+    case: Case, providers: Sequence[Provider], settings: Settings, log: Callable[[str], None]
+) -> list[Outcome]:
+    """Checks and times ``providers`` on ``case``: one outcome each, in their order. ``log`` gets progress."""
+    outcomes: dict[str, Outcome] = {}
+    processes: dict[str, Process] = {}
+    try:
+        for provider in providers:
+            if reason := provider.unavailable(case):
+                outcomes[provider.name] = Outcome(provider, "skipped", reason)
+            else:
+                processes[provider.name] = Process(case.threads)  # all import PyTorch at once
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "case.pt"
+            Materials.of(case).save(path)
+            for provider in providers:
+                if provider.name in processes:
+                    log(f"{provider.name}: building and checking")
+                    outcomes[provider.name] = _check(processes[provider.name], case, provider, path, settings)
+        running = {name: p for name, p in processes.items() if outcomes[name].status == "ok"}
+        for name in processes.keys() - running.keys():
+            processes.pop(name).close()
+        log(f"timing {len(running)} providers, {settings.seconds:g} s each")
+        _time(running, outcomes, settings, seed=case.seed)
+    finally:
+        for process in processes.values():
+            process.close()
+    return [outcomes[provider.name] for provider in providers]
+
+
+def _check(process: Process, case: Case, provider: Provider, path: Path, settings: Settings) -> Outcome:
+    try:
+        error = process.ask(settings.prepare_seconds, "prepare", case, provider.name, str(path))
+    except WorkerFailed as failure:
+        return Outcome(provider, "failed", str(failure))
+    if not error <= case.tolerance:
+        return Outcome(provider, "wrong", f"error {error:.1e} > {case.tolerance:.0e}", error)
+    return Outcome(provider, "ok", error=error)
+
+
+def _time(running: dict[str, Process], outcomes: dict[str, Outcome], settings: Settings, seed: int) -> None:
+    """Rounds of one burst each, in an order shuffled anew, so that drift of the machine is shared."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in running}
+    burst = settings.seconds / settings.rounds
+    order = list(running)
+    shuffle = random.Random(seed).shuffle
+    for _ in range(settings.rounds):
+        shuffle(order)
+        for name in order:
+            if outcomes[name].status == "ok":
+                _burst(running[name], outcomes[name], burst, times[name])
+    for name, outcome in outcomes.items():
+        if outcome.status == "ok":
+            outcome.spreads = {column: summarise(values) for column, values in times[name].items()}
+
+
+def _burst(process: Process, outcome: Outcome, seconds: float, times: dict[str, list[float]]) -> None:
+    try:
+        answer, outcome.peak_bytes = process.ask(seconds + SPARE_SECONDS, "burst", seconds)
+    except WorkerFailed as failure:
+        outcome.status, outcome.reason, outcome.peak_bytes = "failed", str(failure), None
+        process.close()
+        return
+    for column, values in answer.items():
+        times.setdefault(column, []).extend(values)

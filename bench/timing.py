@@ -1,0 +1,117 @@
+"""Timing one callable in short bursts: wall clock on the CPU, device events on CUDA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Runner = Callable[[Tensor], Tensor]
+Times = dict[str, list[float]]
+
+MIN_CALLS = 3
+MAX_CALLS = 2000  # events of one CUDA burst
+GRAPH_BATCH = 64  # above it launches hide behind the kernels
+GRAPH_CALLS = 8
+FLUSH_BYTES = 256 << 20  # several times any L2
+
+
+class Sampler(Protocol):
+    """Times calls."""
+
+    overhead: int
+    """Bytes of device memory that measuring takes for itself."""
+
+    def burst(self, seconds: float) -> Times:
+        """Calls for about ``seconds``: seconds a call, by column (``warm``; on CUDA ``cold``, ``graph``)."""
+        ...
+
+
+class CpuSampler:
+    """Wall clock around each call, inputs in turn."""
+
+    overhead = 0
+
+    def __init__(self, run: Runner, inputs: Sequence[Tensor]) -> None:
+        self._run, self._inputs = run, inputs
+
+    def burst(self, seconds: float) -> Times:
+        self._run(self._inputs[0])  # its threads sleep and its weights left the cache while others ran
+        times: list[float] = []
+        now = time.perf_counter()
+        end = now + seconds
+        while now < end or len(times) < MIN_CALLS:
+            x = self._inputs[len(times) % len(self._inputs)]
+            start = time.perf_counter()
+            self._run(x)
+            now = time.perf_counter()
+            times.append(now - start)
+        return {"warm": times}
+
+
+class CudaSampler:
+    """Device events around each call.
+
+    ``warm``: calls back to back, as a loop of them runs, launch gaps included. ``cold``: L2 is overwritten
+    before each call. ``graph``, for batches up to GRAPH_BATCH: GRAPH_CALLS calls captured in one CUDA graph,
+    so that kernels are timed and not launches; absent if ``capture`` is false, as for a provider that replays
+    graphs of its own, and where capturing fails.
+    """
+
+    overhead = FLUSH_BYTES
+
+    def __init__(self, run: Runner, inputs: Sequence[Tensor], capture: bool) -> None:
+        self._run, self._inputs = run, inputs
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=inputs[0].device)
+        small = inputs[0].shape[0] <= GRAPH_BATCH
+        self._graph = self._captured() if capture and small else None
+
+    def burst(self, seconds: float) -> Times:
+        share = seconds / (2 if self._graph is None else 3)
+        times = {
+            "warm": self._events(self._call, share, cold=False),
+            "cold": self._events(self._call, share, cold=True),
+        }
+        if self._graph is not None:
+            replay = self._graph.replay
+            times["graph"] = [t / GRAPH_CALLS for t in self._events(lambda i: replay(), share, cold=False)]
+        return times
+
+    def _call(self, i: int) -> None:
+        self._run(self._inputs[i % len(self._inputs)])
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for i in range(GRAPH_CALLS):
+                    self._call(i)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        return graph
+
+    def _events(self, call: Callable[[int], None], seconds: float, cold: bool) -> list[float]:
+        for i in range(MIN_CALLS):
+            call(i)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(0)
+        if cold:
+            self._flush.zero_()
+        torch.cuda.synchronize()
+        count = int(seconds / (time.perf_counter() - start))
+        count = min(max(count, MIN_CALLS), MAX_CALLS)
+        before = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        after = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        for i in range(count):
+            if cold:
+                self._flush.zero_()
+            before[i].record()
+            call(i)
+            after[i].record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(before, after, strict=True)]

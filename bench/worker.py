@@ -1,0 +1,164 @@
+"""A provider's own process: ``python -m bench.worker DESCRIPTOR THREADS``, driven by :mod:`bench.race`.
+
+In one process the rivals' thread pools spin beside each other's calls. Here a process answers only once its
+own threads have gone to sleep, so that every runtime may wait as it likes within its burst and none disturbs
+the next one's.
+
+Over the pipe go pickled tuples: ``(method, *arguments)``, then ``("ok", value)`` or ``("error", reason)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import ceiling
+from bench.cases import Case, Materials, relative_error
+from bench.providers import find
+from bench.timing import CpuSampler, CudaSampler, Sampler, Times
+
+SETTLE_SECONDS = 2.0
+
+
+class Worker:
+    """The methods the coordinator may call."""
+
+    def __init__(self) -> None:
+        self._baseline = _resident("VmRSS")
+        self._sampler: Sampler | None = None
+        self._device = "cpu"
+
+    def prepare(self, case: Case, provider_name: str, materials_path: str) -> float:
+        """Builds the provider, runs it and returns its error against float64: the worst over the inputs."""
+        provider = find(provider_name)
+        materials = Materials.load(Path(materials_path))
+        self._device = case.device
+        set_precision(case.device, case.dtype)
+        network = case.skeleton()
+        network.load_state_dict(materials.state)
+        network = network.eval().requires_grad_(False).to(case.device, case.torch_dtype)
+        inputs = [x.to(case.device) for x in materials.inputs]
+        run = provider.build(network, inputs[0], case.threads)
+
+        # Twice over: a compiler's first call and the calls after it need not be the same code.
+        errors = [
+            relative_error(run(x), expected)
+            for _ in range(2)
+            for x, expected in zip(inputs, materials.expected, strict=True)
+        ]
+        del materials
+        if case.device == "cuda":
+            self._sampler = CudaSampler(run, inputs, capture=not provider.replays)
+        else:
+            self._sampler = CpuSampler(run, inputs)
+        self._reset_peak()
+        return max(errors)
+
+    def burst(self, seconds: float) -> tuple[Times, int]:
+        """Seconds a call, by column, and the most memory used by any burst so far, in bytes.
+
+        On CUDA that is memory allocated; on the CPU, memory resident beyond what importing PyTorch took:
+        weights in every form a provider keeps, activations, and the runtime's or compiler's code and data.
+        """
+        assert self._sampler is not None
+        times = self._sampler.burst(seconds)
+        if self._device == "cuda":
+            return times, torch.cuda.max_memory_allocated() - self._sampler.overhead
+        return times, max(_resident("VmHWM") - self._baseline, 0)
+
+    def ceiling(self, device: str, dtype: str) -> ceiling.Ceiling:
+        """The machine's limits."""
+        set_precision(device, dtype)
+        return ceiling.measure(device, dtype)
+
+    def _reset_peak(self) -> None:
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what a compiler has freed is not the network's
+            with contextlib.suppress(OSError):  # a sandbox may forbid it: then the peak includes building
+                Path("/proc/self/clear_refs").write_text("5")
+
+
+def set_precision(device: str, dtype: str) -> None:
+    """TF32 on or off as the case says; cuDNN searches for its best algorithms."""
+    if device != "cuda":
+        return
+    # The older of the two interfaces: after the newer (``fp32_precision``) torch.compile fails, as it still
+    # reads the older, which then raises. This one sets both.
+    tf32 = dtype == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
+
+
+def _resident(field: str) -> int:
+    """Resident memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its highest."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux: the highest only, and in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+def _settle() -> None:
+    """Waits until no thread of this process runs: its CPU clock stands still but for this loop."""
+    end = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - before < 0.001:
+            return
+
+
+def serve(pipe: Connection) -> None:
+    """Answers requests until the pipe is closed."""
+    worker = Worker()
+    methods: dict[str, Callable[..., Any]] = {
+        "prepare": worker.prepare,
+        "burst": worker.burst,
+        "ceiling": worker.ceiling,
+    }
+    while True:
+        try:
+            method, *arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            with torch.no_grad():
+                value = methods[method](*arguments)
+        except Exception as error:
+            pipe.send(("error", describe(error)))
+            continue
+        _settle()
+        pipe.send(("ok", value))
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def main() -> None:
+    torch.set_num_threads(int(sys.argv[2]))
+    serve(Connection(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""Drop-in networks: the reference's modules, parameters and checkpoints, run through the fused kernels.
+
+    from dcgan.fast import Generator        # instead of dcgan.models
+
+``Generator`` and ``Discriminator`` subclass the reference networks and override ``forward`` (and, so that
+cached weights are never stale, the hooks through which weights change). A convolution, its BatchNorm and its
+activation are one op, :mod:`dcgan.kernels.ops`:
+
+* eval: BatchNorm folded into the op's epilogue, from the live parameters and running statistics;
+* train: the op returns its raw output with its mean and variance, and BatchNorm and activation are the next
+  op's prologue, so that a layer keeps one tensor for the backward. Running statistics and
+  ``num_batches_tracked`` are updated as ``nn.BatchNorm2d`` does.
+
+A layer the ops do not cover (a changed module, one with hooks) runs as the module it is;
+:func:`explain` says, layer by layer, what runs and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import models
+from .graphs import graphed
+from .kernels import ops, weights
+from .kernels.reference import accumulator_dtype
+
+__all__ = ["Discriminator", "Explanation", "Explanations", "Generator", "convert", "explain", "graphed"]
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+# --- from modules to layers ---------------------------------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    """One op's worth of modules; ``conv`` is None for a module that runs as it is (``other``)."""
+
+    names: str
+    conv: nn.Conv2d | nn.ConvTranspose2d | None
+    norm: nn.BatchNorm2d | None
+    act: str
+    slope: float | None
+    other: nn.Module | None
+    reason: str
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _is_activation(module: nn.Module) -> bool:
+    if type(module) not in _ACTIVATIONS or _has_hooks(module):
+        return False
+    return not isinstance(module, nn.LeakyReLU) or module.negative_slope >= 0
+
+
+def _why_not_fused(module: nn.Module) -> str:
+    """'' for a convolution the ops can express."""
+    if _has_hooks(module):
+        return "the module has hooks"
+    if type(module) not in (nn.Conv2d, nn.ConvTranspose2d):
+        return f"{type(module).__name__} is not a layer that the ops express"
+    assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    if module.bias is not None:
+        return "the convolution has a bias"
+    if module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
+        return "the convolution is grouped, dilated or not padded with zeros"
+    stride, padding = module.stride, module.padding
+    if isinstance(padding, str) or stride[0] != stride[1] or padding[0] != padding[1]:
+        return "stride or padding differs between height and width"
+    if isinstance(module, nn.ConvTranspose2d) and module.output_padding != (0, 0):
+        return "the transposed convolution has an output padding"
+    return ""
+
+
+def _layers(sequence: nn.Sequential) -> Iterator[_Layer]:
+    """The sequence cut into convolution [+ BatchNorm] [+ activation], everything else by itself."""
+    modules = list(sequence.named_children())
+    i = 0
+    while i < len(modules):
+        first, conv = modules[i]
+        i += 1
+        reason = _why_not_fused(conv)
+        if reason:
+            yield _Layer(first, None, None, "none", None, conv, reason)
+            continue
+        assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
+        last, norm, act, slope = first, None, "none", None
+        if i < len(modules):
+            name, module = modules[i]
+            if type(module) is nn.BatchNorm2d and not _has_hooks(module):
+                last, norm = name, module
+                i += 1
+        if i < len(modules):
+            name, module = modules[i]
+            if _is_activation(module):
+                last, act = name, _ACTIVATIONS[type(module)]
+                slope = module.negative_slope if isinstance(module, nn.LeakyReLU) else None
+                i += 1
+        yield _Layer(first if first == last else f"{first}-{last}", conv, norm, act, slope, None, "")
+
+
+# --- running them -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pending:
+    """What is still to be applied to a raw tensor: act((x - center)·scale + shift)."""
+
+    center: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    act: str = "none"
+    slope: float | None = None
+
+
+_NOTHING = _Pending()
+
+
+def _affine(norm: nn.BatchNorm2d, var: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """scale = gamma·rsqrt(var + eps) and shift = beta, in the accumulator's dtype."""
+    scale = torch.rsqrt(var.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    return scale, None if norm.bias is None else norm.bias.to(dtype)
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Running statistics as ``nn.BatchNorm2d``: unbiased variance; momentum None for the cumulative mean."""
+    if not (norm.training and norm.track_running_stats):
+        return
+    running_mean, running_var = norm.running_mean, norm.running_var
+    if running_mean is None or running_var is None:
+        return
+    with torch.no_grad():
+        momentum: Any = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = norm.num_batches_tracked.to(running_mean.dtype).reciprocal()
+        if count == 0:
+            return
+        running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+        unbiased = var.detach() * (count / (count - 1))
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+
+
+def _run_layer(
+    layer: _Layer, x: Tensor, pending: _Pending, last: bool, channels_last: bool
+) -> tuple[Tensor, _Pending]:
+    conv, norm = layer.conv, layer.norm
+    assert conv is not None
+    op: Callable[..., ops.Outputs] = (
+        ops.conv_transpose2d_fused if isinstance(conv, nn.ConvTranspose2d) else ops.conv2d_fused
+    )
+    padding = conv.padding[0]
+    assert isinstance(padding, int)
+    geometry = {"stride": conv.stride[0], "padding": padding, "channels_last": channels_last}
+    prologue = {
+        "center": pending.center,
+        "scale": pending.scale,
+        "shift": pending.shift,
+        "in_act": pending.act,
+    }
+    weight = conv.weight
+    acc = accumulator_dtype(x.dtype)
+    batch_statistics = norm is not None and (norm.training or norm.running_mean is None)
+
+    if batch_statistics:
+        assert norm is not None
+        y, mean, var = op(x, weight, **prologue, stats=True, slope=pending.slope or 0.0, **geometry)
+        count = y.numel() // y.shape[1] if y.shape[1] else 0
+        if count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {y.shape}"
+            )
+        _track(norm, mean, var, count)
+        scale, shift = _affine(norm, var, mean.dtype)
+        shift = torch.zeros_like(scale) if shift is None else shift
+        return y, _Pending(mean, scale, shift, layer.act, layer.slope)
+
+    # Without batch statistics BatchNorm is the epilogue. The activation is too, but where autograd would then
+    # keep a tensor that the next layer's prologue can make again: a hidden layer without a norm, in training.
+    epilogue: dict[str, Any] = {}
+    act = layer.act
+    slopes = {s for s in (pending.slope, layer.slope) if s is not None}
+    defer = act != "none" and not last and norm is None and torch.is_grad_enabled() and weight.requires_grad
+    defer = defer or len(slopes) > 1  # the op has one slope
+    if norm is not None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale, shift = _affine(norm, norm.running_var, acc)
+        center = norm.running_mean.to(acc)
+        shift = -center * scale if shift is None else torch.addcmul(shift, center, scale, value=-1)
+        epilogue = {"out_scale": scale, "out_shift": shift}
+    if act != "none" and not defer:
+        epilogue["out_act"] = act
+    slope = pending.slope if pending.slope is not None else layer.slope
+    y, _, _ = op(x, weight, **prologue, **epilogue, slope=slope or 0.0, **geometry)
+    return y, _Pending(act=act, slope=layer.slope) if defer else _NOTHING
+
+
+def _settle(x: Tensor, pending: _Pending) -> Tensor:
+    """The pending affine map and activation, applied: for a module that is not an op, and for the end."""
+    acc = accumulator_dtype(x.dtype)
+    y = x
+    if pending.scale is not None and pending.center is not None and pending.shift is not None:
+        centred = x.to(acc) - pending.center.view(1, -1, 1, 1)
+        y = centred * pending.scale.view(1, -1, 1, 1) + pending.shift.view(1, -1, 1, 1)
+    if pending.act == "leaky_relu":
+        y = nn.functional.leaky_relu(y, pending.slope or 0.0)
+    elif pending.act != "none":
+        y = getattr(torch, pending.act)(y)
+    return y.to(x.dtype)
+
+
+def _eager_format_is_channels_last(sequence: nn.Sequential, x: Tensor) -> bool:
+    """Whether eager's output is channels_last: input or a convolution's weight says so, as in aten."""
+    tensors = [m.weight for m in sequence if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return any(_is_channels_last(t) for t in (x, *tensors))
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    """As aten takes it from the strides, which also tell where one channel or a 1×1 map would be both."""
+    if t.ndim != 4 or t.shape[1] * t.shape[2] * t.shape[3] == 1:
+        return False
+    row, column = t.stride(2), t.stride(3)
+    return t.stride(1) == 1 and column >= t.shape[1] and row >= t.shape[3] * column
+
+
+def _forward(sequence: nn.Sequential, x: Tensor) -> Tensor:
+    """``sequence(x)`` by the ops; between two ops NHWC, else (output, input of a module) eager's format."""
+    channels_last = _eager_format_is_channels_last(sequence, x)
+    pending = _NOTHING
+    layers = list(_layers(sequence))
+    for i, layer in enumerate(layers):
+        last = i == len(layers) - 1
+        if layer.other is not None:
+            x, pending = layer.other(_settle(x, pending)), _NOTHING
+        else:
+            assert layer.conv is not None
+            fused_next = not last and layers[i + 1].other is None
+            # A single channel is both formats; eager's activations then give it contiguous strides.
+            nhwc = fused_next or (channels_last and layer.conv.out_channels > 1)
+            x, pending = _run_layer(layer, x, pending, last, nhwc)
+    return _settle(x, pending)
+
+
+# --- the networks -------------------------------------------------------------------------------------------
+
+
+class _Fast(nn.Module):
+    """What both drop-ins share: cached weights that follow every change of the parameters."""
+
+    main: nn.Sequential
+
+    def _freeze(self) -> None:
+        convolutions = [m.weight for m in self.main if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+        weights.freeze(self, convolutions)
+
+    def refresh(self) -> None:
+        """Forget everything made of the weights. Needed after ``p.data`` was edited in place in eval mode:
+
+        every other change (an optimizer's step, load_state_dict, ``copy_``, ``.to()``) is seen without it.
+        """
+        weights.thaw(self)
+
+    def _fast(self, x: Tensor) -> Tensor:
+        if not self.training and not torch.compiler.is_compiling():
+            self._freeze()
+        return _forward(self.main, x)
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        super().train(mode)
+        self.refresh()
+        if not mode:
+            self._freeze()  # here too, since a compiled forward does not run Python
+        return self
+
+    def _apply(self: _Self, fn: Callable[..., Any], recurse: bool = True) -> _Self:
+        self.refresh()
+        super()._apply(fn, recurse)
+        if not self.training:
+            self._freeze()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.refresh()
+        result = super().load_state_dict(*args, **kwargs)
+        if not self.training:
+            self._freeze()
+        return result
+
+
+_Self = TypeVar("_Self", bound=_Fast)
+
+
+class Generator(_Fast, models.Generator):
+    """:class:`dcgan.models.Generator` through the fused kernels: same arguments, parameters, checkpoints,
+
+    results and output strides.
+    """
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self._fast(self._latent(z))
+
+
+class Discriminator(_Fast, models.Discriminator):
+    """:class:`dcgan.models.Discriminator` through the fused kernels: same arguments, parameters, checkpoints
+
+    and results.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self._fast(self._image(image)).view(-1, 1).squeeze(1)
+
+
+Model = TypeVar("Model", models.Generator, models.Discriminator)
+
+
+def convert(model: models.Generator | models.Discriminator) -> Generator | Discriminator:
+    """A fast network around ``model``'s own modules: parameters and buffers are shared, not copied.
+
+    Raises:
+        TypeError: ``model`` is not a :class:`dcgan.models.Generator` or :class:`dcgan.models.Discriminator`.
+    """
+    if isinstance(model, _Fast):
+        return model  # type: ignore[return-value]
+    if type(model) is models.Generator:
+        fast: Generator | Discriminator = Generator.__new__(Generator)
+    elif type(model) is models.Discriminator:
+        fast = Discriminator.__new__(Discriminator)
+    else:
+        raise TypeError(
+            "model must be a dcgan.models.Generator or dcgan.models.Discriminator, "
+            f"got {type(model).__module__}.{type(model).__qualname__}"
+        )
+    fast.__dict__.update(model.__dict__)
+    # Containers of its own: what is later registered on one of the two is not the other's.
+    for name, value in model.__dict__.items():
+        if name.startswith("_") and hasattr(value, "copy"):
+            fast.__dict__[name] = value.copy()
+    return fast
+
+
+class Explanation(NamedTuple):
+    """One layer of :func:`explain`: its modules, the op, the engine, and why not a faster one."""
+
+    modules: str
+    op: str
+    engine: str
+    reason: str
+
+
+class Explanations(list[Explanation]):
+    def __str__(self) -> str:
+        rows = [("modules", "op", "engine", "why"), *self]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+def explain(model: Generator | Discriminator, x: Tensor) -> Explanations:
+    """Which engine runs each layer of ``model(x)``, and why not a faster one. Changes nothing in the model.
+
+    Raises:
+        TypeError: ``model`` is not a network of this module.
+        ValueError: as ``model(x)``.
+    """
+    if not isinstance(model, _Fast):
+        raise TypeError(f"model must be a network of dcgan.fast, got {type(model).__qualname__}")
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), ops.recording() as choices:
+        torch.func.functional_call(model, buffers, (x,))
+    remaining = iter(choices)
+    rows = Explanations()
+    for layer in _layers(model.main):
+        if layer.other is not None:
+            rows.append(Explanation(layer.names, type(layer.other).__name__, "eager", layer.reason))
+        else:
+            rows.append(Explanation(layer.names, *next(remaining)))
+    return rows

@@ -1,0 +1,287 @@
+"""The reference networks: DCGAN as the seed writes it, and the fully connected GAN it is compared with.
+
+Shapes below are for the defaults (image size 64). A Generator's maps double from 4×4 to the image size and
+its channels halve from ``features * image_size / 8`` to ``features``; a Discriminator runs the same ladder
+down. Every convolution is 4×4 without bias; weights start from :func:`weights_init`'s distribution only when
+it is applied, as in the seed (``model.apply(weights_init)``).
+
+Sources: Radford, Metz, Chintala, *Unsupervised Representation Learning with Deep Convolutional Generative
+Adversarial Networks*, 2016; Goodfellow et al., *Generative Adversarial Networks*, 2014, for the MLP pair.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+IMAGE_SIZES = (32, 64, 128, 256)
+LEAKY_SLOPE = 0.2
+
+
+def weights_init(module: nn.Module) -> None:
+    """DCGAN's initialisation, for ``model.apply``: Conv N(0, 0.02); BatchNorm weight N(1, 0.02), bias 0.
+
+    Chooses by class name, as the seed does, so that it also reaches subclasses of the layers.
+    """
+    name = type(module).__name__
+    if "Conv" in name:
+        nn.init.normal_(module.weight.data, 0.0, 0.02)  # type: ignore[arg-type]
+    elif "BatchNorm" in name:
+        nn.init.normal_(module.weight.data, 1.0, 0.02)  # type: ignore[arg-type]
+        nn.init.constant_(module.bias.data, 0)  # type: ignore[arg-type]
+
+
+def _positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _ladder(features: int, image_size: int) -> list[int]:
+    """Channels of the maps from 4×4 up to ``image_size / 2``: [512, 256, 128, 64] for the defaults."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size must be one of {IMAGE_SIZES}, got {image_size!r}")
+    levels = image_size.bit_length() - 3  # maps of 4, 8, …, image_size / 2
+    return [features << (levels - 1 - i) for i in range(levels)]
+
+
+class _Sized(nn.Module):
+    """A network whose sizes can be read off its state dict, so that a wrong checkpoint is refused whole.
+
+    ``nn.Module.load_state_dict`` reports a size mismatch after it has copied everything that did match.
+    """
+
+    def sizes(self) -> dict[str, int]:
+        """The constructor's arguments, by name."""
+        raise NotImplementedError
+
+    @staticmethod
+    def sizes_of(state: Mapping[str, Any]) -> dict[str, int]:
+        """The constructor's arguments that fit ``state``. Raises ValueError if it is no such network's."""
+        raise NotImplementedError
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``nn.Module.load_state_dict``, but a checkpoint of other sizes changes nothing.
+
+        Raises:
+            RuntimeError: the checkpoint's sizes differ from the model's; names both, and loads nothing.
+        """
+        own = self.state_dict(keep_vars=True)
+        wrong = [
+            k
+            for k, v in state_dict.items()
+            if k in own and isinstance(v, Tensor) and isinstance(own[k], Tensor) and v.shape != own[k].shape
+        ]
+        if wrong:
+            name = type(self).__name__
+            try:
+                found: dict[str, int] | str = self.sizes_of(state_dict)
+            except ValueError:
+                found = "of no known sizes"
+            raise RuntimeError(
+                f"state_dict does not fit this {name}: the checkpoint is {_call(name, found)}, the model is "
+                f"{_call(name, self.sizes())}; e.g. {wrong[0]} is {list(state_dict[wrong[0]].shape)} in the "
+                f"checkpoint and {list(own[wrong[0]].shape)} in the model. Nothing was loaded."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _call(name: str, sizes: dict[str, int] | str) -> str:
+    if isinstance(sizes, str):
+        return sizes
+    return f"{name}({', '.join(f'{k}={v}' for k, v in sizes.items())})"
+
+
+def _convolutions(state: Mapping[str, Any], what: str) -> list[Tensor]:
+    """The 4-D weights of a state dict in the order of their layers."""
+    found = (
+        sorted(
+            (int(k.split(".")[1]), v)
+            for k, v in state.items()
+            if k.startswith("main.") and k.endswith(".weight") and isinstance(v, Tensor) and v.ndim == 4
+        )
+        if all(isinstance(k, str) for k in state)
+        else []
+    )
+    if len(found) < 4:
+        raise ValueError(
+            f"not a {what}'s state dict: found {len(found)} convolution weights named main.N.weight"
+        )
+    return [w for _, w in found]
+
+
+class Generator(_Sized):
+    """G(z): ConvTranspose2d–BatchNorm–ReLU from a 1×1 map to 4×4, doubled up to the image, then Tanh.
+
+    Args:
+        latent_dim: length of z.
+        channels: channels of the image (1 for MNIST, 3 for RGB).
+        features: channels of the last hidden map; earlier maps have 2×, 4×, … as many.
+        image_size: 32, 64, 128 or 256.
+
+    Shape:
+        z [N, latent_dim] or [N, latent_dim, 1, 1] → image [N, channels, image_size, image_size] in (-1, 1).
+
+    Raises:
+        ValueError: a size that is not allowed, or a z of another shape.
+    """
+
+    def __init__(
+        self, latent_dim: int = 100, channels: int = 1, features: int = 64, image_size: int = 64
+    ) -> None:
+        super().__init__()
+        _positive(latent_dim=latent_dim, channels=channels, features=features)
+        widths = _ladder(features, image_size)
+        self.latent_dim, self.channels = latent_dim, channels
+        self.features, self.image_size = features, image_size
+
+        layers: list[nn.Module] = []
+        c_in, stride, padding = latent_dim, 1, 0
+        for c_out in widths:
+            layers += [
+                nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(True),
+            ]
+            c_in, stride, padding = c_out, 2, 1
+        layers += [nn.ConvTranspose2d(c_in, channels, 4, 2, 1, bias=False), nn.Tanh()]
+        self.main = nn.Sequential(*layers)
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "latent_dim": self.latent_dim,
+            "channels": self.channels,
+            "features": self.features,
+            "image_size": self.image_size,
+        }
+
+    @staticmethod
+    def sizes_of(state: Mapping[str, Any]) -> dict[str, int]:
+        weights = _convolutions(state, "Generator")
+        return {
+            "latent_dim": weights[0].shape[0],
+            "channels": weights[-1].shape[1],
+            "features": weights[-1].shape[0],
+            "image_size": 4 << (len(weights) - 1),
+        }
+
+    def _latent(self, z: Tensor) -> Tensor:
+        """z as [N, latent_dim, 1, 1], or a clear error."""
+        if z.ndim == 2 and z.shape[1] == self.latent_dim:
+            return z[:, :, None, None]
+        if z.ndim == 4 and z.shape[1:] == (self.latent_dim, 1, 1):
+            return z
+        raise ValueError(
+            f"z must be [N, {self.latent_dim}] or [N, {self.latent_dim}, 1, 1], got {list(z.shape)}"
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.main(self._latent(z))  # type: ignore[no-any-return]
+
+
+class Discriminator(_Sized):
+    """D(x): Conv2d–BatchNorm–LeakyReLU(0.2) halved to a 4×4 map (no BatchNorm in the first), then Sigmoid.
+
+    Args:
+        channels: channels of the image.
+        features: channels of the first hidden map.
+        image_size: 32, 64, 128 or 256.
+
+    Shape:
+        image [N, channels, image_size, image_size] → probability [N] in (0, 1).
+
+    Raises:
+        ValueError: a size that is not allowed, or an image of another shape.
+    """
+
+    def __init__(self, channels: int = 1, features: int = 64, image_size: int = 64) -> None:
+        super().__init__()
+        _positive(channels=channels, features=features)
+        widths = _ladder(features, image_size)[::-1]
+        self.channels, self.features, self.image_size = channels, features, image_size
+
+        layers: list[nn.Module] = []
+        c_in = channels
+        for level, c_out in enumerate(widths):
+            layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False))
+            if level > 0:
+                layers.append(nn.BatchNorm2d(c_out))
+            layers.append(nn.LeakyReLU(LEAKY_SLOPE, inplace=True))
+            c_in = c_out
+        layers += [nn.Conv2d(c_in, 1, 4, 1, 0, bias=False), nn.Sigmoid()]
+        self.main = nn.Sequential(*layers)
+
+    def sizes(self) -> dict[str, int]:
+        return {"channels": self.channels, "features": self.features, "image_size": self.image_size}
+
+    @staticmethod
+    def sizes_of(state: Mapping[str, Any]) -> dict[str, int]:
+        weights = _convolutions(state, "Discriminator")
+        return {
+            "channels": weights[0].shape[1],
+            "features": weights[0].shape[0],
+            "image_size": 4 << (len(weights) - 1),
+        }
+
+    def _image(self, image: Tensor) -> Tensor:
+        size = self.image_size
+        if image.ndim != 4 or image.shape[1:] != (self.channels, size, size):
+            raise ValueError(f"image must be [N, {self.channels}, {size}, {size}], got {list(image.shape)}")
+        return image
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.main(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
+
+
+class MLPGenerator(nn.Module):
+    """The original GAN's fully connected generator, for the comparison with DCGAN.
+
+    Linear–ReLU three times (256, 512, 1024), then Linear–Tanh to the pixels. No normalisation: that is what
+    DCGAN added. z [N, latent_dim] or [N, latent_dim, 1, 1] → [N, channels, image_size, image_size].
+    """
+
+    def __init__(self, latent_dim: int = 100, channels: int = 1, image_size: int = 64) -> None:
+        super().__init__()
+        _positive(latent_dim=latent_dim, channels=channels, image_size=image_size)
+        self.latent_dim, self.channels, self.image_size = latent_dim, channels, image_size
+        widths = (latent_dim, 256, 512, 1024)
+        layers: list[nn.Module] = []
+        for n_in, n_out in itertools.pairwise(widths):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU(True)]
+        self.main = nn.Sequential(*layers, nn.Linear(widths[-1], channels * image_size**2), nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.ndim not in (2, 4) or z.shape[1] != self.latent_dim or z[0:1].numel() > self.latent_dim:
+            raise ValueError(
+                f"z must be [N, {self.latent_dim}] or [N, {self.latent_dim}, 1, 1], got {list(z.shape)}"
+            )
+        pixels = self.main(z.flatten(1))
+        return pixels.view(-1, self.channels, self.image_size, self.image_size)  # type: ignore[no-any-return]
+
+
+class MLPDiscriminator(nn.Module):
+    """The original GAN's fully connected discriminator: Linear–LeakyReLU(0.2) (512, 256), Linear–Sigmoid.
+
+    image [N, channels, image_size, image_size] → probability [N].
+    """
+
+    def __init__(self, channels: int = 1, image_size: int = 64) -> None:
+        super().__init__()
+        _positive(channels=channels, image_size=image_size)
+        self.channels, self.image_size = channels, image_size
+        widths = (channels * image_size**2, 512, 256)
+        layers: list[nn.Module] = []
+        for n_in, n_out in itertools.pairwise(widths):
+            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(LEAKY_SLOPE, inplace=True)]
+        self.main = nn.Sequential(*layers, nn.Linear(widths[-1], 1), nn.Sigmoid())
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = self.image_size
+        if image.ndim != 4 or image.shape[1:] != (self.channels, size, size):
+            raise ValueError(f"image must be [N, {self.channels}, {size}, {size}], got {list(image.shape)}")
+        return self.main(image.flatten(1)).squeeze(1)  # type: ignore[no-any-return]

@@ -1,0 +1,50 @@
+"""What a training run is made of, besides its networks and its images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Loss = Literal["non-saturating", "minimax"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The seed's hyper-parameters; its defaults are the seed's values.
+
+    Args:
+        epochs: how often the loop goes through the images.
+        latent_dim: length of z; must be the Generator's.
+        lr: Adam's step size, of both networks.
+        beta1: Adam's first decay rate; the second is 0.999.
+        real_label: the target of D on real images, and of G's non-saturating loss. 1 turns one-sided label
+            smoothing off.
+        loss: G's loss, see :func:`dcgan.training.train_step`.
+        seed: of the noise.
+
+    Raises:
+        ValueError: a value out of its range; names the argument, the value and the range.
+    """
+
+    epochs: int = 50
+    latent_dim: int = 100
+    lr: float = 2e-4
+    beta1: float = 0.5
+    real_label: float = 0.9
+    loss: Loss = "non-saturating"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "latent_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a positive number, got {self.lr!r}")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1 must be in [0, 1), got {self.beta1!r}")
+        if not 0 < self.real_label <= 1:
+            raise ValueError(f"real_label must be in (0, 1], got {self.real_label!r}")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss must be one of {get_args(Loss)}, got {self.loss!r}")

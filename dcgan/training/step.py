@@ -1,0 +1,98 @@
+"""One step of adversarial training, in the seed's order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from dcgan.training.config import Config, Loss
+
+
+class Result(NamedTuple):
+    """What one step measured: tensors of shape [], on the networks' device, without gradient.
+
+    Reading one waits for the device, so the caller chooses how often to.
+    """
+
+    loss_d: Tensor
+    loss_g: Tensor
+    d_x: Tensor
+    """Mean of D(x) over the real images, before D's update."""
+    d_g_z: Tensor
+    """Mean of D(G(z)) over the generated images, before D's update."""
+
+
+def optimizers(generator: nn.Module, discriminator: nn.Module, config: Config) -> tuple[Adam, Adam]:
+    """The seed's two Adams, G's and D's."""
+    betas = (config.beta1, 0.999)
+    return (
+        Adam(generator.parameters(), lr=config.lr, betas=betas),
+        Adam(discriminator.parameters(), lr=config.lr, betas=betas),
+    )
+
+
+def train_step(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    optimizer_g: Optimizer,
+    optimizer_d: Optimizer,
+    real: Tensor,
+    noise: Tensor,
+    *,
+    real_label: float = 0.9,
+    loss: Loss = "non-saturating",
+) -> Result:
+    """Update D, then G, on one batch.
+
+    With BCE(p, t) = -mean(t·log p + (1-t)·log(1-p)) and r the real label::
+
+        D:  loss_d = BCE(D(x), r) + BCE(D(G(z)), 0)
+        G:  loss_g = BCE(D(G(z)), r)                    non-saturating: -log D(G(z)) where r is 1
+                     mean log(1 - D(G(z)))              minimax: the saturating loss of the original game
+
+    G(z) is computed once; D's loss sees it detached, and G's sees it through the D just updated. The seed's
+    real labels are smoothed, and its G aims at the same labels. G's backward also adds to D's gradients;
+    nothing reads those, and the next step clears them.
+
+    Args:
+        generator: noise → images. In training mode if its BatchNorm is to be.
+        discriminator: images → probabilities [N].
+        optimizer_g: of the generator's parameters.
+        optimizer_d: of the discriminator's parameters.
+        real: the batch x, [N, channels, size, size]; its dtype and device are the networks'.
+        noise: z, [N, latent_dim, 1, 1] or whatever shape the generator takes.
+        real_label: r.
+        loss: which loss_g.
+
+    Raises:
+        ValueError: an unknown ``loss``.
+
+    Source: Goodfellow et al., *Generative Adversarial Networks*, 2014 (algorithm 1 and both losses).
+    """
+    if loss not in ("non-saturating", "minimax"):
+        raise ValueError(f"loss must be 'non-saturating' or 'minimax', got {loss!r}")
+    criterion = nn.BCELoss()
+
+    optimizer_d.zero_grad()
+    outputs_real = discriminator(real)
+    real_labels = torch.full_like(outputs_real, real_label)
+    loss_real = criterion(outputs_real, real_labels)
+    fake = generator(noise)
+    outputs_fake = discriminator(fake.detach())
+    fake_labels = torch.zeros_like(outputs_fake)
+    loss_d = loss_real + criterion(outputs_fake, fake_labels)
+    loss_d.backward()
+    optimizer_d.step()
+
+    optimizer_g.zero_grad()
+    outputs = discriminator(fake)
+    loss_g = -criterion(outputs, fake_labels) if loss == "minimax" else criterion(outputs, real_labels)
+    loss_g.backward()
+    optimizer_g.step()
+
+    return Result(
+        loss_d.detach(), loss_g.detach(), outputs_real.detach().mean(), outputs_fake.detach().mean()
+    )

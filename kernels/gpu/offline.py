@@ -1,0 +1,117 @@
+"""Compile a launch for a GPU that is not there, and read the machine code: what the compiler made of it.
+
+Needs Triton alone: its wheel holds ptxas, cuobjdump and nvdisasm.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import INT32_MAX, Launch
+
+# Shared memory a program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table 24).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+class Report(NamedTuple):
+    """What one launch compiles to."""
+
+    registers: int  # a thread
+    spills: int  # local loads and stores in the code
+    stack: int  # bytes a thread
+    shared: int  # bytes a program
+    matrix: str  # the matrix instruction: 'HGMMA', 'HMMA', or 'FFMA' for none
+    async_copies: dict[int, int]  # asynchronous global → shared copies, by their bytes a thread
+    loads: int  # global loads into registers
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel for sm_<capability>, specialised on divisibility as the JIT would."""
+    names = launch.kernel.arg_names
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        divisible = True
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name] = "i32" if value <= INT32_MAX else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, launch.constants, attributes)
+    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(compiled: Any) -> tuple[str, str]:
+    """(resource usage, SASS) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        return _tool("cuobjdump", "--dump-resource-usage", f.name), _tool("nvdisasm", "-c", f.name)
+
+
+def inspect(launch: Launch, capability: int) -> Report:
+    """Compile and read."""
+    compiled = compile_launch(launch, capability)
+    usage, sass = machine_code(compiled)
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    copies = Counter(
+        int(m or 32) // 8 for m in re.findall(r"\bLDGSTS\.E(?:\.(?!64|128)\w+)*(?:\.(64|128))?", sass)
+    )
+    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+    return Report(
+        registers=numbers["REG"],
+        spills=count(r"\b(?:STL|LDL)\b"),
+        stack=numbers["STACK"],
+        shared=compiled.metadata.shared,
+        matrix="HGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else "FFMA",
+        async_copies=dict(copies),
+        loads=count(r"\bLDG\b"),
+    )
+
+
+def faults(launch: Launch, report: Report, capability: int) -> list[str]:
+    """What is wrong with the code of a launch made without scale and shift (whose loads are scalar)."""
+    found = []
+    if report.spills or report.stack:
+        found.append(f"spills: {report.spills} local accesses, {report.stack} bytes of stack")
+    if report.shared > SHARED_LIMIT[capability]:
+        found.append(f"{report.shared} bytes of shared memory, the chip has {SHARED_LIMIT[capability]}")
+    x = launch.arguments["x_ptr"]
+    if "BLOCK_M" not in launch.constants:
+        return found  # a dot product a program: no matrix instruction, nothing to stage
+    if x.dtype != torch.float32 or launch.constants["PRECISION"] == "tf32":
+        # A warpgroup's instruction takes 64 rows.
+        expected = "HGMMA" if capability >= 90 and launch.tile.block_m >= 64 else "HMMA"
+        if report.matrix != expected:
+            found.append(f"{report.matrix} where {expected} should be")
+    aligned = launch.constants["C_IN"] * x.element_size() % 16 == 0 and launch.constants["STRIDE_XC"] == 1
+    if aligned and launch.constants["C_IN"] >= 16:
+        narrow = {size: n for size, n in report.async_copies.items() if size < 16}
+        if narrow or report.loads or not report.async_copies:
+            found.append(
+                f"loads not all asynchronous 16-byte copies: {report.async_copies}, {report.loads} others"
+            )
+    return found

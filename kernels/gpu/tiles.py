@@ -1,0 +1,173 @@
+"""Tiles as data: candidates and a choice that needs no tuning, tuned choices by GPU, and opt-in tuning.
+
+``configs/default.json`` lists the candidates of each kernel and precision. A choice is looked up in order:
+
+1. what tuning on this machine found (``$DCGAN_CACHE``, by default ``~/.cache/dcgan-kernels``);
+2. what is shipped for this GPU, ``configs/<GPU name>.json``;
+3. :func:`estimate`, the candidate that should be fastest by waves over the chip's multiprocessors.
+
+``DCGAN_AUTOTUNE=1`` times every candidate the first time a shape is met and keeps the result on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+DIRECTORY = Path(__file__).parent / "configs"
+KERNELS = ("up", "up_narrow", "down", "down_narrow", "dense", "dense_narrow")
+PRECISIONS = ("16bit", "tf32", "ieee")
+
+
+class Tile(NamedTuple):
+    """BLOCK_M × BLOCK_N outputs a program, BLOCK_K of the reduction a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    efficiency: float = 1.0  # of its inner loop beside the best tile's: a guess that tuning replaces
+
+
+class Problem(NamedTuple):
+    """A launch's sizes: rows × columns outputs, times ``copies`` products, each a sum over ``depth``."""
+
+    kernel: str
+    precision: str
+    rows: int
+    columns: int
+    depth: int
+    channels_in: int
+    copies: int = 1
+
+    def key(self) -> str:
+        return "/".join(str(v) for v in self)
+
+
+@functools.cache
+def candidates(kernel: str, precision: str) -> tuple[Tile, ...]:
+    """The tiles to choose from, as ``configs/default.json`` lists them."""
+    listed = json.loads((DIRECTORY / "default.json").read_text())[kernel]
+    return tuple(Tile(*row) for row in listed.get(precision, listed.get("any", ())))
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def fit(tile: Tile, problem: Problem) -> Tile:
+    """The tile, no larger than the problem; a matrix instruction needs 16 in each direction."""
+    if problem.kernel == "dense_narrow":
+        return tile._replace(block_k=min(tile.block_k, power_of_two(problem.depth)))
+    return tile._replace(
+        block_n=min(tile.block_n, max(16, power_of_two(problem.columns))),
+        block_k=min(tile.block_k, max(16, power_of_two(problem.channels_in))),
+    )
+
+
+def programs(tile: Tile, problem: Problem) -> int:
+    """How many programs cover the problem."""
+    return -(-problem.rows // tile.block_m) * -(-problem.columns // tile.block_n) * problem.copies
+
+
+def estimate(problem: Problem, multiprocessors: int) -> Tile:
+    """The candidate with the least waves × work a program ÷ efficiency."""
+
+    def cost(tile: Tile) -> tuple[float, int]:
+        waves = -(-programs(tile, problem) // multiprocessors)
+        return waves * tile.block_m * tile.block_n / tile.efficiency, -tile.block_m * tile.block_n
+
+    fitted = dict.fromkeys(fit(t, problem) for t in candidates(problem.kernel, problem.precision))
+    return min(fitted, key=cost)
+
+
+# --- tuned choices ------------------------------------------------------------------------------------------
+
+
+def gpu_file(name: str) -> str:
+    """'NVIDIA H100 80GB HBM3' → 'NVIDIA_H100_80GB_HBM3.json'."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in name) + ".json"
+
+
+def cache_file(gpu: str) -> Path:
+    """Where this machine's tuning is kept: by GPU and by Triton's version, which decides the code."""
+    import triton
+
+    root = os.environ.get("DCGAN_CACHE") or Path.home() / ".cache" / "dcgan-kernels"
+    return Path(root) / f"triton-{triton.__version__}" / gpu_file(gpu)
+
+
+def read(path: Path) -> dict[str, Tile]:
+    """Tuned tiles by :meth:`Problem.key`; empty if there is no such file.
+
+    Raises:
+        ValueError: the file is not what :func:`write` writes; names it.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        return {key: Tile(*row) for key, row in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a file of tuned tiles: {error}. Delete it to tune again.") from error
+
+
+def write(path: Path, tuned: dict[str, Tile]) -> None:
+    """Write tuned tiles so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f'  "{key}": {json.dumps(tile[:5])}' for key, tile in sorted(tuned.items()))
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
+        f.write("{\n" + lines + "\n}\n")
+    os.replace(f.name, path)
+
+
+@functools.cache
+def _tuned(gpu: str) -> dict[str, Tile]:
+    return read(DIRECTORY / gpu_file(gpu)) | read(cache_file(gpu))
+
+
+@functools.cache
+def _device(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, properties.multi_processor_count
+
+
+def choose(problem: Problem, device: torch.device, run: Callable[[Tile], None]) -> Tile:
+    """The tile for a problem on a device; ``run(tile)`` runs it, for tuning."""
+    if device.type != "cuda":  # Triton's interpreter
+        return estimate(problem, multiprocessors=132)
+    gpu, multiprocessors = _device(torch.cuda.current_device() if device.index is None else device.index)
+    tuned = _tuned(gpu)
+    tile = tuned.get(problem.key())
+    if tile is not None:
+        return tile
+    if os.environ.get("DCGAN_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing():
+        tile = tune(problem, run)
+        tuned[problem.key()] = tile
+        write(cache_file(gpu), read(cache_file(gpu)) | {problem.key(): tile})
+        return tile
+    return _estimate(problem, multiprocessors)
+
+
+_estimate = functools.cache(estimate)
+
+
+def tune(problem: Problem, run: Callable[[Tile], None]) -> Tile:
+    """The fastest candidate by measurement (device time, median)."""
+    import triton
+
+    fitted = dict.fromkeys(fit(t, problem) for t in candidates(problem.kernel, problem.precision))
+    times = {}
+    for tile in fitted:
+        times[tile] = triton.testing.do_bench(functools.partial(run, tile), return_mode="median")
+    return min(times, key=lambda tile: times[tile])

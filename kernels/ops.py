@@ -1,0 +1,424 @@
+"""The two fused convolutions as PyTorch operators: schema, fake, autograd, autocast, choice of the engine.
+
+    dcgan::conv2d_fused, dcgan::conv_transpose2d_fused
+        (x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
+         stats, slope, stride, padding, channels_last) -> y, mean, var
+
+        x̂ = in_act((x - center[c])·scale[c] + shift[c])   prologue, optional
+        u = conv(x̂, weight)                               the zero padding pads x̂, not x
+        stats:     y = u, raw; mean[c], var[c] (biased) of u over N, H, W
+        otherwise: y = out_act(u·out_scale[c] + out_shift[c])   epilogue, optional; mean and var empty
+
+A BatchNorm in training is ``center=mean, scale=gamma·rsqrt(var+eps), shift=beta`` handed to the next
+convolution; in eval it is ``out_scale, out_shift`` of its own. :mod:`.reference` is their meaning in full,
+backward included.
+
+Engines are ``reference`` and ``triton``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one; ``auto`` takes
+Triton on CUDA for what it covers and the reference for the rest. A forced engine that does not cover a call
+is an error, never another engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference, weights
+from .reference import ACTIVATIONS
+
+ENGINES = ("auto", "reference", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+class Call(NamedTuple):
+    """One call's arguments, in the schema's order."""
+
+    x: Tensor
+    weight: Tensor
+    center: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    in_act: str = "none"
+    out_scale: Tensor | None = None
+    out_shift: Tensor | None = None
+    out_act: str = "none"
+    stats: bool = False
+    slope: float = 0.2
+    stride: int = 2
+    padding: int = 1
+    channels_last: bool = True
+
+
+class Choice(NamedTuple):
+    """Which engine runs a call, and why not a faster one ('' if it is the fastest)."""
+
+    op: str
+    engine: str
+    reason: str
+
+
+# --- checks ------------------------------------------------------------------------------------------------
+
+
+def _output_shape(call: Call, transposed: bool) -> tuple[int, int, int, int]:
+    n, _, h, w = call.x.shape
+    k_h, k_w = call.weight.shape[2:]
+    s, p = call.stride, call.padding
+    if transposed:
+        return n, call.weight.shape[1], (h - 1) * s - 2 * p + k_h, (w - 1) * s - 2 * p + k_w
+    return n, call.weight.shape[0], (h + 2 * p - k_h) // s + 1, (w + 2 * p - k_w) // s + 1
+
+
+def _check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
+    """The output's shape. Raises ValueError or TypeError that names the argument at fault."""
+    x, weight = call.x, call.weight
+    if x.ndim != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {list(x.shape)}")
+    if weight.ndim != 4:
+        raise ValueError(f"weight must have 4 dimensions, got {list(weight.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+    c_in, c_out = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    if x.shape[1] != c_in:
+        order = "C_in, C_out" if transposed else "C_out, C_in"
+        raise ValueError(
+            f"x has {x.shape[1]} channels, but weight [{order}, kH, kW] = {list(weight.shape)} takes {c_in}"
+        )
+    if call.stride < 1 or call.padding < 0:
+        raise ValueError(
+            f"stride must be at least 1 and padding at least 0, got {call.stride} and {call.padding}"
+        )
+    if call.in_act not in ACTIVATIONS or call.out_act not in ACTIVATIONS:
+        bad = "in_act" if call.in_act not in ACTIVATIONS else "out_act"
+        raise ValueError(f"{bad} must be one of {ACTIVATIONS}, got {getattr(call, bad)!r}")
+    if call.slope < 0:
+        raise ValueError(f"slope must not be negative, got {call.slope}")
+    prologue = (call.center, call.scale, call.shift)
+    if any(v is None for v in prologue) and any(v is not None for v in prologue):
+        raise ValueError("center, scale and shift must be given together or not at all")
+    if call.stats and (call.out_scale is not None or call.out_shift is not None or call.out_act != "none"):
+        raise ValueError("stats gives the raw convolution: out_scale, out_shift and out_act must be absent")
+    for name, vector, channels in (
+        ("center", call.center, c_in),
+        ("scale", call.scale, c_in),
+        ("shift", call.shift, c_in),
+        ("out_scale", call.out_scale, c_out),
+        ("out_shift", call.out_shift, c_out),
+    ):
+        if vector is not None:
+            _check_vector(name, vector, channels, x)
+    shape = _output_shape(call, transposed)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(
+            f"x {list(x.shape)} is too small for a {weight.shape[2]}×{weight.shape[3]} kernel with stride "
+            f"{call.stride} and padding {call.padding}"
+        )
+    return shape
+
+
+def _check_vector(name: str, vector: Tensor, channels: int, x: Tensor) -> None:
+    if vector.ndim != 1 or vector.shape[0] != channels:
+        raise ValueError(f"{name} must be [{channels}], one value a channel, got {list(vector.shape)}")
+    if vector.dtype != reference.accumulator_dtype(x.dtype):
+        expected = reference.accumulator_dtype(x.dtype)
+        raise TypeError(f"{name} must be {expected} for x of {x.dtype}, got {vector.dtype}")
+    if vector.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}")
+
+
+# --- engines -----------------------------------------------------------------------------------------------
+
+
+def _engine_name(name: str, source: str) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"{source} must be one of {ENGINES}, got {name!r}")
+    return name
+
+
+_forced = _engine_name(os.environ.get("DCGAN_ENGINE", "auto"), "DCGAN_ENGINE")
+_recorder: list[Choice] | None = None
+
+
+@contextlib.contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Run every op inside on engine ``name``: 'auto', 'reference' or 'triton', else ValueError."""
+    global _forced
+    previous, _forced = _forced, _engine_name(name, "engine")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """The :class:`Choice` made for each op that runs inside, in order."""
+    global _recorder
+    previous, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = previous
+
+
+def _choose(call: Call, transposed: bool) -> Choice:
+    name = _NAMES[transposed]
+    if _forced == "reference":
+        return Choice(name, "reference", "engine 'reference' was asked for")
+    if _forced == "auto" and not call.x.is_cuda:
+        return Choice(name, "reference", f"no faster engine for {call.x.device.type} tensors")
+    from . import gpu  # Triton is imported where a GPU, or a wish for it, makes it needed
+
+    why_not = gpu.why_not(call, transposed)
+    if why_not is None:
+        return Choice(name, "triton", "")
+    if _forced == "triton":
+        raise RuntimeError(f"engine 'triton' was asked for, but does not cover this {name}: {why_not}")
+    return Choice(name, "reference", f"triton: {why_not}")
+
+
+def _run(call: Call, transposed: bool) -> Outputs:
+    shape = _check(call, transposed)
+    choice = _choose(call, transposed)
+    if _recorder is not None:
+        _recorder.append(choice)
+    if 0 in shape:
+        return _empty(call, shape)
+    if choice.engine == "triton":
+        from . import gpu
+
+        return gpu.run(call, transposed)
+    return reference.forward(*call, transposed=transposed)
+
+
+def _empty(call: Call, shape: tuple[int, int, int, int]) -> Outputs:
+    """Outputs of the right shape, dtype and strides; statistics of nothing are NaN, as torch.mean's are."""
+    x = call.x
+    acc = reference.accumulator_dtype(x.dtype)
+    y = torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(call.channels_last)
+    )
+    size = shape[1] if call.stats else 0
+    nan = float("nan")
+    return (
+        y,
+        torch.full((size,), nan, dtype=acc, device=x.device),
+        torch.full((size,), nan, dtype=acc, device=x.device),
+    )
+
+
+# --- autograd ----------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    call = Call(*inputs)
+    y, mean, _ = output
+    # The output is kept only where the gradient is told from it: by statistics, or by an activation.
+    keep_y = call.stats or call.out_act != "none"
+    ctx.save_for_backward(
+        call.x,
+        call.weight,
+        call.center,
+        call.scale,
+        call.shift,
+        call.out_scale,
+        y if keep_y else None,
+        mean if call.stats else None,
+    )
+    ctx.stats, ctx.in_act, ctx.out_act = call.stats, call.in_act, call.out_act
+    ctx.slope, ctx.stride, ctx.padding = call.slope, call.stride, call.padding
+    ctx.set_materialize_grads(False)
+
+
+def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, dy: Any, dmean: Any, dvar: Any) -> tuple[Tensor | None, ...]:
+        x, weight, center, scale, shift, out_scale, y, mean = ctx.saved_tensors
+        if dy is None and not (ctx.stats and (dmean is not None or dvar is not None)):
+            return (None,) * len(ctx.needs_input_grad)
+        given = len(ctx.needs_input_grad)  # the dispatcher leaves out trailing arguments that are the default
+        need = (*ctx.needs_input_grad, *[False] * (len(Call._fields) - given))
+        dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift = reference.backward(
+            dy,
+            dmean if ctx.stats else None,
+            dvar if ctx.stats else None,
+            x,
+            weight,
+            center,
+            scale,
+            shift,
+            ctx.in_act,
+            out_scale,
+            ctx.out_act,
+            dy if y is None else y,
+            mean,
+            ctx.slope,
+            ctx.stride,
+            ctx.padding,
+            stats=ctx.stats,
+            transposed=transposed,
+            needs=(need[0], need[1], any(need[2:5]), need[6], need[7]),
+        )
+        return (dx, dweight, dcenter, dscale, dshift, None, dout_scale, dout_shift, *[None] * 6)[:given]
+
+    return backward
+
+
+# --- registration ------------------------------------------------------------------------------------------
+
+_NAMES = {False: "conv2d_fused", True: "conv_transpose2d_fused"}
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? center=None, Tensor? scale=None, Tensor? shift=None, "
+    "str in_act='none', Tensor? out_scale=None, Tensor? out_shift=None, str out_act='none', "
+    "bool stats=False, float slope=0.2, int stride=2, int padding=1, bool channels_last=True) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY = torch.library.Library("dcgan", "DEF")
+
+
+def _autocast(transposed: bool, device: str, key: torch._C.DispatchKey) -> Callable[..., Outputs]:
+    """Casts x and weight alone: the per-channel vectors are float32 whatever x is."""
+    without = torch._C.DispatchKeySet(key)
+
+    def autocast(*args: Any, **kwargs: Any) -> Outputs:
+        call = Call(*args, **kwargs)
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            if call.x.dtype == torch.float64:
+                return _OPS[transposed](*call)
+            weight = call.weight
+            if torch.is_grad_enabled() and weight.requires_grad:
+                weight = weight.to(dtype)
+            elif weight.dtype != dtype:
+                weight = weights.transformed(weight, dtype, lambda w: w.to(dtype))
+            return _OPS[transposed](call.x.to(dtype), weight, *call[2:])
+
+    return autocast
+
+
+def _register(transposed: bool) -> Any:
+    name = _NAMES[transposed]
+    _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def implementation(*args: Any, **kwargs: Any) -> Outputs:
+        return _run(Call(*args, **kwargs), transposed)
+
+    def fake(*args: Any, **kwargs: Any) -> Outputs:
+        call = Call(*args, **kwargs)
+        return _empty(call, _check(call, transposed))
+
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dcgan::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"dcgan::{name}", _backward(transposed), setup_context=_save, lib=_LIBRARY
+    )
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        _LIBRARY.impl(name, _autocast(transposed, device, getattr(torch._C.DispatchKey, key)), key)
+    return getattr(torch.ops.dcgan, name).default
+
+
+_OPS: dict[bool, Callable[..., Outputs]] = {transposed: _register(transposed) for transposed in (False, True)}
+
+
+def _transforming() -> bool:
+    """Whether forward-mode AD or a torch.func transform is at work, for which a registered backward is no
+
+    rule: the operator would give zero tangents, silently.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _transformed(call: Call, transposed: bool) -> Outputs:
+    """The call in plain aten, which every transform has rules for; y has the strides that aten gives it."""
+    device = call.x.device.type
+    if torch.is_autocast_enabled(device) and call.x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        call = call._replace(x=call.x.to(dtype), weight=call.weight.to(dtype))
+    _check(call, transposed)
+    choice = Choice(_NAMES[transposed], "reference", "a torch.func transform or forward-mode AD is at work")
+    if _forced not in ("auto", "reference"):
+        raise RuntimeError(f"engine {_forced!r} was asked for, but does not cover this call: {choice.reason}")
+    if _recorder is not None:
+        _recorder.append(choice)
+    with torch.autocast(device, enabled=False):
+        return reference.forward(*call, transposed=transposed, functional=True)
+
+
+def conv2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    center: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    in_act: str = "none",
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    out_act: str = "none",
+    stats: bool = False,
+    slope: float = 0.2,
+    stride: int = 2,
+    padding: int = 1,
+    channels_last: bool = True,
+) -> Outputs:
+    """Convolution with a BatchNorm+activation prologue and an epilogue of statistics or affine+activation.
+
+    Args:
+        x: [N, C_in, H, W] of float16, bfloat16, float32 or float64, any strides.
+        weight: [C_out, C_in, kH, kW], x's dtype.
+        center, scale, shift: [C_in], float32 (float64 for float64), together or not at all.
+        in_act, out_act: 'none', 'relu', 'leaky_relu', 'tanh' or 'sigmoid'.
+        out_scale, out_shift: [C_out], float32 (float64 for float64); not with ``stats``.
+        stats: give y raw, with its per-channel mean and biased variance.
+        slope: of leaky_relu, both in prologue and epilogue; not negative.
+        stride, padding: the same in both directions.
+        channels_last: y's memory format; otherwise contiguous.
+
+    Returns:
+        y [N, C_out, H', W'] of x's dtype; mean and var [C_out] of the accumulator's dtype, or empty ([0]).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is allowed.
+    """
+    call = Call(
+        x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
+        stats, slope, stride, padding, channels_last,
+    )  # fmt: skip
+    return _transformed(call, False) if _transforming() else _OPS[False](*call)
+
+
+def conv_transpose2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    center: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    in_act: str = "none",
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    out_act: str = "none",
+    stats: bool = False,
+    slope: float = 0.2,
+    stride: int = 2,
+    padding: int = 1,
+    channels_last: bool = True,
+) -> Outputs:
+    """As :func:`conv2d_fused` for the transposed convolution: weight is [C_in, C_out, kH, kW]."""
+    call = Call(
+        x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
+        stats, slope, stride, padding, channels_last,
+    )  # fmt: skip
+    return _transformed(call, True) if _transforming() else _OPS[True](*call)

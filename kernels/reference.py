@@ -1,0 +1,241 @@
+"""The meaning of the two fused convolutions, forward and backward, in plain aten.
+
+Forward, for ``conv`` a convolution (``transposed=False``) or a transposed one:
+
+    x̂ = in_act((x - center[c])·scale[c] + shift[c])          prologue; without the three, x̂ = in_act(x)
+    u = conv(x̂, weight)                                      the zero padding pads x̂, not x
+    stats:      y = u;  mean[c], var[c] = mean and biased variance of u over N, H, W
+    otherwise:  y = out_act(u·out_scale[c] + out_shift[c])   epilogue; mean and var are empty
+
+Arithmetic is float32 (float64 for float64 tensors): operands of the convolution are rounded to x's dtype,
+statistics and epilogue see the unrounded accumulator, and the result is rounded once.
+
+Backward, given dy, dmean, dvar (M = N·H·W of y):
+
+    stats:      du = dy + dmean[c]/M + 2·dvar[c]/M·(y - mean[c])
+    otherwise:  e = dy·out_act'(y);  du = e·out_scale[c];  dout_scale[c] = Σ e·u;  dout_shift[c] = Σ e
+    dx̂, dweight = adjoint_conv(du, weight), wgrad(x̂, du)
+    g = dx̂·in_act'(x̂);  dx = g·scale
+    dscale[c] = Σ g·(x - center);  dshift[c] = Σ g;  dcenter = -scale·dshift
+
+The sums are centred because Σ g·x - center·Σ g cancels where mean/std is large. Every step of the backward
+is differentiable aten, which is what gives the ops their second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, statistics and per-channel vectors: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def activate_(x: Tensor, name: str, slope: float) -> Tensor:
+    """``act(x)``, in place."""
+    if name == "none":
+        return x
+    if name == "relu":
+        return x.relu_()
+    if name == "leaky_relu":
+        return aten.leaky_relu_(x, slope)  # type: ignore[no-any-return]
+    return x.tanh_() if name == "tanh" else x.sigmoid_()
+
+
+def activate(x: Tensor, name: str, slope: float) -> Tensor:
+    """``act(x)``, differentiable."""
+    if name == "none":
+        return x
+    if name == "relu":
+        return x.relu()
+    if name == "leaky_relu":
+        return aten.leaky_relu(x, slope)  # type: ignore[no-any-return]
+    return x.tanh() if name == "tanh" else x.sigmoid()
+
+
+def activation_backward(dy: Tensor, y: Tensor, name: str, slope: float) -> Tensor:
+    """``dy·act'``, told from the output y alone: every activation here is monotone (slope ≥ 0)."""
+    if name == "none":
+        return dy
+    if name == "relu":
+        return aten.threshold_backward(dy, y, 0)  # type: ignore[no-any-return]
+    if name == "leaky_relu":
+        return aten.leaky_relu_backward(dy, y, slope, True)  # type: ignore[no-any-return]
+    if name == "tanh":
+        return aten.tanh_backward(dy, y)  # type: ignore[no-any-return]
+    return aten.sigmoid_backward(dy, y)  # type: ignore[no-any-return]
+
+
+def _per_channel(v: Tensor) -> Tensor:
+    return v.view(1, -1, 1, 1)
+
+
+def _normalise(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(_per_channel(shift), x - _per_channel(center), _per_channel(scale))
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+    return aten.convolution(  # type: ignore[no-any-return]
+        x, weight, None, [stride, stride], [padding, padding], [1, 1], transposed, [0, 0], 1
+    )
+
+
+def _canonical(y: Tensor, channels_last: bool) -> Tensor:
+    """y with exactly the strides of a fresh tensor of that format, size-1 dimensions included."""
+    _, c, h, w = y.shape
+    strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    y = y.contiguous(memory_format=memory_format(channels_last))
+    return y if y.stride() == strides else y.as_strided(y.shape, strides)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    center: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    in_act: str,
+    out_scale: Tensor | None,
+    out_shift: Tensor | None,
+    out_act: str,
+    stats: bool,
+    slope: float,
+    stride: int,
+    padding: int,
+    channels_last: bool,
+    *,
+    transposed: bool,
+    functional: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, var) as the module says, from arguments that :mod:`.ops` has checked.
+
+    ``functional``: nothing in place and no particular strides, for autograd and torch.func to go through.
+    """
+    acc = accumulator_dtype(x.dtype)
+    act = activate if functional else activate_
+    if channels_last and not functional:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x_hat = x
+    if center is not None and scale is not None and shift is not None:
+        x_hat = act(_normalise(x.to(acc), center, scale, shift), in_act, slope).to(x.dtype)
+    elif in_act != "none":
+        x_hat = activate(x, in_act, slope)
+    y = _convolve(x_hat.to(acc), weight.to(acc), stride, padding, transposed)
+    if stats:
+        var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+    else:
+        mean, var = y.new_empty(0), y.new_empty(0)
+        if out_scale is not None:
+            y = (y.mul if functional else y.mul_)(_per_channel(out_scale))
+        if out_shift is not None:
+            y = (y.add if functional else y.add_)(_per_channel(out_shift))
+        y = act(y, out_act, slope)
+    y = y.to(x.dtype)
+    return y if functional else _canonical(y, channels_last), mean, var
+
+
+Gradients = tuple[
+    Tensor | None,  # x
+    Tensor | None,  # weight
+    Tensor | None,  # center
+    Tensor | None,  # scale
+    Tensor | None,  # shift
+    Tensor | None,  # out_scale
+    Tensor | None,  # out_shift
+]
+
+
+def backward(
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    center: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    in_act: str,
+    out_scale: Tensor | None,
+    out_act: str,
+    y: Tensor,
+    mean: Tensor,
+    slope: float,
+    stride: int,
+    padding: int,
+    *,
+    stats: bool,
+    transposed: bool,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of every differentiable input.
+
+    Args:
+        y, mean: outputs of the forward.
+        needs: whether each of x, weight, (center, scale, shift), out_scale, out_shift wants one.
+    """
+    need_x, need_weight, need_prologue, need_out_scale, need_out_shift = needs
+    acc = accumulator_dtype(x.dtype)
+    sums: Callable[[Tensor], Tensor] = lambda t: t.sum(dim=(0, 2, 3))  # noqa: E731
+
+    x_acc = x.to(acc)
+    x_pre = x_acc if scale is None else _normalise(x_acc, center, scale, shift)  # type: ignore[arg-type]
+    x_act = activate(x_pre, in_act, slope)
+    x_hat, w = x_act.to(x.dtype).to(acc), weight.to(acc)
+
+    dout_scale = dout_shift = None
+    du = torch.zeros_like(y, dtype=acc) if dy is None else dy.to(acc)
+    if stats:
+        count = y.numel() // y.shape[1]
+        if dmean is not None:
+            du = du + _per_channel(dmean / count)
+        if dvar is not None:
+            du = du + _per_channel(dvar * 2 / count) * (y.to(acc) - _per_channel(mean))
+    else:
+        du = activation_backward(du, y.to(acc), out_act, slope)
+        if need_out_shift:
+            dout_shift = sums(du)
+        if need_out_scale:
+            dout_scale = sums(du * _convolve(x_hat, w, stride, padding, transposed))
+        if out_scale is not None:
+            du = du * _per_channel(out_scale)
+
+    dx = dweight = dcenter = dscale = dshift = None
+    need_x_hat = need_x or need_prologue
+    if need_x_hat or need_weight:
+        dx_hat, dweight, _ = aten.convolution_backward(
+            du,
+            x_hat,
+            w,
+            None,
+            [stride, stride],
+            [padding, padding],
+            [1, 1],
+            transposed,
+            [0, 0],
+            1,
+            [need_x_hat, need_weight, False],
+        )
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
+        if need_x_hat:
+            dx = activation_backward(dx_hat, x_act, in_act, slope)
+            if scale is not None:
+                if need_prologue:
+                    dshift = sums(dx)
+                    dscale = sums(dx * (x_acc - _per_channel(center)))  # type: ignore[arg-type]
+                    dcenter = -scale * dshift
+                dx = dx * _per_channel(scale)
+            dx = dx.to(x.dtype) if need_x else None
+    return dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift

@@ -1,0 +1,119 @@
+"""``python -m bench``: its options, and one run of it from end to end."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import forward, results
+from bench.__main__ import main
+from bench.providers import PROVIDERS
+from dcgan.models import Generator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The error of a command line, whose status must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["generate", "--batch", "0"], "must be a whole number from 1"),
+        (["generate", "--batch", "many"], "must be a whole number from 1"),
+        (["generate", "--seconds", "0"], "must be a positive number of seconds"),
+        (["generate", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["generate", "--device", "cpu", "--dtype", "tf32"], "tf32 is a setting of CUDA devices"),
+        (["generate", "--image-size", "63"], "image_size must be one of"),
+        (["generate", "--checkpoint", "no/such.pt"], "no/such.pt"),
+        (["discriminate", "--latent-dim", "100"], "unrecognized arguments"),
+        (["plot", "no/such.jsonl"], "no/such.jsonl"),
+    ],
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+def test_an_unknown_provider_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "generate", "--providers", "eager", "tensorflow")
+    assert "no provider 'tensorflow'" in error
+    assert all(name in error for name in PROVIDERS)
+    assert "no_such_module" in refused(capsys, "generate", "--providers", "no_such_module:build")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no GPU here" in refused(capsys, "generate", "--device", "cuda")
+
+
+def test_a_checkpoint_of_other_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "g.pt"
+    torch.save(Generator(latent_dim=8, features=2, image_size=32).state_dict(), file)
+    error = refused(capsys, "generate", "--checkpoint", str(file), "--features", "4")
+    assert "has features 2, not 4" in error
+    torch.save({"epoch": 3}, file)
+    assert "is not a state dict" in refused(capsys, "generate", "--checkpoint", str(file))
+
+
+def test_every_dtype_with_every_batch_once() -> None:
+    parser = argparse.ArgumentParser()
+    forward.add_arguments(parser, "generate")
+    options = ["--batch", "1", "64", "1", "--dtype", "float32", "bfloat16", "--device", "cpu"]
+    cases = forward.make_cases(parser.parse_args(options), "generate")
+    assert [(case.dtype, case.batch) for case in cases] == [
+        ("float32", 1),
+        ("float32", 64),
+        ("bfloat16", 1),
+        ("bfloat16", 64),
+    ]
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """In a pipe, from another folder: a wrong provider is refused, the others go on, the status is 1."""
+    file = tmp_path / "results.jsonl"
+    sizes = ["--features", "2", "--image-size", "32", "--latent-dim", "8"]
+    time = ["--seconds", "0.02", "--rounds", "1", "--threads", "1"]
+    providers = ["eager", "fast", "fast-graph", "rogue:wrong"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "generate",
+        "--device",
+        "cpu",
+        "--batch",
+        "3",
+        *sizes,
+        *time,
+    ]
+    command += ["--providers", *providers, "--json", str(file)]
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("WRONG: error 3.0e-02 > 1e-05") == 1
+    if not torch.cuda.is_available():
+        assert done.stdout.count("no GPU here") == 2, "fast-graph and the last line"
+        assert done.stdout.rstrip().endswith("cuda: no GPU here")
+    assert max(map(len, done.stdout.splitlines())) <= 140
+    rows = results.read(file)
+    assert [row["case"]["batch"] for row in rows] == 4 * [3]
+    status = {row["provider"]: row["status"] for row in rows}
+    assert status == {"eager": "ok", "fast": "ok", "fast-graph": "skipped", "rogue:wrong": "wrong"}

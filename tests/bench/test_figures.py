@@ -1,0 +1,100 @@
+"""The figures: arithmetic counted from layers, quartiles, ceilings, errors, and a case's weights."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.cases import Case, Materials, relative_error
+from bench.ceiling import Ceiling
+from bench.flops import count
+from bench.stats import summarise
+from dcgan.models import Discriminator, Generator
+
+
+def test_the_seeds_generator_takes_a_fifth_of_a_gflop() -> None:
+    layers = [100 * 512 * 16, 3 * [512 * 256 * 16 * 16], 64 * 16 * 32 * 32]
+    macs = layers[0] + sum(layers[1]) + layers[2]
+    work = count(Generator(), (100, 1, 1))
+    assert work.flops == 2 * macs
+    assert round(work.flops / 1e9, 3) == 0.205
+    assert work.weights == sum(p.numel() for p in Generator().parameters() if p.ndim == 4)
+    maps = [100, 512 * 4 * 4, 256 * 8 * 8, 128 * 16 * 16, 64 * 32 * 32, 64 * 64]
+    assert work.activations == 2 * sum(maps) - maps[0] - maps[-1]
+
+
+def test_the_discriminator_is_the_generators_adjoint() -> None:
+    """Same products layer by layer, but for the ends: 512→1 on a 4×4 map instead of 100→512."""
+    generator, discriminator = count(Generator(), (100, 1, 1)), count(Discriminator(), (1, 64, 64))
+    assert discriminator.flops == generator.flops - 2 * 99 * 512 * 16
+
+
+def test_counting_leaves_the_network_as_it_was() -> None:
+    network = Generator(features=2, image_size=32).train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    count(network, (100, 1, 1))
+    assert network.training
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_traffic_of_a_batch_shares_the_weights() -> None:
+    work = count(Generator(), (100, 1, 1))
+    assert work.bytes_per_image(1, 4) - work.bytes_per_image(2, 4) == 2 * work.weights
+
+
+def test_quartiles() -> None:
+    spread = summarise([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert (spread.q1, spread.median, spread.q3, spread.count) == (2.0, 3.0, 4.0, 5)
+    assert spread.relative == pytest.approx(1 / 3)
+    assert summarise([2.0]).relative == 0
+    with pytest.raises(ValueError, match="no times"):
+        summarise([])
+
+
+def test_the_better_of_two_ceilings() -> None:
+    quiet, disturbed = Ceiling(2e9, 3e9, "a"), Ceiling(1e9, 4e9, "b")
+    assert disturbed.or_better(quiet) == Ceiling(2e9, 4e9, "a")
+    assert quiet.or_better(None) is quiet
+
+
+def test_errors_that_are_no_numbers_are_infinite() -> None:
+    expected = torch.ones(2, 3, dtype=torch.float64)
+    assert relative_error(torch.full((2, 3), 1.5), expected) == 0.5
+    assert relative_error(torch.ones(3, 2), expected) == math.inf
+    assert relative_error(torch.full((2, 3), math.nan), expected) == math.inf
+
+
+@pytest.mark.parametrize("command", ["generate", "discriminate"])
+def test_a_case_asks_for_something(command: str) -> None:
+    """Outputs vary, differ between the inputs and need the running statistics; a seed gives the same case."""
+    case = Case(command, 8, "float32", "cpu", 1, {"features": 8})
+    materials, again = Materials.of(case), Materials.of(case)
+    first, second = materials.expected
+    assert first.std() > 0.02
+    assert relative_error(second, first) > 0.1
+    network = case.network().double()
+    assert torch.equal(first, again.expected[0])
+    with torch.no_grad():
+        batch_statistics = network.train()(materials.inputs[0].double())
+    assert relative_error(batch_statistics, first) > 10 * case.tolerance
+
+
+def test_a_checkpoints_weights(tmp_path: Path) -> None:
+    network = Generator(latent_dim=8, features=2, image_size=32).eval()
+    file = tmp_path / "g.pt"
+    torch.save(network.state_dict(), file)
+    case = Case("generate", 2, "float32", "cpu", 1, network.sizes(), checkpoint=str(file))
+    materials = Materials.of(case)
+    with torch.no_grad():
+        assert relative_error(network(materials.inputs[0]), materials.expected[0]) < 1e-6
+
+
+def test_materials_survive_their_file(tmp_path: Path) -> None:
+    case = Case("generate", 2, "bfloat16", "cpu", 1, {"features": 2, "image_size": 32})
+    materials = Materials.of(case)
+    materials.save(tmp_path / "case.pt")
+    loaded = Materials.load(tmp_path / "case.pt")
+    assert loaded.inputs[0].dtype == torch.bfloat16
+    assert torch.equal(loaded.expected[1], materials.expected[1])
+    assert loaded.state.keys() == materials.state.keys()

@@ -1,0 +1,152 @@
+"""What is printed, written and drawn."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import plot, results, table
+from bench.cases import Case
+from bench.ceiling import Ceiling
+from bench.flops import Work
+from bench.forward import status
+from bench.providers import PROVIDERS
+from bench.race import Outcome
+from bench.stats import Spread
+
+WORK = Work(flops=200_000_000, activations=200_000, weights=3_000_000)
+CEILING = Ceiling(flops=200e9, bandwidth=20e9, measure="float32 GEMM peak")
+
+
+def timed(name: str, seconds: float, columns: tuple[str, ...] = ("warm",)) -> Outcome:
+    spread = Spread(seconds, 0.9 * seconds, 1.1 * seconds, 100)
+    return Outcome(PROVIDERS[name], "ok", "", 6e-7, dict.fromkeys(columns, spread), 50_000_000)
+
+
+def report(*outcomes: Outcome, device: str = "cpu", batch: int = 64) -> results.Report:
+    return results.Report(Case("generate", batch, "float32", device, 2), WORK, CEILING, list(outcomes))
+
+
+MIXED = report(
+    timed("eager", 0.128),
+    Outcome(PROVIDERS["onnxruntime"], "skipped", "not installed"),
+    timed("openvino", 0.08),
+    Outcome(PROVIDERS["compile"], "wrong", "error 3.0e-02 > 1e-05", 3e-2),
+    Outcome(PROVIDERS["zentorch"], "failed", "RuntimeError: " + 60 * "long "),
+    timed("fast", 0.04),
+    Outcome(PROVIDERS["fast-graph"], "skipped", "no GPU here"),
+)
+
+
+def printed(thing: object) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=table.PIPED_WIDTH).print(thing)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_the_table_of_a_case() -> None:
+    lines = printed(table.race_table(MIXED))
+    assert lines[0].strip() == "generate · batch 64 · float32 · cpu, 2 threads"
+    rows = [line.split() for line in lines if line.strip() and line.split()[0] in PROVIDERS]
+    assert rows[0] == ["fast", "1,600", "10%", "320", "2.00×", "160%", "50", "6.0e-07"]
+    assert rows[1] == ["openvino", "800", "10%", "160", "1.00×", "80%", "50", "6.0e-07"]
+    assert rows[2][:5] == ["eager", "500", "10%", "100", "0.62×"]
+    rest = {row[0]: " ".join(row[1:]).lstrip("– ") for row in rows[3:]}
+    assert rest["onnxruntime"] == "not installed"
+    assert rest["compile"] == "WRONG: error 3.0e-02 > 1e-05"
+    assert rest["zentorch"].startswith("FAILED: RuntimeError: long")
+    assert rest["fast-graph"] == "no GPU here"
+    assert len(rows) == 7, "a row each, none wrapped"
+
+
+def test_a_failures_reason_is_printed_whole() -> None:
+    assert table.failures(MIXED) == ["zentorch: FAILED: RuntimeError: " + 60 * "long "]
+
+
+def test_the_ceilings_lines() -> None:
+    direct, memory = table.ceiling_lines(MIXED)
+    assert direct.startswith("ceiling: 1,000 images/s by direct convolution (200 GFLOP/s, float32 GEMM peak")
+    assert "0.2 GFLOP an image" in direct
+    assert memory.startswith("memory:  20,253 images/s (20.0 GB/s, copy)")
+
+
+def test_a_gpus_columns() -> None:
+    lines = printed(table.race_table(report(timed("eager", 0.1, ("warm", "cold", "graph")), device="cuda")))
+    assert any("cold L2   in a graph" in line for line in lines)
+    assert any(line.split() == ["eager", "640", "10%", "640", "640", *line.split()[5:]] for line in lines)
+
+
+def test_without_a_baseline_there_is_no_ratio() -> None:
+    lone = report(timed("fast", 0.04))
+    assert lone.fastest_baseline() is None
+    assert any(" – " in line for line in printed(table.race_table(lone)) if "fast" in line)
+
+
+def test_the_summary() -> None:
+    lines = printed(
+        table.summary_table([report(timed("eager", 0.01), batch=1), report(timed("eager", 0.128))])
+    )
+    assert any(line.split() == ["provider", "1", "float32", "64", "float32"] for line in lines)
+    assert any(line.split() == ["eager", "100", "500"] for line in lines)
+    assert any(line.split() == ["ceiling", "1,000", "1,000"] for line in lines)
+
+
+def test_the_exit_status() -> None:
+    assert status([MIXED]) == 1, "compile is wrong"
+    failed = Outcome(PROVIDERS["zentorch"], "failed", "x")
+    assert status([report(timed("eager", 1), failed)]) == 0, "a rival's failure"
+    assert status([report(timed("eager", 1), Outcome(PROVIDERS["fast"], "failed", "x"))]) == 1
+
+
+def test_the_rows(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "results.jsonl"
+    results.append(file, results.rows([MIXED]))
+    results.append(file, results.rows([MIXED]))
+    rows = results.read(file)
+    assert len(rows) == 14
+    best = rows[0]
+    assert best["provider"] == "fast"
+    assert best["schema"] == results.SCHEMA
+    assert best["images_per_s"] == pytest.approx(1600)
+    assert best["flops_per_s"] == pytest.approx(320e9)
+    assert best["ratio_to_fastest_baseline"] == pytest.approx(2)
+    assert best["share_of_ceiling"] == pytest.approx(1.6)
+    assert best["peak_bytes"] == 50_000_000
+    assert best["times"]["warm"]["count"] == 100
+    assert best["case"] == Case("generate", 64, "float32", "cpu", 2).to_json()
+    assert best["hardware"]["cores"] >= 1
+    assert best["versions"]["torch"]
+    assert {tuple(sorted(row)) for row in rows} == {tuple(sorted(best))}, "all rows have the same keys"
+    wrong = next(row for row in rows if row["status"] == "wrong")
+    assert wrong["images_per_s"] is None
+    assert wrong["error"] == 3e-2
+    assert wrong["reason"] == "error 3.0e-02 > 1e-05"
+
+
+def test_an_infinite_error_is_written_as_none(tmp_path: Path) -> None:
+    row = results.rows([report(Outcome(PROVIDERS["eager"], "wrong", "error inf", float("inf")))])[0]
+    assert row["error"] is None
+    json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"schema": 99}'])
+def test_a_foreign_file_is_refused(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:1 is no"):
+        results.read(file)
+
+
+def test_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = results.rows([MIXED, report(timed("eager", 0.01), batch=1)])
+    panels = plot.arrange(rows)
+    ((_, batches),) = panels.items()
+    assert {batch: sorted(found) for batch, found in batches.items()} == {
+        64: ["eager", "fast", "openvino"],
+        1: ["eager"],
+    }
+    plot.draw(panels, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,95 @@
+"""Races of a tiny network: who is timed, who is refused, and that one's fault is no other's."""
+
+import pathlib
+
+import pytest
+import torch
+
+from bench import providers, race
+from bench.cases import Case
+
+TINY = Case("generate", 2, "float32", "cpu", 1, {"features": 2, "image_size": 32, "latent_dim": 8})
+QUICK = race.Settings(seconds=0.02, rounds=2)
+
+
+@pytest.fixture(autouse=True)
+def rogues(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(pathlib.Path(__file__).parent)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", folder)
+
+
+def outcomes(*names: str, settings: race.Settings = QUICK) -> dict[str, race.Outcome]:
+    found = race.race(TINY, providers.find_all(names), settings, log=lambda line: None)
+    assert [o.provider.name for o in found] == list(names)
+    return {o.provider.name: o for o in found}
+
+
+@pytest.fixture(scope="module")
+def mixed() -> dict[str, race.Outcome]:
+    """One race of the well-behaved among rogues."""
+    folder = str(pathlib.Path(__file__).parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", folder)
+        rogue = [f"rogue:{name}" for name in ("wrong", "stale", "raises", "dies", "dies_later")]
+        return outcomes("eager", *rogue, "cudagraph")
+
+
+def test_a_right_provider_is_timed(mixed: dict[str, race.Outcome]) -> None:
+    eager = mixed["eager"]
+    assert eager.status == "ok"
+    assert eager.error is not None
+    assert 0 < eager.error < TINY.tolerance
+    warm = eager.spreads["warm"]
+    assert 0 < warm.q1 <= warm.median <= warm.q3 < 1
+    assert warm.count >= 6, "three calls in each of two bursts"
+    assert eager.peak_bytes is not None
+    assert eager.peak_bytes < 1 << 30
+
+
+@pytest.mark.parametrize("name", ["wrong", "stale"])
+def test_a_wrong_provider_is_not_timed(mixed: dict[str, race.Outcome], name: str) -> None:
+    outcome = mixed[f"rogue:{name}"]
+    assert outcome.status == "wrong"
+    assert not outcome.spreads
+    assert outcome.reason.startswith("error ")
+    assert outcome.reason.endswith("> 1e-05")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("raises", "RuntimeError: no kernel"),
+        ("dies", "exited with status 7"),
+        ("dies_later", "exited with status 7"),
+    ],
+)
+def test_a_failure_is_a_row(mixed: dict[str, race.Outcome], name: str, reason: str) -> None:
+    outcome = mixed[f"rogue:{name}"]
+    assert (outcome.status, outcome.reason) == ("failed", reason)
+    assert not outcome.spreads
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_row_without_a_gpu(mixed: dict[str, race.Outcome]) -> None:
+    assert (mixed["cudagraph"].status, mixed["cudagraph"].reason) == ("skipped", "no GPU here")
+
+
+def test_a_hanging_provider_is_given_up() -> None:
+    settings = race.Settings(seconds=0.02, rounds=1, prepare_seconds=1.0)
+    outcome = outcomes("rogue:hangs", settings=settings)["rogue:hangs"]
+    assert (outcome.status, outcome.reason) == ("failed", "no answer in 1 s")
+
+
+def test_what_is_not_installed_is_skipped() -> None:
+    absent = providers.Provider(
+        "absent", providers.PROVIDERS["eager"].build, package="no_such_package.at_all"
+    )
+    assert absent.unavailable(TINY) == "not installed"
+    assert providers.PROVIDERS["openvino"].unavailable(TINY) in (None, "not installed")
+
+
+def test_a_dtype_a_runtime_has_not() -> None:
+    half = Case("generate", 2, "bfloat16", "cpu", 1)
+    assert providers.PROVIDERS["onnxruntime"].unavailable(half) in ("no bfloat16", "not installed")

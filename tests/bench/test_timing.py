@@ -1,0 +1,113 @@
+"""Bursts: how often and on what the callable is called, and CUDA's events with a pretended clock."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import timing, worker
+
+INPUTS = [torch.zeros(1), torch.ones(1)]
+
+
+class Device:
+    """A pretended GPU: its clock advances by 1 ms a call and 10 ms a flush."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = device.now
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                device.run(INPUTS[0], "replay", timing.GRAPH_CALLS * 0.25)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(timing, "FLUSH_BYTES", 16)
+
+    def run(self, x: Tensor, name: str = "call", milliseconds: float = 1.0) -> Tensor:
+        self.now += milliseconds
+        self.calls.append(name)
+        return x
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    pretended = Device(monkeypatch)
+    yield pretended
+
+
+def test_a_slow_call_is_timed_three_times() -> None:
+    seen: list[float] = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(x.item())
+        return x
+
+    times = timing.CpuSampler(run, INPUTS).burst(1e-9)
+    assert len(times["warm"]) == timing.MIN_CALLS
+    assert all(t > 0 for t in times["warm"])
+    assert seen == [0, 0, 1, 0], "one call to wake up, then the inputs in turn"
+
+
+def test_events_time_calls_without_the_flush(device: Device) -> None:
+    sampler = timing.CudaSampler(device.run, INPUTS, capture=False)
+    flushed: list[int] = []
+    sampler._flush = type("Flush", (), {"zero_": lambda self: flushed.append(len(device.calls))})()  # type: ignore[assignment]
+    times = sampler.burst(1e-9)
+    assert times == {column: [pytest.approx(1e-3)] * timing.MIN_CALLS for column in ("warm", "cold")}
+    assert len(flushed) == 1 + timing.MIN_CALLS
+    assert flushed[1:] == list(range(flushed[1], flushed[1] + timing.MIN_CALLS)), "before each call"
+
+
+def test_a_graphs_time_is_that_of_one_call(device: Device) -> None:
+    times = timing.CudaSampler(device.run, INPUTS, capture=True).burst(1e-9)
+    assert times["graph"] == [pytest.approx(0.25e-3)] * timing.MIN_CALLS
+
+
+def test_large_batches_are_not_captured(device: Device) -> None:
+    large = [torch.zeros(timing.GRAPH_BATCH + 1)]
+    assert "graph" not in timing.CudaSampler(device.run, large, capture=True).burst(1e-9)
+
+
+def test_what_cannot_be_captured_is_timed_without(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(graph: object) -> contextlib.AbstractContextManager[None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    times = timing.CudaSampler(device.run, INPUTS, capture=True).burst(1e-9)
+    assert sorted(times) == ["cold", "warm"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32"])
+def test_tf32_is_on_or_off_for_every_reader(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """torch.compile reads the older flags, kernels the newer ones; none of them may raise."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    try:
+        worker.set_precision("cuda", dtype)
+        on = dtype == "tf32"
+        assert torch.backends.cuda.matmul.allow_tf32 == on
+        assert torch.backends.cudnn.allow_tf32 == on
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == on
+        assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == on
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

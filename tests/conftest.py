@@ -1,0 +1,51 @@
+"""What every test has in common: seeds, two threads, and no gpu tests where there is no GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+_deselected_gpu_tests = 0
+
+
+THREADS = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    global _deselected_gpu_tests
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        _deselected_gpu_tests = len(gpu)
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # In the summary, since -q prints no header.
+    if _deselected_gpu_tests:
+        terminalreporter.write_line(f"no GPU here: {_deselected_gpu_tests} gpu tests deselected")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For maps of a few pixels, where a second thread would only be waited for."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)

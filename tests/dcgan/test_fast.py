@@ -1,0 +1,780 @@
+"""The drop-ins are the reference networks: same results, same state, whatever is done to the modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import EXACT, assert_agree, assert_equal_results, drop_in, reference, results, sample
+from tolerance import relative, unit
+from torch import Tensor, nn
+
+from dcgan import fast, models
+from dcgan.kernels import ops
+
+NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+# --- the same results --------------------------------------------------------------------------------------
+
+
+@NETWORKS
+@MODES
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_size", [32, 64, 128])
+def test_same_as_the_reference(kind: str, training: bool, channels: int, image_size: int) -> None:
+    """In float64: output, every gradient, every buffer, and the output's strides."""
+    model = reference(kind, channels, image_size, features=2).train(training)
+    assert_agree(model, drop_in(model), sample(model, 3))
+
+
+@NETWORKS
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_accurate_as_eager(kind: str, training: bool, dtype: torch.dtype) -> None:
+    """Against float64 of the same values, the error is eager's, give or take what another order of sums does.
+
+    A layer rounds its output once, eager its convolution, its BatchNorm and its activation, so 2 is ample.
+    """
+    model = reference(kind, dtype=dtype).train(training)
+    x = sample(model, 8)
+    exact = results(copy.deepcopy(model).double(), x.double())
+    eager, actual = results(copy.deepcopy(model), x), results(drop_in(model), x)
+    for name, want in exact.items():
+        if want.dtype.is_floating_point:
+            allowed = 2 * relative(eager[name], want) + 4 * unit(dtype)
+            assert relative(actual[name], want) <= allowed, name
+        assert actual[name].dtype == eager[name].dtype, name
+
+
+@MODES
+def test_a_whole_step_of_both_networks(training: bool) -> None:
+    """Through G and D at once, as the generator's step goes."""
+    g, d = reference("G").train(training), reference("D").train(training)
+    fast_g, fast_d = drop_in(g), drop_in(d)
+    z = sample(g)
+
+    def step(g: Any, d: Any) -> dict[str, Tensor]:
+        d.zero_grad()
+        found = results(g, z, lambda image: -d(image).log().sum())
+        return found | {f"D's gradient of {n}": p.grad for n, p in d.named_parameters()}
+
+    assert_equal_results(step(fast_g, fast_d), step(g, d))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@MODES
+def test_z_of_either_shape(size: int, training: bool) -> None:
+    model = reference("G").train(training)
+    z = sample(model)
+    assert_agree(model, drop_in(model), z if size == 2 else z[:, :, None, None])
+
+
+@NETWORKS
+@MODES
+def test_a_single_example_and_an_empty_batch(kind: str, training: bool) -> None:
+    model = reference(kind).train(training)
+    x = sample(model)
+    assert_agree(model, drop_in(model), x[:1])
+    other = drop_in(model)
+    expected, actual = model(x[:0]), other(x[:0])
+    assert expected.shape == actual.shape
+    assert_equal_results(dict(other.named_buffers()), dict(model.named_buffers()))
+    actual.sum().backward()
+    assert all(not bool(p.grad.any()) for p in other.parameters())
+
+
+# --- strides -----------------------------------------------------------------------------------------------
+
+
+LATENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "[N, L]": lambda z: z,
+    "[N, L, 1, 1]": lambda z: z[:, :, None, None],
+    "channels_last": lambda z: z[:, :, None, None].contiguous(memory_format=torch.channels_last),
+    "slice": lambda z: torch.cat([z, z], 1)[:, : z.shape[1]],
+    "transposed": lambda z: z.t().contiguous().t(),
+    "expanded": lambda z: z[:1].expand_as(z),
+    "one": lambda z: z[:1],
+}
+
+
+@MODES
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strides_are_eagers(
+    training: bool, channels: int, model_format: torch.memory_format, latent: str, dtype: torch.dtype
+) -> None:
+    model = reference("G", channels, dtype=dtype).to(memory_format=model_format).train(training)
+    other = drop_in(model)
+    z = LATENTS[latent](sample(model))
+    with torch.no_grad():
+        expected, actual = model(z), other(z)
+    assert actual.stride() == expected.stride()
+    if model_format == torch.contiguous_format and latent != "channels_last":
+        assert actual.view(len(z), -1).shape == (len(z), channels * 32 * 32)
+
+
+@MODES
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_images_of_either_format(
+    training: bool, channels: int, image_format: torch.memory_format, model_format: torch.memory_format
+) -> None:
+    model = reference("D", channels).to(memory_format=model_format).train(training)
+    assert_agree(model, drop_in(model), sample(model).contiguous(memory_format=image_format))
+
+
+def test_images_that_are_views() -> None:
+    model = reference("D")
+    other = drop_in(model)
+    x = sample(model)
+    for view in (x.flip(3), x.transpose(2, 3), torch.cat([x, x], 3)[..., 5:37], x[:1].expand_as(x)):
+        assert relative(other(view), model(view)) < EXACT
+
+
+# --- changed modules ---------------------------------------------------------------------------------------
+
+
+def norms(model: Any) -> list[tuple[int, nn.BatchNorm2d]]:
+    return [(i, m) for i, m in enumerate(model.main) if isinstance(m, nn.BatchNorm2d)]
+
+
+def set_on_norms(**attributes: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for _, norm in norms(model):
+            for name, value in attributes.items():
+                setattr(norm, name, value)
+
+    return change
+
+
+def replace_norms(make: Callable[[int], nn.Module]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for i, norm in norms(model):
+            model.main[i] = make(norm.num_features)
+
+    return change
+
+
+def replace_activations(*activations: nn.Module) -> Callable[[Any], None]:
+    """Of the hidden layers, in turn."""
+
+    def change(model: Any) -> None:
+        hidden = [i for i, m in enumerate(model.main) if isinstance(m, nn.ReLU | nn.LeakyReLU)]
+        for n, i in enumerate(hidden):
+            model.main[i] = copy.deepcopy(activations[n % len(activations)])
+
+    return change
+
+
+def replace(index: int, make: Callable[[Any], nn.Module]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        model.main[index] = make(model.main[index])
+
+    return change
+
+
+def half_frozen(model: Any) -> None:
+    """The first norm does the opposite of the network's mode, as when some layers are fine-tuned."""
+    _, norm = norms(model)[0]
+    norm.train(not norm.training)
+
+
+def frozen_parameters(model: Any) -> None:
+    for module in list(model.main)[:4]:
+        module.requires_grad_(False)
+
+
+def spectral(model: Any) -> None:
+    for module in model.main:
+        if isinstance(module, nn.Conv2d):
+            nn.utils.parametrizations.spectral_norm(module)
+
+
+def old_spectral(model: Any) -> None:
+    nn.utils.spectral_norm(model.main[0])
+
+
+def weight_norm(model: Any) -> None:
+    nn.utils.parametrizations.weight_norm(model.main[0])
+
+
+def with_bias(conv: Any) -> nn.Module:
+    return type(conv)(conv.in_channels, conv.out_channels, 4, conv.stride, conv.padding)
+
+
+def dilated(conv: Any) -> nn.Module:
+    # Kernel 2 with dilation 3 reaches as far as kernel 4.
+    return type(conv)(conv.in_channels, conv.out_channels, 2, conv.stride, conv.padding, dilation=3, bias=False)
+
+
+def inner(model: Any) -> nn.Module:
+    return model.main[3 if isinstance(model, models.Generator) else 2]
+
+
+def prune(model: Any) -> None:
+    nn.utils.prune.l1_unstructured(inner(model), "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+def dropout(model: Any) -> None:
+    model.main.append(nn.Dropout(0.0))
+    model.main.insert(3, nn.Dropout(0.0))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "momentum None": set_on_norms(momentum=None),
+    "momentum 1": set_on_norms(momentum=1.0),
+    "eps": set_on_norms(eps=0.1),
+    "track_running_stats turned off": set_on_norms(track_running_stats=False),
+    "no statistics": replace_norms(lambda c: nn.BatchNorm2d(c, track_running_stats=False)),
+    "no affine": replace_norms(lambda c: nn.BatchNorm2d(c, affine=False)),
+    "nothing but normalisation": replace_norms(
+        lambda c: nn.BatchNorm2d(c, affine=False, track_running_stats=False)
+    ),
+    "GroupNorm": replace_norms(lambda c: nn.GroupNorm(1, c)),
+    "Identity for BatchNorm": replace_norms(lambda c: nn.Identity()),
+    "half frozen": half_frozen,
+    "parameters frozen": frozen_parameters,
+    "another slope": replace_activations(nn.LeakyReLU(0.01)),
+    "slope 0": replace_activations(nn.LeakyReLU(0.0)),
+    "negative slope": replace_activations(nn.LeakyReLU(-0.5)),
+    "mixed slopes": replace_activations(nn.LeakyReLU(0.3), nn.LeakyReLU(0.05)),
+    "mixed activations": replace_activations(nn.Tanh(), nn.LeakyReLU(0.4), nn.Sigmoid()),
+    "activations unknown to the ops": replace_activations(nn.ELU(), nn.GELU()),
+    "no activations": replace_activations(nn.Identity()),
+    "spectral_norm": spectral,
+    "old spectral_norm": old_spectral,
+    "weight_norm": weight_norm,
+    "pruned": prune,
+    "bias": replace(0, with_bias),
+    "bias at the end": replace(-2, with_bias),
+    "dilated": replace(0, dilated),
+    "no head": replace(-1, lambda _: nn.Identity()),
+    "dropout": dropout,
+}
+
+
+@NETWORKS
+@MODES
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_modules(kind: str, training: bool, name: str) -> None:
+    """What the ops cover runs through them, the rest as it is: the answer is the reference's."""
+    model = reference(kind, features=2).train(training)
+    CHANGES[name](model)
+    model.double()
+    if "BatchNorm" not in name and "norm" not in name:
+        for module in model.modules():
+            module.training = module.training if name == "half frozen" else training
+    assert_agree(model, drop_in(model), sample(model))
+
+
+@NETWORKS
+def test_modules_changed_after_conversion(kind: str) -> None:
+    """A layer is looked at when it runs, not once and for all."""
+    model = reference(kind).eval()
+    other = drop_in(model)
+    x = sample(model)
+    other(x)
+    for network in (model, other):
+        CHANGES["another slope"](network)
+        CHANGES["eps"](network)
+        network.main[-1] = nn.Hardtanh()
+    assert_agree(model, other, x)
+
+
+@NETWORKS
+def test_mode_changes(kind: str) -> None:
+    model = reference(kind)
+    other = drop_in(model)
+    x = sample(model)
+    for training in (True, False, True, True, False, False, True):
+        model.train(training)
+        other.train(training)
+        assert_agree(model, other, x, steps=1)
+
+
+def test_one_value_per_channel_raises_as_batch_norm_does() -> None:
+    for training, tracking in ((True, True), (True, False), (False, False)):
+        model = reference("G")
+        norm = model.main[1]
+        model.main[0] = nn.ConvTranspose2d(6, norm.num_features, 1, bias=False)  # a 1×1 map
+        model.main[1] = nn.BatchNorm2d(norm.num_features, track_running_stats=tracking)
+        model.double().train(training)
+        other = drop_in(model)
+        z = sample(model, 1)
+        messages = []
+        for network in (model, other):
+            with pytest.raises(ValueError, match="Expected more than 1 value per channel") as raised:
+                network(z)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+    model.eval()
+    assert other.train()(sample(model, 2)).shape[0] == 2
+
+
+# --- eval is never stale -----------------------------------------------------------------------------------
+
+
+@NETWORKS
+def test_eval_sees_every_edit_of_a_norm_at_once(kind: str) -> None:
+    """Folding is done anew each time: from .data, from under no_grad, from a fresh buffer."""
+    model = reference(kind).eval()
+    other = fast.convert(model)
+    x = sample(model)
+    _, norm = norms(model)[0]
+    previous = other(x)
+    edits: list[Callable[[], Any]] = [
+        lambda: norm.running_mean.data.add_(0.5),
+        lambda: norm.running_var.data.mul_(3),
+        lambda: norm.weight.data.mul_(-1),
+        lambda: norm.bias.data.copy_(torch.randn_like(norm.bias)),
+        lambda: setattr(norm, "running_mean", torch.randn_like(norm.running_mean)),
+        lambda: setattr(norm, "weight", nn.Parameter(torch.randn_like(norm.weight))),
+        lambda: setattr(norm, "eps", 0.5),
+        lambda: norm.reset_running_stats(),
+        lambda: other.main[0].weight.data.mul_(1.5),
+    ]
+    for edit in edits:
+        edit()
+        actual = other(x)
+        assert relative(actual, model(x)) < EXACT
+        assert relative(actual, previous) > 1e-6
+        previous = actual
+
+
+@NETWORKS
+def test_train_steps_between_evals(kind: str) -> None:
+    model = reference(kind)
+    other = drop_in(model)
+    x = sample(model)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01, eps=0.1) for m in (model, other)]
+    for _ in range(3):
+        for network, optimizer in zip((model, other), optimizers, strict=True):
+            results(network.train(), x)
+            optimizer.step()
+        assert relative(other.eval()(x), model.eval()(x)) < 1e-10  # Adam's quotient amplifies rounding
+
+
+# --- state -------------------------------------------------------------------------------------------------
+
+
+@NETWORKS
+def test_state_dicts_go_both_ways(kind: str) -> None:
+    model, other = reference(kind).eval(), reference(kind).eval()
+    fast_model = drop_in(other)
+    assert list(model.state_dict()) == list(fast_model.state_dict())
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in fast_model.named_modules()]
+    x = sample(model)
+    fast_model.load_state_dict(model.state_dict())
+    assert_agree(model, fast_model, x)
+    other.load_state_dict(fast_model.state_dict())
+    assert torch.equal(model(x), other(x))
+    with pytest.raises(RuntimeError, match="Nothing was loaded"):
+        fast_model.load_state_dict(reference(kind, features=8).state_dict())
+    assert_agree(model, fast_model, x)
+
+
+@NETWORKS
+def test_the_constructor_is_the_references(kind: str) -> None:
+    expected = reference(kind, dtype=torch.float32)
+    actual = getattr(fast, type(expected).__name__)(**expected.sizes())
+    assert isinstance(actual, type(expected))
+    assert actual.sizes() == expected.sizes()
+    assert str(actual.main) == str(expected.main)
+    with pytest.raises(ValueError, match="image_size must be one of"):
+        type(actual)(image_size=48)
+    with pytest.raises(ValueError, match="features must be a positive integer, got 0"):
+        type(actual)(features=0)
+
+
+def test_wrong_inputs_are_told_as_the_reference_tells_them() -> None:
+    g, d = drop_in(reference("G")), drop_in(reference("D"))
+    for z in (torch.ones(2, 7), torch.ones(6), torch.ones(2, 6, 2, 2), torch.ones(2, 6, 1)):
+        with pytest.raises(ValueError, match=r"z must be \[N, 6\] or \[N, 6, 1, 1\], got \["):
+            g(z.double())
+    for image in (torch.ones(2, 1, 32, 32), torch.ones(3, 32, 32), torch.ones(2, 3, 64, 64)):
+        with pytest.raises(ValueError, match=r"image must be \[N, 3, 32, 32\], got \["):
+            d(image.double())
+    with pytest.raises(TypeError, match=r"weight must have x's dtype torch.float32, got torch.float64"):
+        g(torch.ones(2, 6))
+    with pytest.raises(ValueError, match=r"weight must be on x's device meta, got cpu"):
+        g(torch.ones(2, 6, dtype=torch.float64, device="meta"))
+
+
+@NETWORKS
+def test_convert_shares_everything(kind: str) -> None:
+    model = reference(kind)
+    other = fast.convert(model)
+    assert type(other) is getattr(fast, type(model).__name__)
+    assert other.main is model.main
+    assert other.sizes() == model.sizes()
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(a is b for a, b in zip(model.buffers(), other.buffers(), strict=True))
+    assert fast.convert(other) is other
+    assert type(model) in (models.Generator, models.Discriminator)
+    other.register_buffer("extra", torch.ones(1))
+    assert not hasattr(model, "extra")
+    before = model.main[1 if kind == "G" else 3].num_batches_tracked.clone()
+    other(sample(model))
+    assert model.main[1 if kind == "G" else 3].num_batches_tracked == before + 1
+
+
+@pytest.mark.parametrize("wrong", [nn.Identity(), models.MLPGenerator(), None, models.Generator], ids=str)
+def test_convert_refuses_other_things(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a dcgan.models.Generator or .*, got \w+"):
+        fast.convert(wrong)
+
+
+def test_convert_refuses_a_subclass() -> None:
+    class Mine(models.Generator):
+        def forward(self, z: Tensor) -> Tensor:
+            return -super().forward(z)
+
+    with pytest.raises(TypeError, match="Mine"):
+        fast.convert(Mine())
+
+
+@NETWORKS
+@MODES
+def test_copies_are_right_and_apart(kind: str, training: bool) -> None:
+    model = reference(kind).train(training)
+    other = drop_in(model)
+    x = sample(model)
+    other(x)
+    model(x)
+    stream = io.BytesIO()
+    torch.save(other, stream)
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    for clone in (copy.deepcopy(other), copy.copy(other), loaded):
+        assert type(clone) is type(other)
+        assert clone.training == training
+        assert relative(clone.eval()(x), model.eval()(x)) < EXACT
+        model.train(training)
+    loaded.main[0].weight.data.zero_()
+    loaded.refresh()
+    assert relative(other.eval()(x), model.eval()(x)) < EXACT
+
+
+def test_an_average_of_weights() -> None:
+    model = reference("G")
+    other = drop_in(model)
+    z = sample(model)
+    averages = [torch.optim.swa_utils.AveragedModel(m) for m in (model, other)]
+    for _ in range(3):
+        for network, average in zip((model, other), averages, strict=True):
+            with torch.no_grad():
+                network.main[0].weight.add_(1)
+            average.update_parameters(network)
+            average.eval()
+        assert relative(averages[1](z), averages[0](z)) < EXACT
+
+
+# --- hooks -------------------------------------------------------------------------------------------------
+
+
+@NETWORKS
+@MODES
+@pytest.mark.parametrize("index", range(-2, 4))
+def test_hooks_fire_with_eagers_values(kind: str, training: bool, index: int) -> None:
+    model = reference(kind).train(training)
+    other = drop_in(model)
+    seen: dict[Any, list[Tensor]] = {model: [], other: []}
+    for network in (model, other):
+
+        def hook(_: nn.Module, args: tuple[Tensor], y: Tensor, network: Any = network) -> None:
+            seen[network] += [args[0].detach().clone(), y.detach().clone()]
+
+        network.main[index].register_forward_hook(hook)
+    assert_agree(model, other, sample(model), steps=1)
+    assert len(seen[other]) == len(seen[model]) == 2
+    for a, b in zip(seen[other], seen[model], strict=True):
+        assert relative(a, b) < EXACT
+
+
+@NETWORKS
+def test_backward_and_pre_hooks_fire(kind: str) -> None:
+    model = reference(kind)
+    for module in model.main:
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.inplace = False  # full backward hooks do not go with in-place modules
+    other = drop_in(model)
+    fired: list[int] = []
+    for network in (model, other):
+        for i, module in enumerate(network.main):
+            module.register_full_backward_hook(lambda m, g_in, g_out, i=i: fired.append(i))
+        network.main[0].register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    assert_agree(model, other, sample(model), steps=1)
+    assert sorted(fired) == sorted(list(range(len(model.main))) * 2)
+
+
+@NETWORKS
+def test_a_hook_removed(kind: str) -> None:
+    other = drop_in(reference(kind))
+    x = sample(other)
+    handle = other.main[0].register_forward_hook(lambda m, args, y: None)
+    assert fast.explain(other, x)[0].engine == "eager"
+    handle.remove()
+    assert fast.explain(other, x)[0].engine == "reference"
+
+
+# --- explain -----------------------------------------------------------------------------------------------
+
+
+@MODES
+def test_explain_tells_every_layer(training: bool) -> None:
+    g, d = drop_in(reference("G")).train(training), drop_in(reference("D")).train(training)
+    rows = fast.explain(g, sample(g))
+    assert [row.modules for row in rows] == ["0-2", "3-5", "6-8", "9-10"]
+    assert {row.op for row in rows} == {"conv_transpose2d_fused"}
+    rows = fast.explain(d, sample(d))
+    assert [row.modules for row in rows] == ["0-1", "2-4", "5-7", "8-9"]
+    assert {row.op for row in rows} == {"conv2d_fused"}
+    assert {row.engine for row in rows} == {"reference"}
+    assert all("cpu" in row.reason for row in rows)
+    with ops.use_engine("reference"):
+        assert fast.explain(d, sample(d))[0].reason == "engine 'reference' was asked for"
+
+
+def test_explain_tells_why_a_layer_is_eager() -> None:
+    model = reference("G")
+    model.main[0] = with_bias(model.main[0])
+    model.main[4].register_forward_hook(lambda m, args, y: None)
+    model.main[8] = nn.ELU()
+    other = drop_in(model.double())
+    rows = {row.modules: row for row in fast.explain(other, sample(other))}
+    assert list(rows) == ["0", "1", "2", "3", "4", "5", "6-7", "8", "9-10"]
+    assert rows["0"] == ("0", "ConvTranspose2d", "eager", "the convolution has a bias")
+    assert rows["4"] == ("4", "BatchNorm2d", "eager", "the module has hooks")
+    assert rows["8"] == ("8", "ELU", "eager", "ELU is not a layer that the ops express")
+    assert rows["6-7"].op == "conv_transpose2d_fused"
+
+
+@NETWORKS
+@MODES
+def test_explain_changes_nothing(kind: str, training: bool) -> None:
+    other = drop_in(reference(kind)).train(training)
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    modes = [m.training for m in other.modules()]
+    fast.explain(other, sample(other))
+    assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+    assert [m.training for m in other.modules()] == modes
+    assert all(p.grad is None for p in other.parameters())
+
+
+def test_explain_prints_a_table() -> None:
+    other = drop_in(reference("G"))
+    lines = str(fast.explain(other, sample(other))).splitlines()
+    assert lines[0].split() == ["modules", "op", "engine", "why"]
+    assert len(lines) == 5
+    column = lines[0].index("engine")
+    assert all(line[column:].startswith("reference") for line in lines[1:])
+
+
+def test_explain_refuses() -> None:
+    model: Any = reference("G")
+    with pytest.raises(TypeError, match=r"model must be a network of dcgan.fast, got Generator"):
+        fast.explain(model, sample(model))
+    with pytest.raises(ValueError, match="z must be"):
+        fast.explain(drop_in(model), torch.ones(1, 2))
+
+
+# --- autograd ----------------------------------------------------------------------------------------------
+
+
+def gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+
+def r1(d: nn.Module, real: Tensor) -> Tensor:
+    """R1: ½‖∇D(x)‖² on real images (Mescheder et al., 2018)."""
+    real = real.clone().requires_grad_()
+    gradient = torch.autograd.grad(d(real).log().sum(), real, create_graph=True)[0]
+    return gradient.square().sum((1, 2, 3)).mean() / 2
+
+
+def wgan_gp(d: nn.Module, real: Tensor) -> Tensor:
+    """WGAN-GP: (‖∇D(x)‖ - 1)² between real and generated images (Gulrajani et al., 2017)."""
+    mixed = torch.lerp(real, real.flip(0), torch.linspace(0, 1, len(real)).to(real)[:, None, None, None])
+    mixed.requires_grad_()
+    gradient = torch.autograd.grad(d(mixed).sum(), mixed, create_graph=True)[0]
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean() + d(real).mean()
+
+
+@pytest.mark.parametrize("penalty", [r1, wgan_gp])
+@MODES
+def test_gradient_penalties(penalty: Callable[[nn.Module, Tensor], Tensor], training: bool) -> None:
+    model = reference("D").train(training)
+    other = drop_in(model)
+    x = sample(model)
+    expected, actual = penalty(model, x), penalty(other, x)
+    assert relative(actual, expected) < EXACT
+    assert_equal_results(gradients_of(actual, other), gradients_of(expected, model), 10 * EXACT)
+
+
+@MODES
+def test_second_derivatives_of_the_generator(training: bool) -> None:
+    """A path-length penalty: the norm of the gradient to z."""
+    model = reference("G").train(training)
+    other = drop_in(model)
+
+    def penalty(g: nn.Module, z: Tensor) -> Tensor:
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(g(z).square().sum(), z, create_graph=True)[0].norm()
+
+    z = sample(model)
+    expected, actual = penalty(model, z), penalty(other, z)
+    assert relative(actual, expected) < EXACT
+    assert_equal_results(gradients_of(actual, other), gradients_of(expected, model), 10 * EXACT)
+
+
+def kept_maps(model: nn.Module, x: Tensor) -> set[int]:
+    """Addresses of the storages of [N, C, H, W] that autograd keeps from a forward for its backward."""
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.ndim == 4 and t.shape[0] == len(x) and not isinstance(t, nn.Parameter):
+            kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    found = {t.untyped_storage().data_ptr() for t in kept}
+    y.sum().backward()
+    return found
+
+
+@NETWORKS
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_keeps_one_map_a_layer(kind: str, channels: int) -> None:
+    """The input, and each layer's raw output; eager keeps what BatchNorm gave as well."""
+    model = reference(kind, channels, 64, torch.float32)
+    layers = sum(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.main)
+    x = sample(model, 17)  # no weight has 17 of anything
+    assert len(kept_maps(drop_in(model), x)) <= layers + 1
+    assert len(kept_maps(model, x)) > layers + 1
+
+
+@NETWORKS
+def test_training_keeps_no_more_with_a_frozen_norm(kind: str) -> None:
+    model = reference(kind, dtype=torch.float32)
+    norms(model)[0][1].eval()
+    layers = sum(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.main)
+    assert len(kept_maps(drop_in(model), sample(model, 17))) <= layers + 1
+
+
+@NETWORKS
+@MODES
+def test_no_gradient_without_being_asked(kind: str, training: bool) -> None:
+    model = drop_in(reference(kind)).train(training)
+    x = sample(model)
+    with torch.no_grad():
+        y = model(x.requires_grad_())
+    assert not y.requires_grad
+    assert y.grad_fn is None
+    with torch.inference_mode():
+        assert model(x).is_inference()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(b.grad_fn is None and not b.requires_grad for b in model.buffers())
+    assert model(x).requires_grad
+
+
+@NETWORKS
+def test_running_statistics_hold_no_graph(kind: str) -> None:
+    model = drop_in(reference(kind)).train()
+    for _ in range(3):
+        model(sample(model))
+    assert all(b.grad_fn is None and not b.requires_grad for b in model.buffers())
+
+
+@NETWORKS
+def test_a_network_made_in_inference_mode(kind: str) -> None:
+    with torch.inference_mode():
+        model = reference(kind).eval()
+        other = drop_in(model)
+        x = sample(model)
+        assert relative(other(x), model(x)) < EXACT
+        for network in (model, other):
+            torch.manual_seed(1)
+            network.main[0].weight.copy_(torch.randn_like(network.main[0].weight))
+        assert relative(other(x), model(x)) < EXACT
+
+
+@NETWORKS
+def test_retained_graphs_and_accumulation(kind: str) -> None:
+    model = reference(kind)
+    other = drop_in(model)
+    x = sample(model)
+    for network in (model, other):
+        y = network(x)
+        y.sum().backward(retain_graph=True)
+        y.square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert relative(q.grad, p.grad) < EXACT, name
+
+
+# --- transforms --------------------------------------------------------------------------------------------
+
+
+@NETWORKS
+@MODES
+def test_forward_mode(kind: str, training: bool) -> None:
+    """jvp: an operator without a rule for it would give zeros."""
+    model = reference(kind).train(training)
+    other = drop_in(model)
+    x = sample(model)
+    v = torch.randn_like(x)
+    if training:
+        for network in (model, other):
+            set_on_norms(track_running_stats=False)(network)
+    expected, actual = (torch.func.jvp(m, (x,), (v,)) for m in (model, other))
+    assert float(expected[1].norm()) > 0
+    assert relative(actual[0], expected[0]) < EXACT
+    assert relative(actual[1], expected[1]) < EXACT
+
+
+@NETWORKS
+def test_gradients_of_each_example(kind: str) -> None:
+    """vmap of grad over functional_call, in eval as it must be for a BatchNorm."""
+    model = reference(kind).eval()
+    other = drop_in(model)
+    x = sample(model)
+
+    def gradients(network: nn.Module) -> dict[str, Tensor]:
+        parameters = {n: p.detach() for n, p in network.named_parameters()}
+
+        def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+            return torch.func.functional_call(network, p, (x[None],)).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+
+    assert_equal_results(gradients(other), gradients(model))
+
+
+@NETWORKS
+@MODES
+def test_functional_call_with_other_parameters(kind: str, training: bool) -> None:
+    model, wanted = reference(kind).train(training), reference(kind).train(training)
+    other = drop_in(model)
+    x = sample(model)
+    other(x)
+    state = {n: t.detach().clone() for n, t in wanted.state_dict().items()}
+    assert relative(torch.func.functional_call(other, state, (x,)), wanted(x)) < EXACT
+
+
+@NETWORKS
+def test_export(kind: str) -> None:
+    model = drop_in(reference(kind, dtype=torch.float32)).eval()
+    x = sample(model)
+    exported = torch.export.export(model, (x,))
+    assert torch.equal(exported.module()(x), model(x))

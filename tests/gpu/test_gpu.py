@@ -1,0 +1,317 @@
+"""On a real GPU: every layer of both networks at its real shape, against float64 and beside eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dcgan import fast, models
+from dcgan.kernels import gpu, ops, weights
+from dcgan.kernels.gpu import tiles
+from dcgan.kernels.ops import Call
+
+pytestmark = pytest.mark.gpu
+
+PRECISIONS = {
+    "float32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "float16": (torch.float16, "ieee"),
+    "bfloat16": (torch.bfloat16, "ieee"),
+}
+# ‖error‖/‖result‖. float32: sums of up to 8192 terms of random sign, √8192·2⁻²⁴. tf32: operands of 11 bits,
+# two roundings, √2·2⁻¹¹/√3 rounded up. 16-bit types: operands are exact, the result is rounded once.
+TOLERANCE = {"float32": 6e-6, "tf32": 8e-4, "float16": 2**-11, "bfloat16": 2**-8}
+
+LAYERS = {  # transposed, C_in, C_out, H, stride, padding
+    "G1": (True, 100, 512, 1, 1, 0),
+    "G2": (True, 512, 256, 4, 2, 1),
+    "G3": (True, 256, 128, 8, 2, 1),
+    "G4": (True, 128, 64, 16, 2, 1),
+    "G5": (True, 64, 1, 32, 2, 1),
+    "G5-rgb": (True, 64, 3, 32, 2, 1),
+    "D1": (False, 1, 64, 64, 2, 1),
+    "D1-rgb": (False, 3, 64, 64, 2, 1),
+    "D2": (False, 64, 128, 32, 2, 1),
+    "D3": (False, 128, 256, 16, 2, 1),
+    "D4": (False, 256, 512, 8, 2, 1),
+    "D5": (False, 512, 1, 4, 1, 0),
+}
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = PRECISIONS[request.param][1]
+    yield request.param
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def call_of(layer: str, batch: int, dtype: torch.dtype) -> tuple[Call, bool]:
+    transposed, c_in, c_out, size, stride, padding = LAYERS[layer]
+    x = torch.randn(batch, c_in, size, size, device="cuda").to(dtype, memory_format=torch.channels_last)
+    shape = (c_in, c_out) if transposed else (c_out, c_in)
+    weight = (torch.randn(*shape, 4, 4, device="cuda") * 0.02).to(dtype)
+    scale, shift = torch.rand(c_out, device="cuda") + 0.5, torch.randn(c_out, device="cuda")
+    act = "relu" if transposed else "leaky_relu"
+    call = Call(x, weight, out_scale=scale, out_shift=shift, out_act=act, stride=stride, padding=padding)
+    return call, transposed
+
+
+def in_float64(call: Call, transposed: bool) -> Tensor:
+    convolve = torch.conv_transpose2d if transposed else torch.conv2d
+    y = convolve(call.x.double(), call.weight.double(), None, call.stride, call.padding)
+    assert call.out_scale is not None
+    assert call.out_shift is not None
+    y = y * call.out_scale.double().view(1, -1, 1, 1) + call.out_shift.double().view(1, -1, 1, 1)
+    return torch.relu(y) if call.out_act == "relu" else nn.functional.leaky_relu(y, call.slope)
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer(layer: str, batch: int, precision: str) -> None:
+    call, transposed = call_of(layer, batch, PRECISIONS[precision][0])
+    with ops.use_engine("triton"):
+        y = (ops.conv_transpose2d_fused if transposed else ops.conv2d_fused)(*call)[0]
+    assert error(y, in_float64(call, transposed)) <= TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_tile(layer: str, precision: str) -> None:
+    """Each tile writes every element, right: a loop miscompiled at one size shows here."""
+    call, transposed = call_of(layer, 5, PRECISIONS[precision][0])
+    kernel = gpu.kernel_for(call, transposed)
+    assert kernel is not None
+    exact = in_float64(call, transposed)
+    packed = kernel.pack(call.weight)
+    y = gpu.output(call, transposed)
+    problem = kernel.problem(call, y)
+    for tile in tiles.candidates(problem.kernel, problem.precision):
+        y.fill_(float("nan"))
+        kernel.launch(call, packed, y, tiles.fit(tile, problem))()
+        assert error(y, exact) <= TOLERANCE[precision], tile
+
+
+def networks(dtype: torch.dtype) -> tuple[fast.Generator, fast.Discriminator]:
+    made = fast.Generator(), fast.Discriminator()
+    for network in made:
+        network.apply(models.weights_init)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+        network.eval().to("cuda", dtype)
+    return made
+
+
+def twin(network: nn.Module) -> nn.Module:
+    """The reference network with the same values in float64."""
+    assert isinstance(network, models.Generator | models.Discriminator)
+    kind = models.Generator if isinstance(network, models.Generator) else models.Discriminator
+    reference = kind(**network.sizes()).double().cuda().eval()
+    reference.load_state_dict(network.state_dict())
+    return reference
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 64])
+def test_networks(batch: int, precision: str) -> None:
+    """No further from float64 than twice eager is, and by Triton alone."""
+    dtype = PRECISIONS[precision][0]
+    generator, discriminator = networks(dtype)
+    z = torch.randn(batch, 100, device="cuda").to(dtype)
+    image = twin(generator)(z.double()).to(dtype)
+    for network, x in ((generator, z), (discriminator, image)):
+        exact = twin(network)(x.double())
+        plain = type(network).__mro__[2].forward(network, x)
+        with ops.recording() as choices:
+            y = network(x)
+        assert {choice.engine for choice in choices} == {"triton"}
+        assert y.stride() == plain.stride()
+        assert error(y, exact) <= max(2 * error(plain, exact), TOLERANCE[precision])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_compiled(mode: str) -> None:
+    generator, discriminator = networks(torch.bfloat16)
+    z = torch.randn(64, 100, device="cuda", dtype=torch.bfloat16)
+    image = torch.compile(generator, fullgraph=True, mode=mode)(z)
+    assert error(image, generator(z).double()) <= 2**-8
+    verdict = torch.compile(discriminator, fullgraph=True, mode=mode)(image)
+    assert error(verdict, discriminator(image).double()) <= 2**-8
+
+
+def _edits() -> dict[str, Callable[[fast.Generator], None]]:
+    def optimizer_step(kind: type, **options: bool) -> Callable[[fast.Generator], None]:
+        def step(network: fast.Generator) -> None:
+            for parameter in network.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            kind(network.parameters(), lr=0.02, **options).step()
+
+        return step
+
+    def load(network: fast.Generator) -> None:
+        network.load_state_dict({k: v * 0.9 for k, v in network.state_dict().items()})
+
+    def assign(network: fast.Generator) -> None:
+        weight = network.main[3].weight
+        weight.data = weight.data * 1.5
+
+    def copy(network: fast.Generator) -> None:
+        with torch.no_grad():
+            network.main[6].weight.copy_(network.main[6].weight * 0.5)
+
+    def unseen(network: fast.Generator) -> None:
+        network.main[6].weight.data.mul_(0.5)
+        network.refresh()
+
+    def replace(network: fast.Generator) -> None:
+        network.main[9].weight = nn.Parameter(network.main[9].weight.detach() * 2)
+
+    return {
+        "Adam": optimizer_step(torch.optim.Adam),
+        "fused Adam": optimizer_step(torch.optim.Adam, fused=True),
+        "fused AdamW": optimizer_step(torch.optim.AdamW, fused=True),
+        "fused SGD": optimizer_step(torch.optim.SGD, fused=True),
+        "load_state_dict": load,
+        ".data =": assign,
+        "copy_": copy,
+        ".data.mul_ and refresh": unseen,
+        "parameter replaced": replace,
+    }
+
+
+@pytest.mark.parametrize("edit", _edits())
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graphed"])
+def test_weights_are_never_stale(edit: str, graph: bool) -> None:
+    generator, _ = networks(torch.float32)
+    run: Callable[[Tensor], Tensor] = fast.graphed(generator, 8) if graph else generator
+    z = torch.randn(8, 100, device="cuda")
+    with torch.no_grad():
+        before = run(z).clone()
+        _edits_applied = _edits()[edit]
+    _edits_applied(generator)
+    with torch.no_grad():
+        after = run(z)
+        exact = twin(generator)(z.double())
+    assert error(before, exact) > 1e-2
+    assert error(after, exact) <= TOLERANCE["tf32"]
+
+
+@torch.no_grad()
+def test_packed_weights_are_kept_and_freed() -> None:
+    generator, _ = networks(torch.float16)
+    z = torch.randn(4, 100, device="cuda", dtype=torch.float16)
+    generator(z)
+    packed = {id(t) for entry in weights._entries.values() for t in entry.derived.values()}
+    generator(z)
+    assert packed == {id(t) for entry in weights._entries.values() for t in entry.derived.values()}
+    assert packed
+    del generator
+    assert not weights._entries
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_graphed(rows: int) -> None:
+    generator, discriminator = networks(torch.float32)
+    z = torch.randn(rows, 100, device="cuda")
+    image = fast.graphed(generator, 8)(z)
+    torch.testing.assert_close(image, generator(z))
+    torch.testing.assert_close(fast.graphed(discriminator, 8)(image), discriminator(image))
+
+
+@torch.no_grad()
+def test_graphed_follows_running_statistics() -> None:
+    generator, _ = networks(torch.float32)
+    run = fast.graphed(generator, 4)
+    z = torch.randn(4, 100, device="cuda")
+    before = run(z)
+    for module in generator.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.add_(1.0)
+    after = run(z)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, generator(z))
+
+
+def test_graphed_bad_input() -> None:
+    generator, _ = networks(torch.float32)
+    run = fast.graphed(generator, 4)
+    with pytest.raises(ValueError, match="≤ 4"):
+        run(torch.randn(5, 100, device="cuda"))
+    with pytest.raises(TypeError, match="float32"):
+        run(torch.randn(4, 100, device="cuda", dtype=torch.float16))
+    generator.train()
+    with pytest.raises(ValueError, match="eval mode"):
+        run(torch.randn(4, 100, device="cuda"))
+
+
+@torch.no_grad()
+def test_another_stream_packs_its_own() -> None:
+    generator, _ = networks(torch.float32)
+    z = torch.randn(4, 100, device="cuda")
+    expected = generator(z)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = generator(z)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(y, expected)
+
+
+def test_training_runs_through_the_reference() -> None:
+    """Statistics and prologues are not in these kernels: right answers and gradients by the reference."""
+    generator = fast.Generator(features=8).cuda()
+    reference = models.Generator(features=8).double().cuda()
+    reference.load_state_dict(generator.state_dict())
+    z = torch.randn(16, 100, device="cuda")
+    generator(z).square().mean().backward()
+    reference(z.double()).square().mean().backward()
+    for p, q in zip(generator.parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert error(p.grad, q.grad) <= 1e-2
+
+
+@torch.no_grad()
+def test_autocast() -> None:
+    generator, _ = networks(torch.float32)
+    z = torch.randn(8, 100, device="cuda")
+    exact = twin(generator)(z.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        y = generator(z)
+    assert y.dtype == torch.bfloat16
+    assert error(y, exact) <= 2e-2
+
+
+@torch.no_grad()
+def test_autotuning_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCGAN_CACHE", str(tmp_path))
+    monkeypatch.setenv("DCGAN_AUTOTUNE", "1")
+    tiles._tuned.cache_clear()
+    call, transposed = call_of("G3", 3, torch.bfloat16)
+    y = ops.conv_transpose2d_fused(*call)[0]
+    assert error(y, in_float64(call, transposed)) <= TOLERANCE["bfloat16"]
+    (path,) = tmp_path.rglob("*.json")
+    assert len(tiles.read(path)) == 1
+    tiles._tuned.cache_clear()
+
+
+@torch.no_grad()
+def test_empty_batch() -> None:
+    generator, discriminator = networks(torch.float32)
+    image = generator(torch.empty(0, 100, device="cuda"))
+    assert image.shape == (0, 1, 64, 64)
+    assert discriminator(image).shape == (0,)

@@ -1,0 +1,220 @@
+"""Every kernel against float64: shapes, layouts, dtypes, activations, tiles, borders, 64-bit offsets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dcgan.kernels import gpu, ops
+from dcgan.kernels.gpu import tiles
+from dcgan.kernels.ops import Call
+from dcgan.kernels.reference import ACTIVATIONS, accumulator_dtype
+
+# Operands are random numbers that the dtype holds exactly, so a float64 reference sees the same ones. What is
+# left is float32 accumulation, of K ≤ 2·10³ terms of random sign, about √K·2⁻²⁴ ≤ 3e-6 of the sum, and one
+# rounding of the result: half a unit in the last place.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+SHAPES = {  # transposed, N, C_in, C_out, H, W, kernel, stride, padding
+    "up": (True, 2, 20, 24, 4, 3, 4, 2, 1),
+    "up_wide": (True, 1, 33, 40, 3, 5, 4, 2, 1),
+    "up_narrow_1": (True, 3, 24, 1, 5, 3, 4, 2, 1),
+    "up_narrow_3": (True, 2, 17, 3, 4, 4, 4, 2, 1),
+    "down": (False, 2, 20, 24, 6, 4, 4, 2, 1),
+    "down_odd": (False, 2, 18, 20, 7, 5, 4, 2, 1),
+    "down_narrow_1": (False, 3, 1, 20, 6, 10, 4, 2, 1),
+    "down_narrow_3": (False, 2, 3, 20, 8, 4, 4, 2, 1),
+    "dense_up": (True, 5, 20, 12, 1, 1, 4, 1, 0),
+    "dense_down": (False, 5, 12, 20, 4, 4, 4, 1, 0),
+    "dense_narrow_1": (False, 5, 20, 1, 4, 4, 4, 1, 0),
+    "dense_narrow_3": (False, 2, 16, 3, 3, 3, 3, 1, 0),
+}
+
+
+def operands(shape: tuple[bool, int, int, int, int, int, int, int, int], dtype: torch.dtype) -> Call:
+    transposed, n, c_in, c_out, h, w, k, stride, padding = shape
+    x = torch.randn(n, c_in, h, w).to(dtype)
+    weight = torch.randn(*((c_in, c_out) if transposed else (c_out, c_in)), k, k).to(dtype)
+    return Call(x, weight, stride=stride, padding=padding)
+
+
+def expected(call: Call, transposed: bool) -> Tensor:
+    wide = call._replace(
+        x=call.x.double(),
+        weight=call.weight.double(),
+        out_scale=None if call.out_scale is None else call.out_scale.double(),
+        out_shift=None if call.out_shift is None else call.out_shift.double(),
+    )
+    with ops.use_engine("reference"):
+        return (ops.conv_transpose2d_fused if transposed else ops.conv2d_fused)(*wide)[0]
+
+
+def assert_close(y: Tensor, call: Call, transposed: bool) -> None:
+    """Within the tolerance of the value before the activation: every activation is 1-Lipschitz."""
+    reference = expected(call, transposed)
+    before = expected(call._replace(out_act="none"), transposed)
+    assert (y.double() - reference).norm() <= TOLERANCE[y.dtype] * max(before.norm(), reference.norm())
+
+
+def check(call: Call, transposed: bool) -> None:
+    with ops.use_engine("triton"):
+        y, mean, var = (ops.conv_transpose2d_fused if transposed else ops.conv2d_fused)(*call)
+    assert y.dtype == call.x.dtype
+    assert y.stride() == expected(call, transposed).stride()
+    assert mean.shape == var.shape == (0,)
+    assert mean.dtype == var.dtype == accumulator_dtype(call.x.dtype)
+    assert_close(y, call, transposed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+def test_plain(shape: tuple, dtype: torch.dtype, channels_last: bool) -> None:
+    call = operands(shape, dtype)
+    x = call.x.contiguous(memory_format=torch.channels_last) if channels_last else call.x
+    check(call._replace(x=x, channels_last=not channels_last), shape[0])
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_epilogue(shape: tuple, act: str) -> None:
+    call = operands(shape, torch.float32)
+    c_out = shape[3]
+    scale, shift = torch.randn(c_out), torch.randn(2 * c_out)[::2]  # a strided vector too
+    check(call._replace(out_scale=scale, out_shift=shift, out_act=act, slope=0.1), shape[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shift_without_scale(shape: tuple) -> None:
+    call = operands(shape, torch.float32)
+    check(call._replace(out_shift=torch.randn(shape[3])), shape[0])
+
+
+def test_tanh_is_accurate_near_zero() -> None:
+    """Relative accuracy, elementwise: 1 - exp(-2x) would have lost all of it at 1e-7."""
+    x = torch.logspace(-8, 1, 400).view(1, 1, 20, 20)
+    weight = torch.zeros(20, 1, 4, 4)
+    weight[:, :, 1, 1] = 1  # y[2p] = x[2p]
+    with ops.use_engine("triton"):
+        y = ops.conv2d_fused(x, weight, out_act="tanh")[0]
+    torch.testing.assert_close(y[:, :1], x[:, :, ::2, ::2].tanh(), rtol=5e-7, atol=0)
+
+
+def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
+    """A tile of the same proportions that a test's shapes fill more than once."""
+    if kernel == "dense_narrow":
+        return tile._replace(block_k=tile.block_k // 16)
+    return tile._replace(
+        block_m=max(16, tile.block_m // 4),
+        block_n=max(16, tile.block_n // 4),
+        block_k=max(16, tile.block_k // 4),
+    )
+
+
+LISTED = [
+    pytest.param(kernel, precision, tile, id=f"{kernel}-{precision}-{'x'.join(map(str, tile[:5]))}")
+    for kernel in tiles.KERNELS
+    for precision in tiles.PRECISIONS
+    for tile in tiles.candidates(kernel, precision)
+]
+
+
+@pytest.mark.parametrize(("kernel", "precision", "tile"), LISTED)
+def test_every_tile(kernel: str, precision: str, tile: tiles.Tile) -> None:
+    shape = next(s for name, s in SHAPES.items() if name.startswith(kernel) and "wide" not in name)
+    if kernel == "dense":
+        shape = SHAPES["dense_up"]
+    dtype = torch.float16 if precision == "16bit" else torch.float32
+    call = operands(shape, dtype)
+    call = call._replace(out_scale=torch.randn(shape[3]), out_act="leaky_relu")
+    chosen = gpu.kernel_for(call, shape[0])
+    assert chosen is not None
+    y = gpu.output(call, shape[0]).fill_(float("nan"))
+    chosen.launch(call, chosen.pack(call.weight), y, shrunk(tile, kernel))()
+    assert_close(y, call, shape[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_nothing_outside_is_read_or_written(shape: tuple) -> None:
+    """x, weight and vectors lie in NaN; y lies in a sentinel and is NaN where it is to be written."""
+    call = operands(shape, torch.float32)
+    transposed, c_out = shape[0], shape[3]
+
+    def surrounded(t: Tensor) -> Tensor:
+        framed = torch.full([size + 4 for size in t.shape], float("nan"))
+        inner = framed[tuple(slice(2, -2) for _ in t.shape)]
+        return inner.copy_(t)
+
+    call = call._replace(
+        x=surrounded(call.x),
+        out_scale=surrounded(torch.randn(c_out)),
+        out_shift=surrounded(torch.randn(c_out)),
+    )
+    chosen = gpu.kernel_for(call, transposed)
+    assert chosen is not None
+    packed = chosen.pack(call.weight)
+    packed = torch.cat([torch.full((64,), float("nan")), packed.flatten(), torch.full((64,), float("nan"))])
+    packed = packed[64:-64].view(chosen.pack(call.weight).shape)
+    shape_y = gpu.output(call, transposed).shape
+    framed = torch.full([size + 4 for size in shape_y], 7.0)
+    y = framed[2:-2, 2:-2, 2:-2, 2:-2].fill_(float("nan"))
+    tile = tiles.estimate(chosen.problem(call, y), 132)
+    chosen.launch(call, packed, y, tile)()
+    assert_close(y, call, transposed)
+    y.fill_(7.0)
+    assert (framed == 7.0).all()
+
+
+@pytest.mark.parametrize("name", ["up", "up_narrow_1", "down", "down_narrow_3", "dense_up", "dense_narrow_1"])
+def test_offsets_beyond_int32(name: str) -> None:
+    """Two images more than 2³¹ elements apart; the memory between them is never touched, so never there."""
+    shape = SHAPES[name]
+    call = operands((shape[0], 2, *shape[2:]), torch.float16)
+    far = torch.empty(2**31 + 4096, dtype=torch.float16)
+    n, c, h, w = call.x.shape
+    x = far.as_strided((n, c, h, w), (2**31 + 16, 1, w * c, c)).copy_(call.x)
+    check(call._replace(x=x), shape[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "tanh", "sigmoid"])
+def test_non_finite_goes_through(value: float, act: str) -> None:
+    call = operands(SHAPES["up"], torch.float32)._replace(out_act=act)
+    call.x[1, 3, 2, 1] = value
+    with ops.use_engine("triton"):
+        y = ops.conv_transpose2d_fused(*call)[0]
+    torch.testing.assert_close(y, expected(call, True).float(), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(
+    transposed=st.booleans(),
+    n=st.integers(1, 3),
+    c_in=st.integers(1, 40),
+    c_out=st.integers(1, 40),
+    h=st.integers(2, 7),
+    w=st.integers(2, 7),
+    act=st.sampled_from(ACTIVATIONS),
+    channels_last=st.booleans(),
+)
+def test_any_size(
+    transposed: bool, n: int, c_in: int, c_out: int, h: int, w: int, act: str, channels_last: bool
+) -> None:
+    call = operands((transposed, n, c_in, c_out, h, w, 4, 2, 1), torch.float32)
+    check(call._replace(out_act=act, channels_last=channels_last), transposed)
+
+
+def test_uncovered_calls_are_refused_by_name() -> None:
+    call = operands(SHAPES["up"], torch.float32)
+    channel = torch.ones(20)
+    for changed, reason in (
+        (call._replace(stats=True), "statistics"),
+        (call._replace(center=channel, scale=channel, shift=channel), "prologue"),
+        (call._replace(padding=0), "1×1 map"),
+        (call._replace(x=call.x.double(), weight=call.weight.double()), "float64"),
+    ):
+        with ops.use_engine("triton"), pytest.raises(RuntimeError, match=reason):
+            ops.conv_transpose2d_fused(*changed)

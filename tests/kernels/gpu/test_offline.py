@@ -1,0 +1,65 @@
+"""The kernels' code for sm_80 and sm_90: no spill, shared memory that fits, tensor cores, 16-byte copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bench.inspect import DTYPES, MULTIPROCESSORS, networks
+from bench.layers import Layer, layers
+from dcgan.kernels.gpu import offline, tiles
+
+
+@pytest.fixture(autouse=True)
+def _restore_precision() -> Iterator[None]:
+    before = torch.backends.cudnn.conv.fp32_precision
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def cases(channels: int, dtype: str) -> list[Layer]:
+    torch_dtype, torch.backends.cudnn.conv.fp32_precision = DTYPES[dtype]
+    return [layer for network in networks(channels) for layer in layers(network, 64, torch_dtype)]
+
+
+def check(layer: Layer, tile: tiles.Tile, arch: int) -> None:
+    launch = layer.launch(tile)
+    assert offline.faults(launch, offline.inspect(launch, arch), arch) == [], (layer.name, tile)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_default_tiles(dtype: str, arch: int) -> None:
+    for layer in cases(1, dtype):
+        check(layer, tiles.estimate(layer.problem(), MULTIPROCESSORS[arch]), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_tile(channels: int, dtype: str, arch: int) -> None:
+    for layer in cases(channels, dtype):
+        problem = layer.problem()
+        for tile in tiles.candidates(problem.kernel, problem.precision):
+            check(layer, tiles.fit(tile, problem), arch)
+
+
+def test_a_spilling_tile_is_a_fault() -> None:
+    """The bar can be missed: a tile far too large for its warps."""
+    layer = next(x for x in cases(1, "bfloat16") if x.kernel.name == "up")
+    launch = layer.launch(tiles.Tile(256, 256, 64, 4, 2))
+    faults = offline.faults(launch, offline.inspect(launch, 90), 90)
+    assert any("spills" in fault for fault in faults)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "tf32"])
+def test_channels_that_are_no_multiple_of_16_bytes_compile(dtype: str) -> None:
+    torch_dtype, torch.backends.cudnn.conv.fp32_precision = DTYPES[dtype]
+    from dcgan import models
+
+    for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
+        for layer in layers(network, 3, torch_dtype):
+            check(layer, tiles.estimate(layer.problem(), 132), 90)

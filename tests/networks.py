@@ -1,0 +1,87 @@
+"""Small reference networks beside their drop-ins, with the same state, and what the two must agree on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tolerance import relative
+from torch import Tensor, nn
+
+from dcgan import fast, models
+
+EXACT = 1e-12  # of float64's 1.1e-16 and sums of up to some thousand terms, through all layers
+
+
+def randomise(model: nn.Module) -> None:
+    """Weights as weights_init's but larger, and BatchNorms with an affine map and statistics of their own."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, 0.0, 0.1)
+        elif isinstance(module, nn.BatchNorm2d):
+            if module.affine:
+                nn.init.normal_(module.weight, 1.0, 0.3)
+                nn.init.normal_(module.bias, 0.0, 0.3)
+            if module.running_mean is not None and module.running_var is not None:
+                nn.init.normal_(module.running_mean, 0.0, 0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+
+
+def reference(
+    kind: str, channels: int = 3, image_size: int = 32, dtype: torch.dtype = torch.float64, features: int = 4
+) -> Any:
+    if kind == "G":
+        model: Any = models.Generator(6, channels, features, image_size)
+    else:
+        model = models.Discriminator(channels, features, image_size)
+    randomise(model)
+    return model.to(dtype)
+
+
+def drop_in(model: Any) -> Any:
+    """A fast network with a copy of ``model``'s modules."""
+    return fast.convert(copy.deepcopy(model))
+
+
+def sample(model: Any, batch: int = 5) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    if isinstance(model, models.Generator):
+        return torch.randn(batch, model.latent_dim, dtype=dtype)
+    return torch.randn(batch, model.channels, model.image_size, model.image_size, dtype=dtype)
+
+
+def results(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """Output, every gradient and every buffer after a forward and a backward."""
+    model.zero_grad()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = model(x)
+    weighted = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum() + y.square().sum()
+    (weighted if loss is None else loss(y)).backward()
+    found = {"output": y.detach(), "gradient of the input": x.grad}
+    found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
+    found |= {f"buffer {n}": b.detach().clone() for n, b in model.named_buffers()}
+    assert all(v is not None for v in found.values())
+    return found  # type: ignore[return-value]
+
+
+def assert_equal_results(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT
+) -> None:
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        got = actual[name]
+        assert (got.shape, got.dtype) == (want.shape, want.dtype), name
+        if not want.dtype.is_floating_point:
+            assert torch.equal(got, want), name
+        else:
+            assert relative(got, want) <= tolerance, f"{name}: {relative(got, want):.2e}"
+
+
+def assert_agree(model: Any, other: Any, x: Tensor, steps: int = 2, tolerance: float = EXACT) -> None:
+    """The same outputs, gradients, buffers and output strides, over ``steps`` forwards in the present mode."""
+    for _ in range(steps):
+        expected, actual = results(model, x), results(other, x)
+        assert_equal_results(actual, expected, tolerance)
+        assert actual["output"].stride() == expected["output"].stride()

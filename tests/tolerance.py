@@ -1,0 +1,244 @@
+"""How far a correct result may be from the exact one: bounds from unit roundoff, not thresholds by hand.
+
+Running error analysis: an :class:`Approx` is an exact value (float64) and a bound on the error of what an
+engine has in its place, elementwise. Each step adds its own rounding (Higham, *Accuracy and Stability of
+Numerical Algorithms*, 2002, chapters 3 and 4):
+
+    fl(a∘b) = (a∘b)(1+δ), |δ| ≤ u;    a sum of n terms, in any order: error ≤ n·u·Σ|terms|
+
+What an engine may round: operands of a product to x's dtype (``operand``, by default its unit roundoff; a
+tensor core in TF32 mode has 2⁻¹¹), results once to their own dtype; everything else is in the accumulator's.
+All bounds are to first order with a factor that covers the rest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from statement import act, column, convolve
+from torch import Tensor
+
+from dcgan.kernels import ops
+from dcgan.kernels.reference import accumulator_dtype
+
+FUNCTION_ULPS = 8  # tanh and sigmoid of a vector library: a few units in the last place
+SLACK = 1.1  # second-order terms
+
+
+def unit(dtype: torch.dtype) -> float:
+    """The unit roundoff: half the spacing of the numbers above 1."""
+    return torch.finfo(dtype).eps / 2
+
+
+class Approx(NamedTuple):
+    value: Tensor
+    error: Tensor
+
+
+def exact(t: Tensor) -> Approx:
+    t = t.detach().double()
+    return Approx(t, torch.zeros_like(t))
+
+
+def rounded(a: Approx, u: float) -> Approx:
+    return Approx(a.value, a.error + u * (a.value.abs() + a.error))
+
+
+def add(a: Approx, b: Approx, u: float) -> Approx:
+    return rounded(Approx(a.value + b.value, a.error + b.error), u)
+
+
+def mul(a: Approx, b: Approx, u: float) -> Approx:
+    error = a.error * b.value.abs() + b.error * a.value.abs() + a.error * b.error
+    return rounded(Approx(a.value * b.value, error), u)
+
+
+def total(a: Approx, u: float) -> Approx:
+    """Σ over N, H, W."""
+    count = a.value.numel() // max(a.value.shape[1], 1)
+    error = a.error + count * u * (a.value.abs() + a.error)
+    return Approx(a.value.sum((0, 2, 3)), error.sum((0, 2, 3)))
+
+
+def per_channel(a: Approx) -> Approx:
+    return Approx(column(a.value), column(a.error))
+
+
+def activate(a: Approx, name: str, slope: float, u: float) -> Approx:
+    """Every activation is Lipschitz with constant 1, or slope where that is more."""
+    if name == "none":
+        return a
+    error = a.error * max(1.0, slope)
+    value = act(a.value, name, slope)
+    ulps = FUNCTION_ULPS if name in ("tanh", "sigmoid") else 1
+    return rounded(Approx(value, error), ulps * u)
+
+
+def _derivative(x: Approx, y: Approx, name: str, slope: float, u: float) -> Approx:
+    """act'(x), told from the output y; a kink within the error of x may fall on either side."""
+    if name in ("relu", "leaky_relu"):
+        low = slope if name == "leaky_relu" else 0.0
+        value = torch.where(x.value > 0, 1.0, low).to(x.value)
+        kink = (x.error > 0) & (x.value.abs() <= x.error)
+        return Approx(value, torch.where(kink, abs(1 - low), 0.0).to(value))
+    if name == "tanh":
+        return rounded(Approx(1 - y.value**2, 2 * y.value.abs() * y.error + y.error**2 + u), 2 * u)
+    if name == "sigmoid":
+        return rounded(Approx(y.value * (1 - y.value), y.error * (1 + y.error) + u * y.value), 3 * u)
+    return exact(torch.ones_like(y.value))
+
+
+def _products(
+    a: Approx, b: Approx, u: float, terms: int, bilinear: object, operand: float
+) -> Approx:
+    """A bilinear map whose outputs are sums of ``terms`` products, of operands rounded to ``operand``."""
+    a, b = rounded(a, operand), rounded(b, operand)
+    f = bilinear
+    assert callable(f)
+    a_abs, b_abs = a.value.abs(), b.value.abs()
+    error = f(a.error, b_abs) + f(a_abs + a.error, b.error)
+    error = error + (terms + 1) * u * f(a_abs + a.error, b_abs + b.error)
+    return Approx(f(a.value, b.value), error)
+
+
+class Bounds:
+    """Error bounds for a call's outputs and gradients: ``forward()`` and ``backward(...)`` by name."""
+
+    def __init__(self, call: ops.Call, transposed: bool, operand: float | None = None) -> None:
+        self.call, self.transposed = call, transposed
+        self.u = unit(accumulator_dtype(call.x.dtype))
+        self.r = unit(call.x.dtype)
+        self.operand = self.r if operand is None else operand
+        # In float64 what we compare with has errors of the same size.
+        self.slack = 2 * SLACK if call.x.dtype == torch.float64 else SLACK
+        self.tiny = torch.finfo(call.x.dtype).smallest_normal * 2 * self.r  # a subnormal's spacing
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        return convolve(x, weight, self.call.stride, self.call.padding, self.transposed)
+
+    def _terms(self) -> int:
+        shape = self.call.weight.shape
+        return (shape[0] if self.transposed else shape[1]) * shape[2] * shape[3]
+
+    def _input(self) -> tuple[Approx, Approx, Approx]:
+        """x - center (or x), the prologue's affine map of it, and x̂."""
+        call, u = self.call, self.u
+        centred = pre = exact(call.x)
+        if call.center is not None and call.scale is not None and call.shift is not None:
+            centred = add(pre, per_channel(exact(-call.center)), u)
+            pre = mul(centred, per_channel(exact(call.scale)), u)
+            pre = add(pre, per_channel(exact(call.shift)), u)
+        return centred, pre, activate(pre, call.in_act, call.slope, u)
+
+    def _raw(self, x_hat: Approx) -> Approx:
+        weight = exact(self.call.weight)
+        return _products(x_hat, weight, self.u, self._terms(), self._convolve, self.operand)
+
+    def _output(self, raw: Approx) -> tuple[Approx, Approx]:
+        """Before and after the output's activation."""
+        call, y = self.call, raw
+        if call.out_scale is not None:
+            y = mul(y, per_channel(exact(call.out_scale)), self.u)
+        if call.out_shift is not None:
+            y = add(y, per_channel(exact(call.out_shift)), self.u)
+        return y, activate(y, call.out_act, call.slope, self.u)
+
+    def forward(self) -> dict[str, Tensor]:
+        raw = self._raw(self._input()[2])
+        if not self.call.stats:
+            return {"y": self._finish(self._output(raw)[1], self.r)}
+        mean, var = self._statistics(raw)
+        return {"y": self._finish(raw, self.r), "mean": self.slack * mean.error, "var": self.slack * var.error}
+
+    def _statistics(self, raw: Approx) -> tuple[Approx, Approx]:
+        count = raw.value.numel() // raw.value.shape[1]
+        sums = total(raw, self.u)
+        mean = rounded(Approx(sums.value / count, sums.error / count), self.u)
+        centred = (raw.value - column(mean.value)).abs()
+        var = raw.value.var((0, 2, 3), unbiased=False)
+        # What the data's own errors do, and the summation's: n·u·κ, κ = √(1 + mean²/var), for every algorithm
+        # but E[y²] - E[y]², which has κ² (Chan, Golub, LeVeque, The American Statistician, 1983).
+        error = (2 * centred * raw.error + raw.error**2).mean((0, 2, 3)) + mean.error**2
+        error = error + (count + 2) * self.u * (var * (var + mean.value**2)).sqrt()
+        return mean, Approx(var, error)
+
+    def backward(
+        self, dy: Tensor, dmean: Tensor | None = None, dvar: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        call, u = self.call, self.u
+        centred, pre, x_hat = self._input()
+        raw = self._raw(x_hat)
+        x_hat_operand = rounded(x_hat, self.operand)
+        found: dict[str, Approx] = {}
+
+        du = exact(dy)
+        if call.stats:
+            count = raw.value.numel() // raw.value.shape[1]
+            mean, _ = self._statistics(raw)
+            if dmean is not None:
+                term = rounded(Approx(dmean.double() / count, torch.zeros_like(mean.value)), u)
+                du = add(du, per_channel(term), u)
+            if dvar is not None:
+                term = rounded(Approx(2 * dvar.double() / count, torch.zeros_like(mean.value)), 2 * u)
+                kept = rounded(raw, self.r)
+                off = add(kept, per_channel(Approx(-mean.value, mean.error)), u)
+                du = add(du, mul(per_channel(term), off, u), u)
+        else:
+            out_pre, y = self._output(raw)
+            y = rounded(y, self.r)
+            du = mul(du, _derivative(out_pre, y, call.out_act, call.slope, u), u)
+            found["out_shift"] = total(du, u)
+            found["out_scale"] = total(mul(du, raw, u), u)
+            if call.out_scale is not None:
+                du = mul(du, per_channel(exact(call.out_scale)), u)
+
+        weight = exact(call.weight)
+        taps = call.weight.shape[2] * call.weight.shape[3]
+        c_out = call.weight.shape[1 if self.transposed else 0]
+        found["weight"] = _products(
+            x_hat_operand, du, u, raw.value[:, 0].numel(), self._weight_gradient, self.operand
+        )
+        dx_hat = _products(du, weight, u, c_out * taps, self._input_gradient, self.operand)
+        g = mul(dx_hat, _derivative(pre, x_hat, call.in_act, call.slope, u), u)
+        found["x"] = g
+        if call.scale is not None:
+            scale = exact(call.scale)
+            found["shift"] = total(g, u)
+            found["scale"] = total(mul(g, centred, u), u)
+            found["center"] = mul(scale, found["shift"], u)
+            found["x"] = mul(g, per_channel(scale), u)
+        return {
+            name: self._finish(a, self.r if name in ("x", "weight") else u) for name, a in found.items()
+        }
+
+    def _finish(self, a: Approx, u: float) -> Tensor:
+        return self.slack * rounded(a, u).error + self.tiny
+
+    def _input_gradient(self, du: Tensor, weight: Tensor) -> Tensor:
+        x = torch.zeros_like(self.call.x, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(self._convolve(x, weight), x, du)[0]
+
+    def _weight_gradient(self, x_hat: Tensor, du: Tensor) -> Tensor:
+        weight = torch.zeros_like(self.call.weight, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(self._convolve(x_hat, weight), weight, du)[0]
+
+
+def assert_within(name: str, actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """|actual - expected| ≤ bound, elementwise; says by how much and where it fails."""
+    assert actual.shape == expected.shape, f"{name} is {list(actual.shape)}, expected {list(expected.shape)}"
+    error = (actual.detach().double() - expected.detach().double()).abs()
+    excess = error - bound
+    if error.numel() and not bool((excess <= 0).all()):  # a NaN fails too
+        worst = int(torch.nan_to_num(excess, nan=float("inf")).argmax())
+        raise AssertionError(
+            f"{name}: error {error.flatten()[worst].item():.3e} where {bound.flatten()[worst].item():.3e} is "
+            f"allowed, at flat index {worst} of {list(error.shape)}; "
+            f"{int((~(excess <= 0)).sum())} of {error.numel()} are out"
+        )
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖₂ / ‖expected‖₂, in float64."""
+    a, e = actual.detach().double(), expected.detach().double()
+    return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
