@@ -18,7 +18,9 @@ demo: $(VENV)/.installed
 	$(PY) -m bench generate --batch 1 64 --seconds 1.5
 
 test: $(VENV)/.installed
-	@echo "== Tests =="
+	@echo "== The Triton kernels in Triton's interpreter =="
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
+	@echo "== Everything else =="
 	$(PY) -m pytest -m "not slow"
 
 test-slow: $(VENV)/.installed
@@ -33,7 +35,7 @@ peers: $(VENV)/.peers
 
 bench: $(VENV)/.installed
 	@echo "== Generation, every provider checked, then timed (\`make peers\` installs the rival runtimes) =="
-	$(PY) -m bench generate --batch 1 8 64 256 --json results/generate.jsonl
+	$(PY) -m bench generate --batch 1 8 64 256 --json bench/results/cpu.jsonl
 	@echo "== Single ops =="
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
@@ -46,6 +48,33 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# On a machine with an NVIDIA GPU: STAGE=test, tune, bench or all; the results go to OUT. Without a .venv it uses
+# the python3 it is given, with the PyTorch and Triton that it has.
+STAGE ?= all
+OUT ?= runs/gpu
+GPU_PY := $(if $(wildcard $(VENV)/.installed),$(PY),python3)
+
+gpu: SHELL := /bin/bash
+gpu: .SHELLFLAGS := -o pipefail -c
+gpu:
+	@$(GPU_PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs an NVIDIA GPU, and there is no GPU here')"
+	@mkdir -p $(OUT)
+ifneq ($(GPU_PY),$(PY))
+	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
+endif
+ifneq ($(filter test all,$(STAGE)),)
+	@echo "== Tests on the GPU =="
+	$(GPU_PY) -m pytest -m gpu 2>&1 | tee $(OUT)/test.txt
+endif
+ifneq ($(filter tune all,$(STAGE)),)
+	@echo "== Tuning =="
+	$(GPU_PY) -m bench gpu tune --out $(OUT) 2>&1 | tee $(OUT)/tune.txt
+endif
+ifneq ($(filter bench all,$(STAGE)),)
+	@echo "== Generation =="
+	$(GPU_PY) -m bench gpu bench --out $(OUT) 2>&1 | tee $(OUT)/bench.txt
+endif
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from bench.usage import UsageError
 
-COMMANDS = ("generate", "discriminate", "plot")
+COMMANDS = ("generate", "discriminate", "inspect", "gpu", "plot")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

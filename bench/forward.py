@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from bench import results, table
+from bench import machine, results, table
 from bench.cases import DTYPES, NETWORKS, Case, load_state
 from bench.ceiling import Ceiling
 from bench.flops import count
-from bench.machine import cores
 from bench.providers import PROVIDERS, Provider, find_all
 from bench.race import Settings, measure_ceiling, race
 from bench.results import Report
 from bench.usage import UsageError, positive, seconds
 
 NO_GPU = "no GPU here"
+BUSY = 0.5  # load a core from which the figures are the neighbours' too
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     )
     add("--seconds", type=seconds, default=3.0, help="measuring time of each provider and case (3)")
     add("--rounds", type=positive, default=6, help="bursts that time is divided into (6)")
-    add("--threads", type=positive, default=cores(), help="CPU threads of each provider (all cores)")
+    add("--threads", type=positive, default=machine.cores(), help="CPU threads of each provider (all cores)")
     add("--json", type=Path, metavar="FILE", help="append the results, one JSON object a line")
     add("--checkpoint", type=Path, metavar="FILE", help="a state dict; its sizes are read off it")
     add("--channels", type=positive, help="channels of the image (1)")
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     cases = make_cases(args, command)
     settings = Settings(args.seconds, args.rounds)
     out, progress = table.console(), table.console(stderr=True)
+    load = machine.load()
 
     def log(line: str) -> None:
         progress.print(f"  {line}", style="dim", markup=False)
@@ -68,9 +69,14 @@ def run(args: argparse.Namespace, command: str) -> int:
         for line in [*table.failures(report), *table.ceiling_lines(report), ""]:
             out.print(line, markup=False, soft_wrap=True)
         if args.json is not None:
-            results.append(args.json, results.rows([report]))
+            results.append(args.json, results.rows([report], load))
     if len(reports) > 1:
         out.print(table.summary_table(reports))
+    if load is not None and load > BUSY * machine.cores():
+        out.print(
+            f"busy: the load was {load:.1f} on {machine.cores()} cores before measuring; "
+            "an idle machine gives other figures"
+        )
     if not torch.cuda.is_available():
         out.print(f"cuda: {NO_GPU}")
     return status(reports)

@@ -16,17 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import pretend
+from bench.cases import DTYPES
 from bench.layers import Layer, layers
 from dcgan import fast, models
 from dcgan.kernels.gpu import offline, tiles
 
 HELP = "machine code of the Triton kernels, without a GPU"
-DTYPES = {
-    "float32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "float16": (torch.float16, "tf32"),
-    "bfloat16": (torch.bfloat16, "tf32"),
-}
 HEADINGS = (
     *("kernel", "layer", "dtype", "tile M×N×K", "programs", "regs", "spills", "KB"),
     *("matrix", "16-byte copies", "narrower", "loads", "verdict"),
@@ -65,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
         for heading in HEADINGS:
             table.add_column(heading, no_wrap=heading not in ("16-byte copies", "verdict"))
         for dtype in args.dtype:
-            torch_dtype, precision = DTYPES[dtype]
-            torch.backends.cudnn.conv.fp32_precision = precision
+            torch.backends.cudnn.allow_tf32 = dtype == "tf32"
             for network in networks(args.channels):
-                for layer in layers(network, args.batch, torch_dtype):
+                for layer in layers(network, args.batch, DTYPES[dtype]):
                     for tile in tiles_of(layer, MULTIPROCESSORS[arch], args.all):
                         wrong += _row(table, layer, dtype, tile, arch)
         console.print(table)

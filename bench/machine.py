@@ -21,6 +21,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def load() -> float | None:
+    """Processes that wanted to run in the last minute, on average; None where that is not known."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
 def hardware() -> dict[str, Any]:
     """The CPU and, if there is one, the GPU."""
     found: dict[str, Any] = {

@@ -50,14 +50,18 @@ class Report:
         return sorted(self.outcomes, key=lambda o: -(self.images_per_s(o) or 0.0))
 
 
-def rows(reports: Iterable[Report]) -> list[dict[str, Any]]:
-    """The JSON objects of ``reports``. Rates are images/s and FLOP/s, times seconds, memory bytes."""
+def rows(reports: Iterable[Report], load: float | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of ``reports``. Rates are images/s and FLOP/s, times seconds, memory bytes.
+
+    ``load`` is the machine's load before it was measured: how far the figures can be trusted.
+    """
     common = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": machine.commit(),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
+        "load": load,
     }
     return [common | _row(report, outcome) for report in reports for outcome in report.ranked()]
 

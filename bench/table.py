@@ -29,7 +29,7 @@ def rate(value: float | None) -> str:
     """images/s: three digits or more, thousands apart."""
     if value is None:
         return NOTHING
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def times(ratio: float | None) -> str:

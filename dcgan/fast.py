@@ -190,6 +190,8 @@ def _run_layer(
                 f"Expected more than 1 value per channel when training, got input size {y.shape}"
             )
         _track(norm, mean, var, count)
+        if count == 0:  # the statistics of nothing are NaN, which would reach the gradients
+            mean, var = torch.zeros_like(mean), torch.ones_like(var)
         scale, shift = _affine(norm, var, mean.dtype)
         shift = torch.zeros_like(scale) if shift is None else shift
         return y, _Pending(mean, scale, shift, layer.act, layer.slope)
@@ -231,8 +233,13 @@ def _settle(x: Tensor, pending: _Pending) -> Tensor:
 
 def _eager_format_is_channels_last(sequence: nn.Sequential, x: Tensor) -> bool:
     """Whether eager's output is channels_last: input or a convolution's weight says so, as in aten."""
-    tensors = [m.weight for m in sequence if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    return any(_is_channels_last(t) for t in (x, *tensors))
+    return any(_is_channels_last(t) for t in (x, *_convolution_weights(sequence)))
+
+
+def _convolution_weights(sequence: nn.Sequential) -> list[nn.Parameter]:
+    """Those that are parameters: to read a parametrized one computes it (and steps a spectral norm)."""
+    found = [m._parameters.get("weight") for m in sequence if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return [weight for weight in found if weight is not None]
 
 
 def _is_channels_last(t: Tensor) -> bool:
@@ -270,8 +277,7 @@ class _Fast(nn.Module):
     main: nn.Sequential
 
     def _freeze(self) -> None:
-        convolutions = [m.weight for m in self.main if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-        weights.freeze(self, convolutions)
+        weights.freeze(self, _convolution_weights(self.main))
 
     def refresh(self) -> None:
         """Forget everything made of the weights. Needed after ``p.data`` was edited in place in eval mode:

@@ -12,10 +12,12 @@ import torch
 from networks import EXACT, assert_agree, assert_equal_results, drop_in, reference, results, sample
 from tolerance import relative, unit
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from dcgan import fast, models
 from dcgan.kernels import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -37,17 +39,19 @@ def test_same_as_the_reference(kind: str, training: bool, channels: int, image_s
 @MODES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_accurate_as_eager(kind: str, training: bool, dtype: torch.dtype) -> None:
-    """Against float64 of the same values, the error is eager's, give or take what another order of sums does.
+    """Against float64 of the same values: eager's error, give or take what another order of sums does.
 
-    A layer rounds its output once, eager its convolution, its BatchNorm and its activation, so 2 is ample.
+    A layer rounds its output once, eager its convolution, its BatchNorm and its activation, so 2 is ample; but
+    eager's BatchNorm sums float32 in float64 on a CPU, where the ops sum n values in float32: √n roundings.
     """
     model = reference(kind, dtype=dtype).train(training)
     x = sample(model, 8)
+    summed = 8 * 16 * 16  # the largest map that a BatchNorm is over
     exact = results(copy.deepcopy(model).double(), x.double())
     eager, actual = results(copy.deepcopy(model), x), results(drop_in(model), x)
     for name, want in exact.items():
         if want.dtype.is_floating_point:
-            allowed = 2 * relative(eager[name], want) + 4 * unit(dtype)
+            allowed = 2 * relative(eager[name], want) + 4 * unit(dtype) + summed**0.5 * unit(torch.float32)
             assert relative(actual[name], want) <= allowed, name
         assert actual[name].dtype == eager[name].dtype, name
 
@@ -220,10 +224,6 @@ def inner(model: Any) -> nn.Module:
     return model.main[3 if isinstance(model, models.Generator) else 2]
 
 
-def prune(model: Any) -> None:
-    nn.utils.prune.l1_unstructured(inner(model), "weight", 0.5)  # type: ignore[no-untyped-call]
-
-
 def dropout(model: Any) -> None:
     model.main.append(nn.Dropout(0.0))
     model.main.insert(3, nn.Dropout(0.0))
@@ -253,7 +253,6 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "spectral_norm": spectral,
     "old spectral_norm": old_spectral,
     "weight_norm": weight_norm,
-    "pruned": prune,
     "bias": replace(0, with_bias),
     "bias at the end": replace(-2, with_bias),
     "dilated": replace(0, dilated),
@@ -274,6 +273,17 @@ def test_changed_modules(kind: str, training: bool, name: str) -> None:
         for module in model.modules():
             module.training = module.training if name == "half frozen" else training
     assert_agree(model, drop_in(model), sample(model))
+
+
+@NETWORKS
+@MODES
+def test_pruned(kind: str, training: bool) -> None:
+    """A weight that a hook computes before each forward."""
+    model = reference(kind).train(training)
+    other = drop_in(model)
+    for network in (model, other):
+        prune.l1_unstructured(inner(network), "weight", 0.5)
+    assert_agree(model, other, sample(model))
 
 
 @NETWORKS
@@ -738,7 +748,7 @@ def test_forward_mode(kind: str, training: bool) -> None:
         for network in (model, other):
             set_on_norms(track_running_stats=False)(network)
     expected, actual = (torch.func.jvp(m, (x,), (v,)) for m in (model, other))
-    assert float(expected[1].norm()) > 0
+    assert float(expected[1].detach().norm()) > 0
     assert relative(actual[0], expected[0]) < EXACT
     assert relative(actual[1], expected[1]) < EXACT
 

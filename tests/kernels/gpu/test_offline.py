@@ -7,21 +7,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench.inspect import DTYPES, MULTIPROCESSORS, networks
+from bench.cases import DTYPES
+from bench.inspect import MULTIPROCESSORS, networks
 from bench.layers import Layer, layers
+from dcgan import models
 from dcgan.kernels.gpu import offline, tiles
 
 
 @pytest.fixture(autouse=True)
 def _restore_precision() -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
+    before = torch.backends.cudnn.allow_tf32
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def cases(channels: int, dtype: str) -> list[Layer]:
-    torch_dtype, torch.backends.cudnn.conv.fp32_precision = DTYPES[dtype]
-    return [layer for network in networks(channels) for layer in layers(network, 64, torch_dtype)]
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    return [layer for network in networks(channels) for layer in layers(network, 64, DTYPES[dtype])]
 
 
 def check(layer: Layer, tile: tiles.Tile, arch: int) -> None:
@@ -57,9 +59,7 @@ def test_a_spilling_tile_is_a_fault() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "tf32"])
 def test_channels_that_are_no_multiple_of_16_bytes_compile(dtype: str) -> None:
-    torch_dtype, torch.backends.cudnn.conv.fp32_precision = DTYPES[dtype]
-    from dcgan import models
-
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
-        for layer in layers(network, 3, torch_dtype):
+        for layer in layers(network, 3, DTYPES[dtype]):
             check(layer, tiles.estimate(layer.problem(), 132), 90)

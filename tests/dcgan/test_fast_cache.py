@@ -1,0 +1,339 @@
+"""In eval, what is made of a drop-in's weights is kept, and never stale: here their cast, under autocast."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import drop_in, randomise, reference, results, sample
+from tolerance import relative, unit
+from torch import Tensor, nn
+
+from dcgan import fast
+from dcgan.kernels import weights
+from dcgan.models import weights_init
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
+
+
+@pytest.fixture(autouse=True)
+def _a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_entries", {})
+
+
+@torch.no_grad()
+def run(model: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y: Tensor = model(x)
+    return y
+
+
+def kept() -> int:
+    """How many tensors made of weights the cache holds."""
+    return sum(len(entry.derived) for entry in weights._entries.values())
+
+
+def afresh(model: Any, x: Tensor) -> Tensor:
+    """The same network's answer with nothing kept: all its tensors are copies."""
+    return run(copy.deepcopy(model), x)
+
+
+def network(kind: str) -> Any:
+    return drop_in(reference(kind, dtype=torch.float32)).eval()
+
+
+# --- every way a network's weights change ------------------------------------------------------------------
+
+
+def step(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        make(model.parameters()).step()
+
+    return change
+
+
+def training_step(model: Any) -> None:
+    results(model.train(), sample(model))
+    torch.optim.Adam(model.parameters(), lr=0.1, fused=True).step()
+    model.eval()
+
+
+def load(model: Any) -> None:
+    other = copy.deepcopy(model)
+    randomise(other)
+    model.load_state_dict(other.state_dict())
+
+
+def load_by_the_parent(model: Any) -> None:
+    other = nn.ModuleDict({"net": copy.deepcopy(model)})
+    randomise(other)
+    nn.ModuleDict({"net": model}).load_state_dict(other.state_dict())
+
+
+def load_one_layer(model: Any) -> None:
+    model.main[0].load_state_dict({"weight": torch.randn_like(model.main[0].weight)})
+
+
+def load_assigning(model: Any) -> None:
+    other = copy.deepcopy(model)
+    randomise(other)
+    model.load_state_dict(other.state_dict(), assign=True)
+
+
+def copy_under_no_grad(model: Any) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+
+
+def assign_data(model: Any) -> None:
+    for p in model.parameters():
+        p.data = torch.randn_like(p)
+
+
+def initialise_and_refresh(model: Any) -> None:
+    model.apply(weights_init)
+    with torch.no_grad():
+        torch.Tensor.mul_(model.main[1].weight if hasattr(model.main[1], "weight") else torch.ones(1), 2)
+    model.refresh()
+
+
+def edit_data_between_modes(model: Any) -> None:
+    """What only train() and eval() can see: values changed behind the version's back."""
+    model.train()
+    for p in model.parameters():
+        p.data.copy_(torch.randn_like(p))
+    model.eval()
+
+
+def edit_data_and_eval_again(model: Any) -> None:
+    model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
+    model.eval()
+
+
+def replace_parameter(model: Any) -> None:
+    model.main[0].weight = nn.Parameter(torch.randn_like(model.main[0].weight))
+
+
+def replace_layer(model: Any) -> None:
+    old = model.main[0]
+    model.main[0] = type(old)(old.in_channels, old.out_channels, 4, old.stride, old.padding, bias=False)
+
+
+def there_and_back(model: Any) -> None:
+    model.to(torch.float64)
+    model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
+    model.to(torch.float32)
+
+
+def of_a_norm(model: Any) -> None:
+    norm = next(m for m in model.main if isinstance(m, nn.BatchNorm2d))
+    norm.running_mean.data.add_(1)
+    norm.weight.data.mul_(-2)
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "Adam": step(lambda p: torch.optim.Adam(p, lr=0.1)),
+    "Adam fused": step(lambda p: torch.optim.Adam(p, lr=0.1, fused=True)),
+    "SGD fused": step(lambda p: torch.optim.SGD(p, lr=0.1, fused=True)),
+    "AdamW foreach": step(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
+    "a training step": training_step,
+    "load_state_dict": load,
+    "load_state_dict of a parent": load_by_the_parent,
+    "load_state_dict of a layer": load_one_layer,
+    "load_state_dict assign": load_assigning,
+    "copy_": copy_under_no_grad,
+    "data =": assign_data,
+    "weights_init, refresh": initialise_and_refresh,
+    "data edited in training": edit_data_between_modes,
+    "data edited, eval()": edit_data_and_eval_again,
+    "parameter replaced": replace_parameter,
+    "layer replaced": replace_layer,
+    "to float64, edited, and back": there_and_back,
+    "running statistics and affine": of_a_norm,
+}
+
+
+@NETWORKS
+@pytest.mark.parametrize("name", CHANGES)
+def test_never_stale(kind: str, name: str) -> None:
+    """The very next forward is that of a network to which nothing was ever cached."""
+    model = network(kind)
+    x = sample(model)
+    for _ in range(3):
+        previous = run(model, x)
+        assert torch.equal(run(model, x), previous)
+        assert kept() == 4  # one for each convolution: it does use what it keeps
+        CHANGES[name](model)
+        assert torch.equal(run(model, x), afresh(model, x))
+        assert not torch.equal(run(model, x), previous)
+
+
+def test_data_edited_in_eval_needs_refresh() -> None:
+    """The one thing no hook can see, as refresh() documents."""
+    model = network("G")
+    z = sample(model)
+    stale = run(model, z)
+    model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
+    assert torch.equal(run(model, z), stale)
+    model.refresh()
+    assert torch.equal(run(model, z), afresh(model, z))
+
+
+# --- when it is kept ---------------------------------------------------------------------------------------
+
+
+@NETWORKS
+def test_nothing_is_kept_in_training(kind: str) -> None:
+    model = network(kind).train()
+    run(model, sample(model))
+    assert not weights._entries
+
+
+def test_going_to_training_lets_go() -> None:
+    model = network("G")
+    run(model, sample(model))
+    assert kept() == 4
+    model.train()
+    assert not weights._entries
+
+
+def test_a_parents_train_and_to_reach_it() -> None:
+    model = network("G")
+    parent = nn.ModuleDict({"g": model})
+    run(model, sample(model))
+    parent.train()
+    assert not weights._entries
+    parent.eval()
+    run(model, sample(model))
+    assert kept() == 4
+    parent.to(torch.float64)
+    assert kept() == 0
+
+
+@NETWORKS
+def test_freed_with_the_network(kind: str) -> None:
+    model = network(kind)
+    run(model, sample(model))
+    assert kept() == 4
+    del model
+    gc.collect()
+    assert not weights._entries
+
+
+def test_many_networks_come_and_go() -> None:
+    for _ in range(10):
+        model = network("G")
+        run(model, sample(model))
+    del model
+    gc.collect()
+    assert not weights._entries
+
+
+def test_two_drop_ins_around_one_network() -> None:
+    model = reference("G", dtype=torch.float32).eval()
+    first, second = fast.convert(model), fast.convert(model)
+    z = sample(model)
+    assert torch.equal(run(first, z), run(second, z))
+    first.train()
+    CHANGES["Adam fused"](first)
+    first.eval()
+    assert torch.equal(run(second, z), afresh(first, z))
+    del first
+    gc.collect()
+    copy_under_no_grad(second)
+    assert torch.equal(run(second, z), afresh(second, z))
+
+
+def test_the_reference_network_trains_what_a_drop_in_serves() -> None:
+    """The drop-in stays in eval while the network it shares its modules with trains and evaluates."""
+    model = reference("G", dtype=torch.float32)
+    served = fast.convert(model).eval()
+    z = sample(model)
+    for _ in range(3):
+        run(served, z)
+        model.train()
+        results(model, z)
+        torch.optim.Adam(model.parameters(), lr=0.01, fused=True).step()
+        model.eval()
+        assert torch.equal(run(served, z), afresh(served, z))
+
+
+def test_a_copy_and_a_loaded_one_keep_their_own() -> None:
+    model = network("G")
+    z = sample(model)
+    before = run(model, z)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for clone in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert torch.equal(run(clone, z), before)
+        copy_under_no_grad(clone)
+        assert torch.equal(run(clone, z), afresh(clone, z))
+        assert torch.equal(run(model, z), before)
+
+
+@NETWORKS
+def test_with_gradients_nothing_kept_is_used(kind: str) -> None:
+    """In eval with gradients the cast is part of the graph: float32 gradients reach float32 weights."""
+    model = network(kind)
+    x = sample(model)
+    run(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x).float().square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.dtype == torch.float32
+        assert bool(p.grad.any()), name
+
+
+def test_kept_from_inference_mode_it_serves_a_differentiated_call() -> None:
+    model = network("G").requires_grad_(False)
+    z = sample(model)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(z)
+    assert kept() == 4
+    z.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(z).float().square().sum().backward()
+    assert z.grad is not None
+    assert bool(z.grad.any())
+
+
+@NETWORKS
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_is_as_accurate_as_eagers(kind: str, training: bool) -> None:
+    model = reference(kind, dtype=torch.float32).train(training)
+    x = sample(model, 8)
+    exact = copy.deepcopy(model).double()(x.double())
+    eager, actual = run(copy.deepcopy(model), x), run(drop_in(model), x)
+    assert actual.dtype == eager.dtype
+    assert relative(actual, exact) <= 2 * relative(eager, exact) + 4 * unit(torch.bfloat16)
+
+
+def test_a_parametrized_weight_is_computed_by_its_layer_alone() -> None:
+    """Neither strides nor caching read it: each read of a spectral norm in training steps it."""
+    model = network("D")
+    nn.utils.parametrizations.spectral_norm(model.main[2])
+    reads = 0
+
+    class Counting(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            nonlocal reads
+            reads += 1
+            return weight
+
+    nn.utils.parametrize.register_parametrization(model.main[2], "weight", Counting())
+    for training in (True, False):
+        model.train(training)
+        reads = 0
+        model(sample(model))
+        assert reads == 1

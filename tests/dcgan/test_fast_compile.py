@@ -1,0 +1,150 @@
+"""torch.compile takes the drop-ins whole: no graph break, eager's results, no compilation after the first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_equal_results, drop_in, reference, results, sample
+from tolerance import relative
+from torch import Tensor
+
+NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+ROUNDING = 1e-11  # in float64: Inductor fuses and reorders
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: Any, backend: str, **options: Any) -> Any:
+    return torch.compile(model, backend=backend, fullgraph=True, **options)
+
+
+def assert_compiled_is_eager(kind: str, training: bool, backend: str) -> None:
+    eager = drop_in(reference(kind, features=2)).train(training)
+    model = copy.deepcopy(eager)
+    fast = compiled(model, backend)
+    for step in range(3):
+        x = sample(eager)
+        # The first call compiles; the rest must not.
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            actual = results(fast, x)
+        expected = results(eager, x)
+        actual = {n.replace("_orig_mod.", ""): t for n, t in actual.items()}
+        assert_equal_results(actual, expected, ROUNDING)
+        assert actual["output"].stride() == expected["output"].stride()
+
+
+@NETWORKS
+@MODES
+def test_aot_eager(kind: str, training: bool) -> None:
+    assert_compiled_is_eager(kind, training, "aot_eager")
+
+
+@NETWORKS
+def test_inductor(kind: str) -> None:
+    """Forward and backward, with running statistics updated in the graph."""
+    assert_compiled_is_eager(kind, True, "inductor")
+
+
+@pytest.mark.slow
+@NETWORKS
+def test_inductor_in_eval_with_gradients(kind: str) -> None:
+    assert_compiled_is_eager(kind, False, "inductor")
+
+
+@NETWORKS
+def test_inductor_for_inference(kind: str) -> None:
+    eager = drop_in(reference(kind, features=2)).eval()
+    fast = compiled(copy.deepcopy(eager), "inductor")
+    x = sample(eager)
+    with torch.no_grad():
+        expected, actual = eager(x), fast(x)
+    assert relative(actual, expected) < ROUNDING
+    assert actual.stride() == expected.stride()
+
+
+@NETWORKS
+@MODES
+def test_a_dynamic_batch(kind: str, training: bool) -> None:
+    """dynamic=True: one graph for every batch size above 1."""
+    eager = drop_in(reference(kind, features=2)).train(training)
+    fast = compiled(copy.deepcopy(eager), "aot_eager", dynamic=True)
+    assert relative(fast(sample(eager, 4)), eager(x := sample(eager, 4))) is not None
+    eager = copy.deepcopy(fast._orig_mod)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (3, 7, 2):
+            x = sample(eager, batch)
+            assert relative(fast(x), eager(x)) < ROUNDING
+
+
+def test_weights_changed_in_eval_are_seen_without_recompiling() -> None:
+    """The compiled graph reads the parameters and statistics, not what they were."""
+    model = drop_in(reference("G", features=2)).eval()
+    fast = compiled(model, "aot_eager")
+    z = sample(model)
+    with torch.no_grad():
+        previous = fast(z)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for parameter in (model.main[0].weight, model.main[1].weight, model.main[1].running_mean):
+                parameter.data.mul_(1.5)
+                assert relative(fast(z), copy.deepcopy(model)(z)) < ROUNDING
+                assert relative(fast(z), previous) > 1e-6
+                previous = fast(z)
+
+
+@MODES
+def test_under_autocast(training: bool) -> None:
+    """The autocast rule is traced: nothing fake enters the cache of weights."""
+    eager = drop_in(reference("G", features=2, dtype=torch.float32)).train(training)
+    fast = compiled(copy.deepcopy(eager), "aot_eager")
+    z = sample(eager)
+
+    def run(model: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
+            y: Tensor = model(z)
+        return y
+
+    for _ in range(2):
+        actual, expected = run(fast), run(eager)
+        assert actual.dtype == torch.bfloat16
+        assert torch.equal(actual, expected)
+    if training:
+        actual.float().sum().backward()
+        expected.float().sum().backward()
+        for p, q in zip(fast.parameters(), eager.parameters(), strict=True):
+            assert p.grad.dtype == torch.float32
+            assert torch.equal(p.grad, q.grad)
+
+
+def test_a_whole_training_step() -> None:
+    """Both networks, the loss and the backward in one graph, as a training loop compiles it."""
+    g, d = drop_in(reference("G", features=2)), drop_in(reference("D", features=2))
+    z = sample(g)
+
+    def loss(g: Any, d: Any, z: Tensor) -> Tensor:
+        image = g(z)
+        found: Tensor = -(d(image).log().mean() + (1 - d(image.detach())).log().mean())
+        return found
+
+    copies = copy.deepcopy((g, d))
+    expected = loss(g, d, z)
+    expected.backward()
+    actual = torch.compile(loss, backend="aot_eager", fullgraph=True)(*copies, z)
+    actual.backward()
+    assert relative(actual, expected) < ROUNDING
+    for model, other in zip((g, d), copies, strict=True):
+        assert_equal_results(
+            {n: p.grad for n, p in other.named_parameters()},
+            {n: p.grad for n, p in model.named_parameters()},
+            ROUNDING,
+        )
+        assert_equal_results(dict(other.named_buffers()), dict(model.named_buffers()), ROUNDING)
