@@ -137,10 +137,13 @@ def forward(
         var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
     else:
         mean, var = y.new_empty(0), y.new_empty(0)
-        if out_scale is not None:
-            y = (y.mul if functional else y.mul_)(_per_channel(out_scale))
-        if out_shift is not None:
-            y = (y.add if functional else y.add_)(_per_channel(out_shift))
+        target = None if functional else y
+        if out_scale is not None and out_shift is not None:  # one pass over y, not two
+            y = torch.addcmul(_per_channel(out_shift), y, _per_channel(out_scale), out=target)
+        elif out_scale is not None:
+            y = torch.mul(y, _per_channel(out_scale), out=target)
+        elif out_shift is not None:
+            y = torch.add(y, _per_channel(out_shift), out=target)
         y = act(y, out_act, slope)
     y = y.to(x.dtype)
     return y if functional else _canonical(y, channels_last), mean, var

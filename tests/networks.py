@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tolerance import relative
 from torch import Tensor, nn
 
 from dcgan import fast, models
@@ -85,7 +84,7 @@ def assert_equal_results(
 
 
 def assert_agree(model: Any, other: Any, x: Tensor, steps: int = 2, tolerance: float = EXACT) -> None:
-    """The same outputs, gradients, buffers and output strides, over ``steps`` forwards in the present mode."""
+    """The same outputs, gradients, buffers and output strides, over ``steps`` forwards."""
     for _ in range(steps):
         expected, actual = results(model, x), results(other, x)
         assert_equal_results(actual, expected, tolerance)

@@ -79,10 +79,9 @@ class Problem:
         tail = "stats" if self.stats else f"{'e' * self.out_scale}{'b' * self.out_shift}-{self.out_act}"
         head = f"{'p-' if self.prologue else ''}{self.in_act}"
         kernel, size = "x".join(map(str, self.kernel)), "x".join(map(str, self.size))
-        return (
-            f"{'up' if self.transposed else 'down'}-{size}-k{kernel}s{self.stride}p{self.padding}-{head}-{tail}"
-            f"-{str(self.dtype).removeprefix('torch.')}{'-nhwc' if self.channels_last else ''}"
-        )
+        name, dtype = "up" if self.transposed else "down", str(self.dtype).removeprefix("torch.")
+        geometry = f"{size}-k{kernel}s{self.stride}p{self.padding}"
+        return f"{name}-{geometry}-{head}-{tail}-{dtype}{'-nhwc' if self.channels_last else ''}"
 
     def with_(self, **changes: Any) -> Problem:
         return replace(self, **changes)
@@ -98,7 +97,7 @@ class Problem:
         return True
 
     def call(self, requires_grad: bool = False, device: str = "cpu") -> ops.Call:
-        """The arguments: values of order one, representable in the dtype, scale and out_scale of both signs."""
+        """The arguments: values of order one, representable in the dtype; scales have both signs."""
         g = torch.Generator().manual_seed(self.seed)
         acc = accumulator_dtype(self.dtype)
 
@@ -176,14 +175,12 @@ def pairwise(**options: list[Any]) -> list[dict[str, Any]]:
         for name in names:
             if name in row:
                 continue
-
-            def gain(k: int, name: str = name, row: dict[str, int] = row) -> int:
-                met = [(name, k, o, v) for o, v in row.items()] + [(o, v, name, k) for o, v in row.items()]
-                return sum(pair in wanted for pair in met)
-
-            row[name] = max(range(len(options[name])), key=lambda k: (gain(k), (k + len(rows)) % 7))
+            gains = [
+                sum((name, k, o, v) in wanted or (o, v, name, k) in wanted for o, v in row.items())
+                for k in range(len(options[name]))
+            ]
+            ties = [(gain, (k + len(rows)) % 7) for k, gain in enumerate(gains)]  # among equals, in turn
+            row[name] = ties.index(max(ties))
         rows.append(row)
-        wanted -= {
-            (a, row[a], b, row[b]) for n, a in enumerate(names) for b in names[n + 1 :]
-        }
+        wanted -= {(a, row[a], b, row[b]) for n, a in enumerate(names) for b in names[n + 1 :]}
     return [{name: options[name][row[name]] for name in names} for row in rows]

@@ -89,9 +89,7 @@ def _derivative(x: Approx, y: Approx, name: str, slope: float, u: float) -> Appr
     return exact(torch.ones_like(y.value))
 
 
-def _products(
-    a: Approx, b: Approx, u: float, terms: int, bilinear: object, operand: float
-) -> Approx:
+def _products(a: Approx, b: Approx, u: float, terms: int, bilinear: object, operand: float) -> Approx:
     """A bilinear map whose outputs are sums of ``terms`` products, of operands rounded to ``operand``."""
     a, b = rounded(a, operand), rounded(b, operand)
     f = bilinear
@@ -149,7 +147,11 @@ class Bounds:
         if not self.call.stats:
             return {"y": self._finish(self._output(raw)[1], self.r)}
         mean, var = self._statistics(raw)
-        return {"y": self._finish(raw, self.r), "mean": self.slack * mean.error, "var": self.slack * var.error}
+        return {
+            "y": self._finish(raw, self.r),
+            "mean": self.slack * mean.error,
+            "var": self.slack * var.error,
+        }
 
     def _statistics(self, raw: Approx) -> tuple[Approx, Approx]:
         count = raw.value.numel() // raw.value.shape[1]
@@ -208,9 +210,7 @@ class Bounds:
             found["scale"] = total(mul(g, centred, u), u)
             found["center"] = mul(scale, found["shift"], u)
             found["x"] = mul(g, per_channel(scale), u)
-        return {
-            name: self._finish(a, self.r if name in ("x", "weight") else u) for name, a in found.items()
-        }
+        return {name: self._finish(a, self.r if name in ("x", "weight") else u) for name, a in found.items()}
 
     def _finish(self, a: Approx, u: float) -> Tensor:
         return self.slack * rounded(a, u).error + self.tiny

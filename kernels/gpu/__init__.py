@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from .. import weights
-from ..ops import Call, Outputs
+from ..ops import Call, Outputs, output_shape
 from ..reference import accumulator_dtype, memory_format
 from . import dense, dense_narrow, down, down_narrow, packing, up, up_narrow
 from .launch import Launch
@@ -86,15 +86,12 @@ def kernel_for(call: Call, transposed: bool) -> Kernel | None:
 
 def output(call: Call, transposed: bool) -> Tensor:
     """An empty y for a call that :func:`kernel_for` covers."""
-    x, weight = call.x, call.weight
-    c_out = weight.shape[1] if transposed else weight.shape[0]
-    k, s, p = weight.shape[2:], call.stride, call.padding
-    if transposed:
-        h, w = ((size - 1) * s - 2 * p + kernel for size, kernel in zip(x.shape[2:], k, strict=True))
-    else:
-        h, w = ((size + 2 * p - kernel) // s + 1 for size, kernel in zip(x.shape[2:], k, strict=True))
-    shape = (x.shape[0], c_out, h, w)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(call.channels_last))
+    return torch.empty(
+        output_shape(call, transposed),
+        dtype=call.x.dtype,
+        device=call.x.device,
+        memory_format=memory_format(call.channels_last),
+    )
 
 
 def run(call: Call, transposed: bool) -> Outputs:

@@ -41,8 +41,8 @@ def test_same_as_the_reference(kind: str, training: bool, channels: int, image_s
 def test_as_accurate_as_eager(kind: str, training: bool, dtype: torch.dtype) -> None:
     """Against float64 of the same values: eager's error, give or take what another order of sums does.
 
-    A layer rounds its output once, eager its convolution, its BatchNorm and its activation, so 2 is ample; but
-    eager's BatchNorm sums float32 in float64 on a CPU, where the ops sum n values in float32: √n roundings.
+    A layer rounds its output once, eager its convolution, its BatchNorm and its activation: 2 is ample. But
+    eager's BatchNorm sums float32 in float64 on a CPU, the ops sum n values in float32: √n roundings.
     """
     model = reference(kind, dtype=dtype).train(training)
     x = sample(model, 8)
@@ -217,7 +217,9 @@ def with_bias(conv: Any) -> nn.Module:
 
 def dilated(conv: Any) -> nn.Module:
     # Kernel 2 with dilation 3 reaches as far as kernel 4.
-    return type(conv)(conv.in_channels, conv.out_channels, 2, conv.stride, conv.padding, dilation=3, bias=False)
+    return type(conv)(
+        conv.in_channels, conv.out_channels, 2, conv.stride, conv.padding, dilation=3, bias=False
+    )
 
 
 def inner(model: Any) -> nn.Module:

@@ -188,6 +188,27 @@ def test_data_edited_in_eval_needs_refresh() -> None:
     assert torch.equal(run(model, z), afresh(model, z))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.train(),
+        lambda model: model.eval(),
+        lambda model: model.refresh(),
+        lambda model: model.to(torch.float64),
+        lambda model: model.load_state_dict(model.state_dict()),
+        CHANGES["Adam fused"],
+    ],
+    ids=["train", "eval", "refresh", "to", "load_state_dict", "optimizer"],
+)
+def test_who_replays_a_graph_is_told_at_once(change: Callable[[Any], None]) -> None:
+    """Not at the next forward, which a replayed graph does not run."""
+    model = network("G")
+    run(model, sample(model))
+    epoch = weights.epoch()
+    change(model)
+    assert weights.epoch() > epoch
+
+
 # --- when it is kept ---------------------------------------------------------------------------------------
 
 

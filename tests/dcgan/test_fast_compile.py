@@ -78,8 +78,8 @@ def test_a_dynamic_batch(kind: str, training: bool) -> None:
     """dynamic=True: one graph for every batch size above 1."""
     eager = drop_in(reference(kind, features=2)).train(training)
     fast = compiled(copy.deepcopy(eager), "aot_eager", dynamic=True)
-    assert relative(fast(sample(eager, 4)), eager(x := sample(eager, 4))) is not None
-    eager = copy.deepcopy(fast._orig_mod)
+    x = sample(eager, 4)
+    assert relative(fast(x), eager(x)) < ROUNDING
     with torch.compiler.set_stance("fail_on_recompile"):
         for batch in (3, 7, 2):
             x = sample(eager, batch)

@@ -113,7 +113,9 @@ def test_every_entry_of_the_jacobian(transposed: bool, options: dict[str, Any]) 
 @pytest.mark.parametrize("wanted", ["x", "weight", "center", "scale", "shift", "out_scale", "out_shift"])
 def test_one_gradient_alone(transposed: bool, wanted: str) -> None:
     """Each input's gradient is the same whether or not the others want one, which then get none."""
-    problem = Problem(transposed, prologue=True, in_act="relu", out_scale=True, out_shift=True, out_act="tanh")
+    problem = Problem(
+        transposed, prologue=True, in_act="relu", out_scale=True, out_shift=True, out_act="tanh"
+    )
     call = problem.call(requires_grad=True)
     dy = problem.cotangents(call)
     everything = gradients(op(transposed)(*call), dy, leaves(call))
@@ -149,6 +151,80 @@ def test_third_derivatives(transposed: bool) -> None:
         return torch.autograd.grad(function(*values).sum(), values, create_graph=True)
 
     assert torch.autograd.gradgradcheck(gradient, inputs, fast_mode=True)
+
+
+TRANSFORMED: list[dict[str, Any]] = [
+    {"prologue": True, "in_act": "relu", "stats": True},
+    {"prologue": True, "in_act": "leaky_relu", "out_scale": True, "out_shift": True, "out_act": "tanh"},
+    {"in_act": "sigmoid", "out_shift": True, "out_act": "relu"},
+]
+
+
+@BOTH
+@pytest.mark.parametrize("options", TRANSFORMED, ids=str)
+def test_forward_mode(transposed: bool, options: dict[str, Any]) -> None:
+    """An operator that has only a backward gets zero tangents, silently: these are the right ones."""
+    function, inputs = differentiable(Problem(transposed, **options))
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
+
+
+@BOTH
+@pytest.mark.parametrize("options", TRANSFORMED, ids=str)
+def test_function_transforms(transposed: bool, options: dict[str, Any]) -> None:
+    """torch.func: grad, and vmap over examples and over weights, as of the statement."""
+    problem = Problem(transposed, **options)
+    call = problem.call()
+
+    def changed(x: Tensor, weight: Tensor) -> ops.Call:
+        return call._replace(x=x[None] if x.ndim == 3 else x, weight=weight)
+
+    def total(outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        y, mean, var = outputs
+        return y.square().sum() + mean.square().sum() + var.sum()
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return total(op(transposed)(*changed(x, weight)))
+
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return total(state(changed(x, weight), transposed))
+
+    weights = torch.stack([call.weight, -2 * call.weight])
+    for transform, arguments in (
+        (lambda f: torch.func.grad(f, argnums=(0, 1)), (call.x, call.weight)),
+        (lambda f: torch.func.vmap(torch.func.grad(f), (0, None)), (call.x, call.weight)),
+        (lambda f: torch.func.vmap(f, (None, 0)), (call.x, weights)),
+        (lambda f: torch.func.jacrev(torch.func.grad(f)), (call.x[0], call.weight)),
+    ):
+        got, want = transform(loss)(*arguments), transform(exact)(*arguments)
+        got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+        for a, b in zip(got, want, strict=True):
+            assert relative(a, b) < 1e-12
+
+
+@BOTH
+def test_transforms_keep_the_rules(transposed: bool) -> None:
+    """Checks, the autocast rule and a forced engine hold there as well."""
+    problem = Problem(transposed, prologue=True, in_act="relu", stats=True, dtype=torch.float32)
+    call = problem.call()
+    f = op(transposed)
+
+    def run(x: Tensor) -> Any:
+        return f(*call._replace(x=x))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, (actual, tangents) = run(call.x), torch.func.jvp(run, (call.x,), (call.x,))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    assert [t.dtype for t in tangents] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(bool(t.any()) for t in tangents)
+    with pytest.raises(ValueError, match="in_act must be one of"):
+        torch.func.jvp(lambda x: f(x, call.weight, in_act="gelu")[0], (call.x,), (call.x,))
+    with ops.recording() as choices:
+        torch.func.jvp(run, (call.x,), (call.x,))
+    assert choices[0].engine == "reference"
+    assert "forward-mode" in choices[0].reason
+    with ops.use_engine("triton"), pytest.raises(RuntimeError, match="engine 'triton' was asked for"):
+        torch.func.jvp(run, (call.x,), (call.x,))
 
 
 def test_nothing_is_kept_without_gradients() -> None:
@@ -232,10 +308,12 @@ def test_strides_are_a_fresh_tensors(
     call = problem.with_(channels_last=channels_last, dtype=torch.float32).call()
     for x in (call.x, call.x.contiguous(memory_format=torch.channels_last)):
         y = op(transposed)(*call._replace(x=x))[0]
-        n, c, h, w = y.shape
+        _, c, h, w = y.shape
         expected = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
         assert y.stride() == expected
-        assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        assert y.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
 
 
 def strange(t: Tensor) -> dict[str, Tensor]:
@@ -308,7 +386,7 @@ def test_inputs_are_left_as_they_are(transposed: bool, dtype: torch.dtype) -> No
 @BOTH
 @pytest.mark.parametrize("stats", [False, True])
 def test_an_empty_batch(transposed: bool, stats: bool) -> None:
-    """An empty y of the right shape; statistics of nothing are NaN, as torch.mean's; zero weight gradients."""
+    """An empty y of the right shape; statistics of nothing are NaN, as torch.mean's; gradients are zero."""
     problem = Problem(transposed, batch=0, prologue=True, in_act="relu", stats=stats, dtype=torch.float32)
     problem = problem.with_(out_scale=not stats, out_shift=not stats)
     call = problem.call(requires_grad=True)
@@ -519,7 +597,10 @@ def test_weight_order_is_told() -> None:
 
 
 def test_a_refused_call_under_autocast_and_with_gradients() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="in_act must be one of"):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match="in_act must be one of"),
+    ):
         ops.conv2d_fused(X.clone().requires_grad_(), W, in_act="gelu")
 
 
