@@ -24,9 +24,9 @@ class Launch:
     constants: dict[str, Any]
     tile: Tile
 
-    def __call__(self) -> None:
-        """Run it on the current device and stream."""
-        self.kernel[(self.programs,)](
+    def __call__(self) -> Any:
+        """Run it on the current device and stream; returns Triton's compiled kernel."""
+        return self.kernel[(self.programs,)](
             **self.arguments,
             **self.constants,
             num_warps=self.tile.num_warps,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench import pretend
 
+from bench import pretend
 from dcgan import fast, models
 
 
