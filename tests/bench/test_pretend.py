@@ -11,7 +11,7 @@ from dcgan import fast, models
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_fast_networks_are_five_kernels_and_the_folding(channels: int) -> None:
-    """One graph; five of our ops; one [C]-sized kernel for each folded BatchNorm; no copy, no library call."""
+    """One graph; our five ops; one [C]-sized kernel a folded BatchNorm; no copy, no library call."""
     generator = fast.Generator(channels=channels).eval().to(torch.bfloat16)
     assert pretend.launches(generator, (64, 100)) == (1, 5, 4, 0)
     discriminator = fast.Discriminator(channels=channels).eval().to(torch.bfloat16)
