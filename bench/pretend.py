@@ -47,6 +47,10 @@ class Launches(NamedTuple):
     aten: int  # calls out of the graph: cuDNN, cuBLAS
 
 
+def _refuse(*arguments: Any) -> None:
+    raise RuntimeError("no GPU here to launch on")
+
+
 class _Utilities:
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         return 0, 0, 128, 0, 1024
@@ -68,7 +72,7 @@ class Driver:
             pass
 
         def __call__(self, *arguments: Any) -> None:
-            raise RuntimeError("no GPU here to launch on")
+            _refuse(*arguments)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -141,7 +145,7 @@ def generated_code(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, lis
         sources.append(code.value)
         module: Any = types.ModuleType("generated")
         module.__file__, module.key = __file__, "generated"
-        module.call = None
+        module.call = _refuse
         return module  # type: ignore[no-any-return]
 
     def backend(graph: Any, inputs: Any) -> Any:

@@ -36,6 +36,9 @@ badly conditioned BatchNorm and is still 78 times finer than one of the 256 grey
 
 COMPARED = 256
 
+LR = 3e-4
+"""Half as much again as the seed's 2e-4: with 1,797 images instead of 60,000 the steps are few."""
+
 app = typer.Typer(add_completion=False)
 
 
@@ -97,8 +100,8 @@ def fit(generator: nn.Module, discriminator: nn.Module, batches: Batches, config
     images = 0
     console = Console()
     progress = Progress(
+        BarColumn(bar_width=10),  # leaves the text its place in 80 columns
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
         TimeRemainingColumn(compact=True),
         console=console,
         disable=not console.is_terminal,
@@ -115,8 +118,8 @@ def fit(generator: nn.Module, discriminator: nn.Module, batches: Batches, config
             loss_d, loss_g, d_x, d_g_z = results[-1].tolist()
             rate = images / (time.perf_counter() - start)
             line = (
-                f"epoch {step.epoch + 1}/{config.epochs}  {rate:.0f} images/s  "
-                f"Loss_D {loss_d:.3f}  Loss_G {loss_g:.3f}  D(x) {d_x:.3f}  D(G(z)) {d_g_z:.3f}"
+                f"{step.epoch + 1}/{config.epochs} {rate:.0f} img/s "
+                f"Loss_D {loss_d:.2f} Loss_G {loss_g:.2f} D(x) {d_x:.2f} D(G(z)) {d_g_z:.2f}"
             )
             progress.update(task, completed=images, description=line)
             if progress.disable and epoch_ends and (step.epoch + 1) % -(-config.epochs // 10) == 0:
@@ -154,14 +157,14 @@ def demo(
     epochs: Annotated[
         int, typer.Option(parser=integer(1), metavar="N", help="Times through the 1,797 digits.")
     ] = 50,
-    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images a step.")] = 24,
     image_size: Annotated[
         int, typer.Option(parser=size, metavar="SIZE", help="Height and width: 32, 64, 128 or 256.")
     ] = 32,
     features: Annotated[
         int,
         typer.Option(parser=integer(1), metavar="N", help="Channels of the hidden maps of half that size."),
-    ] = 32,
+    ] = 24,
     seed: Annotated[
         int, typer.Option(parser=integer(0), metavar="N", help="Of the weights, the noise and the order.")
     ] = 0,
@@ -187,7 +190,7 @@ def demo(
         f"Training a DCGAN ({features} features, {image_size}×{image_size}) on {len(batches.images)} digits, "
         f"{epochs} epochs in batches of {batch_size}, on {where.type}"
     )
-    results = fit(generator, discriminator, batches, Config(epochs=epochs, seed=seed))
+    results = fit(generator, discriminator, batches, Config(epochs=epochs, lr=LR, seed=seed))
 
     save_state(generator, out / "generator.pth")
     save_state(discriminator, out / "discriminator.pth")

@@ -30,7 +30,7 @@ def test_end_to_end(tmp_path: Path) -> None:
         [sys.executable, "-m", "dcgan.demo", *TINY, "--out", str(out)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"epoch 1/1 .*Loss_D \d.*Loss_G \d.*D\(x\) 0\.\d.*D\(G\(z\)\) 0\.\d", done.stdout)
+    assert re.search(r"1/1 \d+ img/s Loss_D \d.*Loss_G \d.*D\(x\) 0\.\d.*D\(G\(z\)\) 0\.\d", done.stdout)
     said = re.search(r"makes the same images: largest difference (\S+) over 256 images", done.stdout)
     assert said
     assert float(said[1]) <= demo.TOLERANCE

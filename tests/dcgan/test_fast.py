@@ -42,18 +42,27 @@ def test_as_accurate_as_eager(kind: str, training: bool, dtype: torch.dtype) -> 
     """Against float64 of the same values: eager's error, give or take what another order of sums does.
 
     A layer rounds its output once, eager its convolution, its BatchNorm and its activation: 2 is ample. But
-    eager's BatchNorm sums float32 in float64 on a CPU, the ops sum n values in float32: √n roundings.
+    eager's BatchNorm sums float32 in float64 on a CPU, the ops sum n values in float32: √n roundings. A value
+    near LeakyReLU's kink falls on either side of it by chance, so it is the worst of a few samples and of
+    eager's two layouts that counts.
     """
     model = reference(kind, dtype=dtype).train(training)
-    x = sample(model, 8)
+    nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
     summed = 8 * 16 * 16  # the largest map that a BatchNorm is over
-    exact = results(copy.deepcopy(model).double(), x.double())
-    eager, actual = results(copy.deepcopy(model), x), results(drop_in(model), x)
-    for name, want in exact.items():
-        if want.dtype.is_floating_point:
-            allowed = 2 * relative(eager[name], want) + 4 * unit(dtype) + summed**0.5 * unit(torch.float32)
-            assert relative(actual[name], want) <= allowed, name
-        assert actual[name].dtype == eager[name].dtype, name
+    errors: dict[str, tuple[float, float]] = {}
+    for _ in range(4):
+        x = sample(model, 8)
+        exact = results(copy.deepcopy(model).double(), x.double())
+        eager = [results(copy.deepcopy(m), x) for m in (model, nhwc)]
+        actual = results(drop_in(model), x)
+        for name, want in exact.items():
+            assert actual[name].dtype == eager[0][name].dtype, name
+            if want.dtype.is_floating_point:
+                theirs, ours = errors.get(name, (0.0, 0.0))
+                theirs = max(theirs, *(relative(e[name], want) for e in eager))
+                errors[name] = theirs, max(ours, relative(actual[name], want))
+    for name, (theirs, ours) in errors.items():
+        assert ours <= 2 * theirs + 4 * unit(dtype) + summed**0.5 * unit(torch.float32), name
 
 
 @MODES
