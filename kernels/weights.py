@@ -92,6 +92,11 @@ def thaw(owner: Any) -> None:
         _forget(_owned.get(owner, set()))
 
 
+def frozen(weight: Tensor) -> bool:
+    """Whether what is made of ``weight`` would be kept."""
+    return _cacheable(weight) and weight.data_ptr() in _entries
+
+
 def _forget(addresses: set[int]) -> None:
     global _epoch
     with _lock:

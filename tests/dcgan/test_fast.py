@@ -361,7 +361,7 @@ def test_eval_sees_every_edit_of_a_norm_at_once(kind: str) -> None:
         lambda: setattr(norm, "weight", nn.Parameter(torch.randn_like(norm.weight))),
         lambda: setattr(norm, "eps", 0.5),
         lambda: norm.reset_running_stats(),
-        lambda: other.main[0].weight.data.mul_(1.5),
+        lambda: setattr(other.main[0].weight, "data", other.main[0].weight.data * 1.5),
     ]
     for edit in edits:
         edit()
