@@ -26,8 +26,6 @@ def onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Runner:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Its threads wait in the kernel, not in a loop: as fast on an idle machine, twice as fast on a busy one.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(_onnx(model, example), options, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:
