@@ -93,22 +93,23 @@ def inspect(launch: Launch, capability: int) -> Report:
 
 
 def faults(launch: Launch, report: Report, capability: int) -> list[str]:
-    """What is wrong with the code of a launch made without scale and shift (whose loads are scalar)."""
+    """What is wrong with a launch's code; with its loads only where scale and shift add no scalar ones."""
+    constants = launch.constants
     found = []
     if report.spills or report.stack:
         found.append(f"spills: {report.spills} local accesses, {report.stack} bytes of stack")
     if report.shared > SHARED_LIMIT[capability]:
         found.append(f"{report.shared} bytes of shared memory, the chip has {SHARED_LIMIT[capability]}")
     x = launch.arguments["x_ptr"]
-    if "BLOCK_M" not in launch.constants:
+    if "BLOCK_M" not in constants:
         return found  # a dot product a program: no matrix instruction, nothing to stage
-    if x.dtype != torch.float32 or launch.constants["PRECISION"] == "tf32":
+    if x.dtype != torch.float32 or constants["PRECISION"] == "tf32":
         # A warpgroup's instruction takes 64 rows.
         expected = "HGMMA" if capability >= 90 and launch.tile.block_m >= 64 else "HMMA"
         if report.matrix != expected:
             found.append(f"{report.matrix} where {expected} should be")
-    aligned = launch.constants["C_IN"] * x.element_size() % 16 == 0 and launch.constants["STRIDE_XC"] == 1
-    if aligned and launch.constants["C_IN"] >= 16:
+    aligned = constants["C_IN"] * x.element_size() % 16 == 0 and constants["STRIDE_XC"] == 1
+    if aligned and constants["C_IN"] >= 16 and not (constants["HAS_SCALE"] or constants["HAS_SHIFT"]):
         narrow = {size: n for size, n in report.async_copies.items() if size < 16}
         if narrow or report.loads or not report.async_copies:
             found.append(

@@ -38,6 +38,16 @@ def test_default_tiles(dtype: str, arch: int) -> None:
         check(layer, tiles.estimate(layer.problem(), MULTIPROCESSORS[arch]), arch)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_default_tiles_with_their_epilogue(dtype: str, arch: int) -> None:
+    """Scale, shift and the activation that takes most registers cost no spill."""
+    for layer in cases(1, dtype):
+        vector = torch.empty(layer.y.shape[1], device="meta")
+        call = layer.call._replace(out_scale=vector, out_shift=vector, out_act="tanh")
+        check(layer._replace(call=call), tiles.estimate(layer.problem(), MULTIPROCESSORS[arch]), arch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
