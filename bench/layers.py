@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dcgan import models
 from dcgan.kernels import gpu
+from dcgan.kernels.call import Call
 from dcgan.kernels.gpu.launch import Launch
 from dcgan.kernels.gpu.tiles import Problem, Tile
-from dcgan.kernels.ops import Call
 
 Network = models.Generator | models.Discriminator
 

@@ -11,6 +11,7 @@ Adversarial Networks*, 2016; Goodfellow et al., *Generative Adversarial Networks
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -48,20 +49,20 @@ def _ladder(features: int, image_size: int) -> list[int]:
     return [features << (levels - 1 - i) for i in range(levels)]
 
 
-class _Sized(nn.Module):
+class _Sized(nn.Module, abc.ABC):
     """A network whose sizes can be read off its state dict, so that a wrong checkpoint is refused whole.
 
     ``nn.Module.load_state_dict`` reports a size mismatch after it has copied everything that did match.
     """
 
+    @abc.abstractmethod
     def sizes(self) -> dict[str, int]:
         """The constructor's arguments, by name."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def sizes_of(state: Mapping[str, Any]) -> dict[str, int]:
         """The constructor's arguments that fit ``state``. Raises ValueError if it is no such network's."""
-        raise NotImplementedError
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -30,31 +30,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference, weights
+from .call import Call, Outputs, output_shape
 from .reference import ACTIVATIONS
 
 ENGINES = ("auto", "reference", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Outputs = tuple[Tensor, Tensor, Tensor]
-
-
-class Call(NamedTuple):
-    """One call's arguments, in the schema's order."""
-
-    x: Tensor
-    weight: Tensor
-    center: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    in_act: str = "none"
-    out_scale: Tensor | None = None
-    out_shift: Tensor | None = None
-    out_act: str = "none"
-    stats: bool = False
-    slope: float = 0.2
-    stride: int = 2
-    padding: int = 1
-    channels_last: bool = True
 
 
 class Choice(NamedTuple):
@@ -66,16 +46,6 @@ class Choice(NamedTuple):
 
 
 # --- checks ------------------------------------------------------------------------------------------------
-
-
-def output_shape(call: Call, transposed: bool) -> tuple[int, int, int, int]:
-    """y's shape [N, C_out, H', W'] for a call with operands of 4 dimensions."""
-    n, _, h, w = call.x.shape
-    first, second, k_h, k_w = call.weight.shape
-    s, p = call.stride, call.padding
-    if transposed:
-        return n, second, (h - 1) * s - 2 * p + k_h, (w - 1) * s - 2 * p + k_w
-    return n, first, (h + 2 * p - k_h) // s + 1, (w + 2 * p - k_w) // s + 1
 
 
 def _check(call: Call, transposed: bool) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Call
+from ..call import Call
 from .device import epilogue
 from .launch import Launch, common, precision
 from .tiles import Problem, Tile, programs

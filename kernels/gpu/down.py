@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Call
+from ..call import Call
 from . import packing
 from .device import epilogue, rows
 from .launch import Launch, common, precision

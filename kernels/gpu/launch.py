@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Call
+from ..call import Call
 from .tiles import Tile
 
 INT32_MAX = 2**31 - 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import weights
-from ..ops import Call, Outputs
+from ..call import Call, Outputs
 from ..reference import accumulator_dtype
 from .launch import Launch, precision
 from .select import kernel_for, output

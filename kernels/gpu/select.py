@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops import Call, output_shape
+from ..call import Call, output_shape
 from ..reference import memory_format
 from . import dense, dense_narrow, down, down_narrow, packing, up, up_narrow
 from .launch import Launch

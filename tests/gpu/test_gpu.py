@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bench.cases import DTYPES
 from dcgan import fast, models
 from dcgan.kernels import gpu, ops, weights
+from dcgan.kernels.call import Call
 from dcgan.kernels.gpu import tiles
-from dcgan.kernels.ops import Call
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcgan.kernels import gpu, ops
+from dcgan.kernels.call import Call
 from dcgan.kernels.gpu import tiles
-from dcgan.kernels.ops import Call
 from dcgan.kernels.reference import ACTIVATIONS, accumulator_dtype
 
 # Operands are random numbers that the dtype holds exactly, so a float64 reference sees the same ones. What is

@@ -11,8 +11,8 @@ import triton
 
 from bench.pretend import Driver
 from dcgan.kernels import gpu
+from dcgan.kernels.call import Call
 from dcgan.kernels.gpu import plans
-from dcgan.kernels.ops import Call
 
 launched: list[tuple[Any, ...]] = []
 
