@@ -1,6 +1,6 @@
 """The kernels, imported as ``dcgan.kernels``.
 
-:mod:`.ops` defines the two fused convolutions and says which engine runs a call (:mod:`.call` is what it hands
-over); :mod:`.reference` is their meaning in plain aten; :mod:`.weights` caches what engines make of weights; :mod:`.gpu` is the Triton engine.
-Nothing here imports a model.
+:mod:`.ops` defines the two fused convolutions and says which engine runs a call; :mod:`.call` is what it
+hands to the engine, :mod:`.reference` what the ops mean, in plain aten; :mod:`.weights` caches what engines
+make of weights; :mod:`.gpu` is the Triton engine. Nothing here imports a model.
 """
