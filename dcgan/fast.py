@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import models
 from .graphs import graphed
 from .kernels import ops, weights
-from .kernels.reference import accumulator_dtype
+from .kernels.reference import accumulator_dtype, activate, normalise
 
 __all__ = ["Discriminator", "Explanation", "Explanations", "Generator", "convert", "explain", "graphed"]
 
@@ -160,9 +160,8 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
         running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
-def _run_layer(
-    layer: _Layer, x: Tensor, pending: _Pending, last: bool, channels_last: bool
-) -> tuple[Tensor, _Pending]:
+def _run_layer(layer: _Layer, x: Tensor, pending: _Pending, channels_last: bool) -> tuple[Tensor, _Pending]:
+    """The layer's raw or finished output, and what is still to be applied to it."""
     conv, norm = layer.conv, layer.norm
     assert conv is not None
     op: Callable[..., ops.Outputs] = (
@@ -196,13 +195,11 @@ def _run_layer(
         shift = torch.zeros_like(scale) if shift is None else shift
         return y, _Pending(mean, scale, shift, layer.act, layer.slope)
 
-    # Without batch statistics BatchNorm is the epilogue. The activation is too, but where autograd would then
-    # keep a tensor that the next layer's prologue can make again: a hidden layer without a norm, in training.
+    # Without batch statistics BatchNorm and activation are the epilogue, unless the activation's slope is not
+    # the prologue's, since the op has one slope: then it is left to what comes next.
     epilogue: dict[str, Any] = {}
     act = layer.act
-    slopes = {s for s in (pending.slope, layer.slope) if s is not None}
-    defer = act != "none" and not last and norm is None and torch.is_grad_enabled() and weight.requires_grad
-    defer = defer or len(slopes) > 1  # the op has one slope
+    defer = pending.slope is not None and layer.slope is not None and pending.slope != layer.slope
     if norm is not None:
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -219,16 +216,10 @@ def _run_layer(
 
 def _settle(x: Tensor, pending: _Pending) -> Tensor:
     """The pending affine map and activation, applied: for a module that is not an op, and for the end."""
-    acc = accumulator_dtype(x.dtype)
     y = x
     if pending.scale is not None and pending.center is not None and pending.shift is not None:
-        centred = x.to(acc) - pending.center.view(1, -1, 1, 1)
-        y = centred * pending.scale.view(1, -1, 1, 1) + pending.shift.view(1, -1, 1, 1)
-    if pending.act == "leaky_relu":
-        y = nn.functional.leaky_relu(y, pending.slope or 0.0)
-    elif pending.act != "none":
-        y = getattr(torch, pending.act)(y)
-    return y.to(x.dtype)
+        y = normalise(x.to(accumulator_dtype(x.dtype)), pending.center, pending.scale, pending.shift)
+    return activate(y, pending.act, pending.slope or 0.0).to(x.dtype)
 
 
 def _eager_format_is_channels_last(sequence: nn.Sequential, x: Tensor) -> bool:
@@ -264,7 +255,7 @@ def _forward(sequence: nn.Sequential, x: Tensor) -> Tensor:
             fused_next = not last and layers[i + 1].other is None
             # A single channel is both formats; eager's activations then give it contiguous strides.
             nhwc = fused_next or (channels_last and layer.conv.out_channels > 1)
-            x, pending = _run_layer(layer, x, pending, last, nhwc)
+            x, pending = _run_layer(layer, x, pending, nhwc)
     return _settle(x, pending)
 
 
@@ -280,9 +271,10 @@ class _Fast(nn.Module):
         weights.freeze(self, _convolution_weights(self.main))
 
     def refresh(self) -> None:
-        """Forget everything made of the weights. Needed after ``p.data`` was edited in place in eval mode:
+        """Forget everything made of the weights.
 
-        every other change (an optimizer's step, load_state_dict, ``copy_``, ``.to()``) is seen without it.
+        Needed after ``p.data`` was edited in place in eval mode; every other change (an optimizer's step,
+        load_state_dict, ``copy_``, ``.to()``) is seen without it.
         """
         weights.thaw(self)
 
@@ -317,9 +309,9 @@ _Self = TypeVar("_Self", bound=_Fast)
 
 
 class Generator(_Fast, models.Generator):
-    """:class:`dcgan.models.Generator` through the fused kernels: same arguments, parameters, checkpoints,
+    """:class:`dcgan.models.Generator` through the fused kernels.
 
-    results and output strides.
+    Same arguments, parameters, checkpoints, results and output strides.
     """
 
     def forward(self, z: Tensor) -> Tensor:
@@ -327,9 +319,9 @@ class Generator(_Fast, models.Generator):
 
 
 class Discriminator(_Fast, models.Discriminator):
-    """:class:`dcgan.models.Discriminator` through the fused kernels: same arguments, parameters, checkpoints
+    """:class:`dcgan.models.Discriminator` through the fused kernels.
 
-    and results.
+    Same arguments, parameters, checkpoints and results.
     """
 
     def forward(self, image: Tensor) -> Tensor:

@@ -306,9 +306,9 @@ _OPS: dict[bool, Callable[..., Outputs]] = {transposed: _register(transposed) fo
 
 
 def _transforming() -> bool:
-    """Whether forward-mode AD or a torch.func transform is at work, for which a registered backward is no
+    """Whether forward-mode AD or a torch.func transform is at work.
 
-    rule: the operator would give zero tangents, silently.
+    A registered backward is no rule for those: the operator would give zero tangents, silently.
     """
     if torch.compiler.is_compiling():
         return False

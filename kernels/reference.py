@@ -24,8 +24,6 @@ is differentiable aten, which is what gives the ops their second derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -84,8 +82,13 @@ def _per_channel(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
 
-def _normalise(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def normalise(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``(x - center[c])·scale[c] + shift[c]``, differentiable."""
     return torch.addcmul(_per_channel(shift), x - _per_channel(center), _per_channel(scale))
+
+
+def _channel_sums(t: Tensor) -> Tensor:
+    return t.sum(dim=(0, 2, 3))
 
 
 def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
@@ -137,7 +140,7 @@ def forward(
             weight = weights.transformed(weight, "channels_last", _channels_last)
     x_hat = x
     if center is not None and scale is not None and shift is not None:
-        x_hat = act(_normalise(x.to(acc), center, scale, shift), in_act, slope).to(x.dtype)
+        x_hat = act(normalise(x.to(acc), center, scale, shift), in_act, slope).to(x.dtype)
     elif in_act != "none":
         x_hat = activate(x, in_act, slope)
     y = _convolve(x_hat.to(acc), weight.to(acc), stride, padding, transposed)
@@ -198,10 +201,8 @@ def backward(
     """
     need_x, need_weight, need_prologue, need_out_scale, need_out_shift = needs
     acc = accumulator_dtype(x.dtype)
-    sums: Callable[[Tensor], Tensor] = lambda t: t.sum(dim=(0, 2, 3))  # noqa: E731
-
     x_acc = x.to(acc)
-    x_pre = x_acc if scale is None else _normalise(x_acc, center, scale, shift)  # type: ignore[arg-type]
+    x_pre = x_acc if scale is None else normalise(x_acc, center, scale, shift)  # type: ignore[arg-type]
     x_act = activate(x_pre, in_act, slope)
     x_hat, w = x_act.to(x.dtype).to(acc), weight.to(acc)
 
@@ -216,9 +217,9 @@ def backward(
     else:
         du = activation_backward(du, y.to(acc), out_act, slope)
         if need_out_shift:
-            dout_shift = sums(du)
+            dout_shift = _channel_sums(du)
         if need_out_scale:
-            dout_scale = sums(du * _convolve(x_hat, w, stride, padding, transposed))
+            dout_scale = _channel_sums(du * _convolve(x_hat, w, stride, padding, transposed))
         if out_scale is not None:
             du = du * _per_channel(out_scale)
 
@@ -244,8 +245,8 @@ def backward(
             dx = activation_backward(dx_hat, x_act, in_act, slope)
             if scale is not None:
                 if need_prologue:
-                    dshift = sums(dx)
-                    dscale = sums(dx * (x_acc - _per_channel(center)))  # type: ignore[arg-type]
+                    dshift = _channel_sums(dx)
+                    dscale = _channel_sums(dx * (x_acc - _per_channel(center)))  # type: ignore[arg-type]
                     dcenter = -scale * dshift
                 dx = dx * _per_channel(scale)
             dx = dx.to(x.dtype) if need_x else None

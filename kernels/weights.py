@@ -120,9 +120,9 @@ def epoch() -> int:
 
 @contextlib.contextmanager
 def keeping() -> Iterator[list[Tensor]]:
-    """While this lasts, cached tensors may enter a CUDA graph under capture; they are listed for its owner,
+    """While this lasts, cached tensors may enter a CUDA graph under capture, and are listed for its owner.
 
-    who must hold them as long as the graph and capture anew when :func:`epoch` has grown.
+    The owner must hold them as long as the graph, and capture anew when :func:`epoch` has grown.
     """
     _kept.tensors = []
     try:

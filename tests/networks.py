@@ -89,3 +89,20 @@ def assert_agree(model: Any, other: Any, x: Tensor, steps: int = 2, tolerance: f
         expected, actual = results(model, x), results(other, x)
         assert_equal_results(actual, expected, tolerance)
         assert actual["output"].stride() == expected["output"].stride()
+
+
+def norms(model: Any) -> list[tuple[int, nn.BatchNorm2d]]:
+    return [(i, m) for i, m in enumerate(model.main) if isinstance(m, nn.BatchNorm2d)]
+
+
+def set_on_norms(**attributes: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for _, norm in norms(model):
+            for name, value in attributes.items():
+                setattr(norm, name, value)
+
+    return change
+
+
+def with_bias(conv: Any) -> nn.Module:
+    return type(conv)(conv.in_channels, conv.out_channels, 4, conv.stride, conv.padding)

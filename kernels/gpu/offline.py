@@ -80,15 +80,14 @@ def inspect(launch: Launch, capability: int) -> Report:
     copies = Counter(
         int(m or 32) // 8 for m in re.findall(r"\bLDGSTS\.E(?:\.(?!64|128)\w+)*(?:\.(64|128))?", sass)
     )
-    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
     return Report(
         registers=numbers["REG"],
-        spills=count(r"\b(?:STL|LDL)\b"),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         stack=numbers["STACK"],
         shared=compiled.metadata.shared,
         matrix="HGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else "FFMA",
         async_copies=dict(copies),
-        loads=count(r"\bLDG\b"),
+        loads=len(re.findall(r"\bLDG\b", sass)),
     )
 
 

@@ -36,10 +36,11 @@ class Plan(NamedTuple):
 _plans: dict[Hashable, Plan] = {}
 
 
-def _key(call: Call, transposed: bool) -> Hashable:
+def _key(call: Call, packed: Tensor, transposed: bool) -> Hashable:
     x, scale, shift = call.x, call.out_scale, call.out_shift
-    # Outputs and packed weights come aligned from the allocator; an x that is a slice may not be.
-    pointers = x.data_ptr()
+    # y comes aligned from the allocator. The rest may be slices: the packed weight too, where no packing was
+    # needed and it is the weight itself.
+    pointers = x.data_ptr() | packed.data_ptr()
     if scale is not None:
         pointers |= scale.data_ptr()
     if shift is not None:
@@ -76,7 +77,7 @@ def _run(call: Call, transposed: bool) -> Tensor:
     assert kernel is not None
     y = output(call, transposed)
     packed = weights.transformed(call.weight, kernel.name, kernel.pack)
-    key = _key(call, transposed)
+    key = _key(call, packed, transposed)
     plan = _plans.get(key)
     if plan is not None:
         arguments = plan.arguments.copy()

@@ -104,6 +104,20 @@ def test_another_layout_alignment_or_activation_is_another_plan() -> None:
         assert len(plans._plans) == before + 1
 
 
+@pytest.mark.parametrize("c_in", [3, 32], ids=["down_narrow", "down"])
+def test_an_unaligned_weight_that_needs_no_packing_is_another_plan(c_in: int) -> None:
+    """Code that assumes 16-byte alignment would fault on it."""
+    first = call(False, c_in, 32, 8, True)
+    nhwc = torch.contiguous_format if c_in == 3 else torch.channels_last
+    aligned = first.weight.to(memory_format=nhwc)
+    memory = torch.empty(1 + aligned.numel())[1:]
+    unaligned = memory.as_strided(aligned.shape, aligned.stride()).copy_(aligned)
+    assert unaligned.data_ptr() % 16
+    gpu.run(first._replace(weight=aligned), False)
+    gpu.run(first._replace(weight=unaligned), False)
+    assert len(plans._plans) == 2
+
+
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "LIMIT", 3)
     for slope in range(7):
