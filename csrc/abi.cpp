@@ -1,0 +1,369 @@
+// The C ABI: checks of what it is given, choice of the instruction set, workspace, and the chain of layers.
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+#include "dcgan.h"
+#include "engine.h"
+
+namespace dcgan {
+namespace {
+
+thread_local char message[256] = "";
+
+[[gnu::format(printf, 2, 3)]] int fail(int code, const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    return code;
+}
+
+// --- instruction sets
+// ---------------------------------------------------------------------------------------
+
+struct Candidate {
+    const Engine* engine;
+    bool (*runs_here)();
+};
+
+// Best first.
+const Candidate candidates[] = {
+#ifdef DCGAN_WITH_AVX512
+    {&engine_avx512,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+     }},
+#endif
+#ifdef DCGAN_WITH_AVX2
+    {&engine_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {&engine_portable, [] { return true; }},
+};
+
+const Engine* best() {
+    for (const Candidate& candidate : candidates)
+        if (candidate.runs_here()) return candidate.engine;
+    return &engine_portable;
+}
+
+std::atomic<const Engine*> chosen{nullptr};
+
+const Engine& engine() {
+    const Engine* current = chosen.load(std::memory_order_acquire);
+    if (current == nullptr) {
+        const Engine* none = nullptr;
+        chosen.compare_exchange_strong(none, best());
+        current = chosen.load();
+    }
+    return *current;
+}
+
+const char* names(bool here) {
+    thread_local char list[64];
+    list[0] = '\0';
+    for (const Candidate& candidate : candidates) {
+        if (here && !candidate.runs_here()) continue;
+        if (list[0] != '\0') std::strcat(list, " ");
+        std::strcat(list, candidate.engine->name);
+    }
+    return list;
+}
+
+// --- threads
+// ------------------------------------------------------------------------------------------------
+
+// An OpenMP pool does not survive fork(): a child that enters it waits for ever for threads that it lacks.
+std::atomic<bool> forked{false};
+
+void watch_forks() {
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forked.store(true); }); });
+}
+
+// --- checks
+// -------------------------------------------------------------------------------------------------
+
+constexpr int64_t MAX_CHANNELS = 1 << 16, MAX_SIDE = 1 << 14, MAX_IMAGES = 1 << 28;
+
+int64_t out_side(const dcgan_layer& l, int64_t in) {
+    if (l.transposed) return (in - 1) * l.stride - 2 * l.padding + l.kernel;
+    return (in + 2 * l.padding - l.kernel) / l.stride + 1;
+}
+
+int check_geometry(const dcgan_layer* layer) {
+    if (layer == nullptr) return fail(DCGAN_EARGUMENT, "layer is null");
+    const dcgan_layer& l = *layer;
+    if (l.transposed != 0 && l.transposed != 1)
+        return fail(DCGAN_EARGUMENT, "transposed must be 0 or 1, got %d", l.transposed);
+    if (l.c_in < 1 || l.c_out < 1 || l.c_in > MAX_CHANNELS || l.c_out > MAX_CHANNELS)
+        return fail(DCGAN_EARGUMENT, "c_in and c_out must be from 1 to %d, got %d and %d", int(MAX_CHANNELS),
+                    l.c_in, l.c_out);
+    if (l.height < 1 || l.width < 1 || l.height > MAX_SIDE || l.width > MAX_SIDE)
+        return fail(DCGAN_EARGUMENT, "height and width must be from 1 to %d, got %d and %d", int(MAX_SIDE),
+                    l.height, l.width);
+    if (l.act < DCGAN_NONE || l.act > DCGAN_SIGMOID)
+        return fail(DCGAN_EARGUMENT, "act must be from %d to %d, got %d", DCGAN_NONE, DCGAN_SIGMOID, l.act);
+    switch (l.algorithm) {
+        case DCGAN_DENSE: {
+            if (l.kernel < 1 || l.kernel > 64 || l.padding != 0 || l.stride < 1)
+                return fail(DCGAN_EARGUMENT,
+                            "a dense layer has kernel 1 to 64, padding 0 and a stride; got %d, %d and %d",
+                            l.kernel, l.padding, l.stride);
+            const int side = l.transposed ? 1 : l.kernel;
+            if (l.height != side || l.width != side)
+                return fail(DCGAN_EARGUMENT, "a dense layer of kernel %d takes a %d×%d map, got %d×%d",
+                            l.kernel, side, side, l.height, l.width);
+            return 0;
+        }
+        case DCGAN_DIRECT:
+        case DCGAN_F2:
+        case DCGAN_F4:
+        case DCGAN_NARROW:
+            if (l.kernel != 4 || l.stride != 2 || l.padding != 1)
+                return fail(DCGAN_EARGUMENT,
+                            "algorithm %d takes kernel 4, stride 2, padding 1; got %d, %d and %d",
+                            l.algorithm, l.kernel, l.stride, l.padding);
+            if (!l.transposed && (l.height < 2 || l.width < 2))
+                return fail(
+                    DCGAN_EARGUMENT,
+                    "a convolution of kernel 4, stride 2, padding 1 takes a map of 2×2 or more, got %d×%d",
+                    l.height, l.width);
+            return 0;
+        default:
+            return fail(DCGAN_EARGUMENT, "algorithm must be from %d to %d, got %d", DCGAN_DENSE, DCGAN_NARROW,
+                        l.algorithm);
+    }
+}
+
+int check_chain(const dcgan_layer* layers, int count, int64_t images, int threads) {
+    if (layers == nullptr) return fail(DCGAN_EARGUMENT, "layers is null");
+    if (count < 1 || count > 64) return fail(DCGAN_EARGUMENT, "count must be from 1 to 64, got %d", count);
+    if (images < 0 || images > MAX_IMAGES)
+        return fail(DCGAN_EARGUMENT, "images must be from 0 to %lld, got %lld",
+                    static_cast<long long>(MAX_IMAGES), static_cast<long long>(images));
+    if (threads < 1 || threads > 1024)
+        return fail(DCGAN_EARGUMENT, "threads must be from 1 to 1024, got %d", threads);
+    for (int i = 0; i < count; ++i) {
+        if (const int code = check_geometry(layers + i)) return code;
+        if (i == 0) continue;
+        const dcgan_layer &before = layers[i - 1], &l = layers[i];
+        if (before.c_out != l.c_in || out_side(before, before.height) != l.height ||
+            out_side(before, before.width) != l.width)
+            return fail(DCGAN_EARGUMENT, "layer %d takes [%d, %d, %d], but layer %d gives [%d, %lld, %lld]",
+                        i, l.c_in, l.height, l.width, i - 1, before.c_out,
+                        static_cast<long long>(out_side(before, before.height)),
+                        static_cast<long long>(out_side(before, before.width)));
+    }
+    return 0;
+}
+
+int check_tensor(const char* name, const dcgan_tensor* t, bool any_strides, int64_t channels) {
+    if (t == nullptr || t->data == nullptr) return fail(DCGAN_EARGUMENT, "%s is null", name);
+    for (const int64_t stride : t->strides)
+        if (stride < 0) return fail(DCGAN_EARGUMENT, "%s has a negative stride", name);
+    if (!any_strides && channels > 1 && t->strides[1] != 1)
+        return fail(DCGAN_EARGUMENT, "%s must have its channels next to each other, got a stride of %lld",
+                    name, static_cast<long long>(t->strides[1]));
+    return 0;
+}
+
+// --- workspace
+// ----------------------------------------------------------------------------------------------
+
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+
+// Memory of the calling thread, kept from call to call: fresh pages cost more than the arithmetic of a small
+// layer.
+class Workspace {
+ public:
+    ~Workspace() { release(); }
+
+    float* get(size_t bytes) {
+        if (bytes <= size_) return data_;
+        release();
+        const size_t rounded = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        void* const p = std::aligned_alloc(HUGE_PAGE, rounded);
+        if (p == nullptr) return nullptr;
+#ifdef MADV_HUGEPAGE
+        madvise(p, rounded, MADV_HUGEPAGE);
+#endif
+        data_ = static_cast<float*>(p);
+        size_ = rounded;
+        return data_;
+    }
+
+    void release() {
+        std::free(data_);
+        data_ = nullptr;
+        size_ = 0;
+    }
+
+ private:
+    float* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+thread_local Workspace workspace;
+
+// --- the chain
+// ----------------------------------------------------------------------------------------------
+
+// What is between two layers is made for as many images as this holds, twice: one layer's input and its
+// output.
+constexpr int64_t BETWEEN_BYTES = 32 << 20;
+
+struct Plan {
+    int64_t block;      // images
+    size_t scratch;     // floats a thread
+    size_t between[2];  // floats of the two buffers
+    size_t bytes(int threads) const {
+        return (scratch * static_cast<size_t>(threads) + between[0] + between[1]) * sizeof(float);
+    }
+};
+
+int64_t out_floats(const dcgan_layer& l) {
+    return l.c_out * out_side(l, l.height) * out_side(l, l.width);
+}
+
+Plan plan(const dcgan_layer* layers, int count, int64_t images, int threads) {
+    int64_t largest[2] = {0, 0};
+    for (int i = 0; i + 1 < count; ++i) largest[i % 2] = std::max(largest[i % 2], out_floats(layers[i]));
+    Plan p{images, 0, {0, 0}};
+    if (count > 1) {
+        const int64_t fit = std::max<int64_t>(1, BETWEEN_BYTES / 4 / (largest[0] + largest[1]));
+        const int64_t blocks = (images + fit - 1) / fit;
+        p.block = (images + blocks - 1) / blocks;
+    }
+    for (int i = 0; i < 2; ++i) p.between[i] = static_cast<size_t>((largest[i] * p.block + 15) / 16 * 16);
+    for (int i = 0; i < count; ++i) {
+        const Job job{layers + i, {}, {}, static_cast<long>(p.block)};
+        const size_t floats = static_cast<size_t>(engine().scratch_size(job, threads));
+        p.scratch = std::max(p.scratch, (floats + 15) / 16 * 16);
+    }
+    return p;
+}
+
+View view(const dcgan_tensor& t) {
+    return {const_cast<float*>(t.data), t.strides[0], t.strides[1], t.strides[2], t.strides[3]};
+}
+
+View channels_last(float* data, int64_t channels, int64_t height, int64_t width) {
+    return {data, channels * height * width, 1, channels * width, channels};
+}
+
+}  // namespace
+}  // namespace dcgan
+
+using namespace dcgan;
+
+int dcgan_abi(void) {
+    return DCGAN_ABI;
+}
+const char* dcgan_error(void) {
+    return message;
+}
+const char* dcgan_isas(void) {
+    return names(true);
+}
+const char* dcgan_built(void) {
+    return names(false);
+}
+const char* dcgan_isa(void) {
+    return engine().name;
+}
+
+int dcgan_use_isa(const char* name) {
+    if (name == nullptr) return fail(DCGAN_EARGUMENT, "the instruction set's name is null");
+    for (const Candidate& candidate : candidates) {
+        if (std::strcmp(candidate.engine->name, name) != 0) continue;
+        if (!candidate.runs_here())
+            return fail(DCGAN_EISA, "this machine does not run %s, but: %s", name, names(true));
+        chosen.store(candidate.engine);
+        return 0;
+    }
+    return fail(DCGAN_EISA, "instruction set must be one of: %s; got %s", names(true), name);
+}
+
+int dcgan_supports(const dcgan_layer* layer) {
+    return check_geometry(layer);
+}
+
+int64_t dcgan_packed_size(const dcgan_layer* layer) {
+    if (const int code = check_geometry(layer)) return code;
+    return engine().packed_size(*layer);
+}
+
+int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t strides[4], float* packed,
+               int threads) {
+    if (const int code = check_chain(layer, 1, 1, threads)) return code;
+    if (weight == nullptr || strides == nullptr || packed == nullptr)
+        return fail(DCGAN_EARGUMENT, "weight, strides and packed must not be null");
+    watch_forks();
+    engine().pack(*layer, weight, strides, packed, forked ? 1 : threads);
+    return 0;
+}
+
+int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_tensor* x,
+              const dcgan_tensor* y, int threads) {
+    if (const int code = check_chain(layers, count, images, threads)) return code;
+    const dcgan_layer &first = layers[0], &last = layers[count - 1];
+    if (const int code =
+            check_tensor("x", x, first.algorithm == DCGAN_NARROW && !first.transposed, first.c_in))
+        return code;
+    if (const int code = check_tensor("y", y, last.algorithm == DCGAN_NARROW && last.transposed, last.c_out))
+        return code;
+    for (int i = 0; i < count; ++i)
+        if (layers[i].weights == nullptr) return fail(DCGAN_EARGUMENT, "layer %d has no weights", i);
+    if (images == 0) return 0;
+
+    watch_forks();
+    if (forked) threads = 1;
+    const Plan p = plan(layers, count, images, threads);
+    float* const scratch = workspace.get(p.bytes(threads));
+    if (scratch == nullptr)
+        return fail(DCGAN_EMEMORY, "no memory for a workspace of %zu bytes", p.bytes(threads));
+    float* const even = scratch + p.scratch * static_cast<size_t>(threads);
+    float* const between[2] = {even, even + p.between[0]};
+
+    for (int64_t begin = 0; begin < images; begin += p.block) {
+        const int64_t block = std::min(p.block, images - begin);
+        View from = view(*x);
+        from.data += begin * from.n;
+        for (int i = 0; i < count; ++i) {
+            const dcgan_layer& l = layers[i];
+            View to = i + 1 < count ? channels_last(between[i % 2], l.c_out, out_side(l, l.height),
+                                                    out_side(l, l.width))
+                                    : view(*y);
+            if (i + 1 == count) to.data += begin * to.n;
+            engine().run(Job{&l, from, to, static_cast<long>(block)}, threads, scratch,
+                         static_cast<long>(p.scratch));
+            from = to;
+        }
+    }
+    return 0;
+}
+
+int64_t dcgan_workspace(const dcgan_layer* layers, int count, int64_t images, int threads) {
+    if (const int code = check_chain(layers, count, images, threads)) return code;
+    if (images == 0) return 0;
+    return static_cast<int64_t>(plan(layers, count, images, threads).bytes(threads));
+}
+
+void dcgan_release(void) {
+    workspace.release();
+}
+
+double dcgan_peak(int threads, double seconds) {
+    if (threads < 1 || threads > 1024)
+        return fail(DCGAN_EARGUMENT, "threads must be from 1 to 1024, got %d", threads);
+    return engine().peak(forked ? 1 : threads, seconds);
+}

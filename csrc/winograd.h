@@ -1,0 +1,259 @@
+// Polyphase Winograd for k4 s2 p1: each parity's 2×2 convolution by F(M×M, 2×2), (M+1)² products for 4·M².
+//
+//     Y = Aᵀ [ Σ_c (G g Gᵀ) ⊙ (Bᵀ d B) ] A          (Lavin & Gray, 2016; Toom-Cook in each dimension)
+//
+// A unit of work takes a block of M×M output tiles of one parity through three steps, each in its own
+// scratch:
+//
+//     V[ξ][tile][C_in] = Bᵀ d B                     input transform, ξ one of the (M+1)² points
+//     S[ξ][tile][C_out] = V[ξ]·U[ξ]                 (M+1)² matrix products
+//     y = act(Aᵀ S A·scale + shift)                 output transform with the layer's epilogue
+//
+//     up:   four parities, each its own output; K = C_in
+//     down: the parities of the input are summed in the products (K = 4·C_in), before one output transform
+//
+// A tile's window reaches over the map's edge: what is outside is zero. A NaN or Inf in it may reach the
+// whole tile.
+#pragma once
+
+#include "epilogue.h"
+#include "units.h"
+
+namespace dcgan::DCGAN_ISA {
+
+// Points 0, 1, ∞.
+struct F2 {
+    static constexpr long OUT = 2, IN = 3;
+    static constexpr float G[IN][2] = {{1, 0}, {1, 1}, {0, 1}};
+
+    static DCGAN_INLINE void input(const vec (&d)[IN], vec (&v)[IN]) {
+        v[0] = d[0] - d[1];
+        v[1] = d[1];
+        v[2] = d[2] - d[1];
+    }
+    static DCGAN_INLINE void output(const vec (&s)[IN], vec (&y)[OUT]) {
+        y[0] = s[0] + s[1];
+        y[1] = s[1] + s[2];
+    }
+};
+
+// Points 0, -1/2, 1, -2, ∞: closed under p → -1/p up to sign, which keeps the matrices' entries near 1.
+// Errors are 0.6 times those of the usual 0, ±1, 2, ∞ for three more additions.
+struct F4 {
+    static constexpr long OUT = 4, IN = 5;
+    static constexpr float G[IN][2] = {
+        {-1, 0}, {8.0f / 9, -4.0f / 9}, {2.0f / 9, 2.0f / 9}, {-1.0f / 9, 2.0f / 9}, {0, 1}};
+
+    static DCGAN_INLINE void input(const vec (&d)[IN], vec (&v)[IN]) {
+        v[0] = (d[3] - d[0]) + 1.5f * (d[2] - d[1]);
+        v[1] = (d[2] + d[3]) - 2.0f * d[1];
+        v[2] = (d[1] + d[3]) + 2.5f * d[2];
+        v[3] = d[3] - 0.5f * (d[1] + d[2]);
+        v[4] = (d[4] - d[1]) + 1.5f * (d[3] - d[2]);
+    }
+    static DCGAN_INLINE void output(const vec (&s)[IN], vec (&y)[OUT]) {
+        y[0] = (s[0] + s[1]) + (s[2] + s[3]);
+        y[1] = (s[2] - 0.5f * s[1]) - 2.0f * s[3];
+        y[2] = (s[2] + 0.25f * s[1]) + 4.0f * s[3];
+        y[3] = (s[2] + s[4]) - (0.125f * s[1] + 8.0f * s[3]);
+    }
+};
+
+template <class F>
+struct Winograd {
+    static constexpr long POINTS = F::IN * F::IN;
+
+    static long groups(const dcgan_layer& l) { return l.transposed ? 4 : 1; }
+
+    static Gemm shape(const dcgan_layer& l) {
+        return {l.transposed ? 1 : 4, l.c_in, round_up(l.c_out, PANEL)};
+    }
+
+    static long packed_size(const dcgan_layer& l) { return groups(l) * POINTS * shape(l).size(); }
+
+    // U[parity][ξ] = G g Gᵀ, in double: the transform of the weights adds one rounding to the result.
+    static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
+        const Gemm g = shape(l);
+        parallel(g.panels() * 4, threads, nullptr, 0, [&](long index, Scratch) {
+            const long panel = index / 4, a = index / 2 % 2, b = index % 2;
+            float* const base = packed + (l.transposed ? index % 4 * POINTS * g.size() : 0);
+            const long tap = l.transposed ? 0 : index % 4;
+            for (long c = 0; c < l.c_in; ++c) {
+                float taps[2][2][PANEL];
+                for (long lane = 0; lane < PANEL; ++lane) {
+                    const long c_out = panel * PANEL + lane;
+                    for (long i = 0; i < 2; ++i)
+                        for (long j = 0; j < 2; ++j)
+                            taps[i][j][lane] = c_out < l.c_out ? w(c, c_out, tap_row(l.transposed, a, i),
+                                                                   tap_row(l.transposed, b, j))
+                                                               : 0;
+                }
+                float* const to = base + g.offset(tap * l.c_in + c, panel);
+                for (long i = 0; i < F::IN; ++i)
+                    for (long j = 0; j < F::IN; ++j)
+                        for (long lane = 0; lane < PANEL; ++lane) {
+                            const double left =
+                                double(F::G[i][0]) * taps[0][0][lane] + double(F::G[i][1]) * taps[1][0][lane];
+                            const double right =
+                                double(F::G[i][0]) * taps[0][1][lane] + double(F::G[i][1]) * taps[1][1][lane];
+                            to[(i * F::IN + j) * g.size() + lane] =
+                                float(F::G[j][0] * left + F::G[j][1] * right);
+                        }
+            }
+        });
+    }
+
+    struct Tiles {
+        long down, across, total;
+    };
+
+    static Tiles tiles(const Job& job) {
+        const Size size = parity_map(*job.layer);
+        const long down = ceil_div(size.height, F::OUT), across = ceil_div(size.width, F::OUT);
+        return {down, across, job.images * down * across};
+    }
+
+    static Split plan(const Job& job, int threads) {
+        return split(tiles(job).total, block_target(*job.layer), shape(*job.layer).panels(),
+                     groups(*job.layer), threads);
+    }
+
+    static long block_target(const dcgan_layer& l);
+
+    struct Strides {
+        long v_row, v_plane, s_row, s_plane;
+    };
+
+    static Strides strides(const dcgan_layer& l, const Split& s) {
+        const long v_row = odd_lines((l.transposed ? 1 : 4) * round_up(l.c_in, LANES));
+        const long s_row = odd_lines(s.part_panels() * PANEL);
+        return {v_row, odd_lines(s.block_rows() * v_row), s_row, odd_lines(s.block_rows() * s_row)};
+    }
+
+    static long scratch_size(const Job& job, int threads) {
+        const dcgan_layer& l = *job.layer;
+        const Split s = plan(job, threads);
+        const Strides st = strides(l, s);
+        return round_up(l.c_in + LANES, 16) + round_up(2 * s.block_rows() * shape(l).taps, 16) +
+               POINTS * (st.v_plane + st.s_plane);
+    }
+
+    // V of one tile and parity: window[i][j] points to the channels of its pixel (i, j).
+    static DCGAN_INLINE void input_channels(const float* const (&window)[F::IN][F::IN], long c, long count,
+                                            float* v, long plane) {
+        vec half[F::IN][F::IN];
+#pragma GCC unroll 5
+        for (long i = 0; i < F::IN; ++i) {
+            vec d[F::IN];
+#pragma GCC unroll 5
+            for (long j = 0; j < F::IN; ++j) d[j] = load(window[i][j] + c, count);
+            F::input(d, half[i]);
+        }
+#pragma GCC unroll 5
+        for (long j = 0; j < F::IN; ++j) {
+            vec d[F::IN], t[F::IN];
+#pragma GCC unroll 5
+            for (long i = 0; i < F::IN; ++i) d[i] = half[i][j];
+            F::input(d, t);
+#pragma GCC unroll 5
+            for (long i = 0; i < F::IN; ++i) store(v + (i * F::IN + j) * plane + c, t[i]);
+        }
+    }
+
+    static void input_tile(const float* const (&window)[F::IN][F::IN], long channels, float* v, long plane) {
+        long c = 0;
+        for (; c + LANES <= channels; c += LANES) input_channels(window, c, LANES, v, plane);
+        if (c < channels) input_channels(window, c, channels - c, v, plane);
+    }
+
+    template <class E>
+    static DCGAN_INLINE void output_channels(const float* s, long plane, const E& affine, long rows,
+                                             long columns, float* y, long y_row, long y_column, long count) {
+        vec half[F::IN][F::OUT];
+#pragma GCC unroll 5
+        for (long i = 0; i < F::IN; ++i) {
+            vec t[F::IN];
+#pragma GCC unroll 5
+            for (long j = 0; j < F::IN; ++j) t[j] = load(s + (i * F::IN + j) * plane);
+            F::output(t, half[i]);
+        }
+#pragma GCC unroll 4
+        for (long j = 0; j < F::OUT; ++j) {
+            vec t[F::IN], out[F::OUT];
+#pragma GCC unroll 5
+            for (long i = 0; i < F::IN; ++i) t[i] = half[i][j];
+            F::output(t, out);
+#pragma GCC unroll 4
+            for (long i = 0; i < F::OUT; ++i)
+                if (i < rows && j < columns) store(y + i * y_row + j * y_column, affine(out[i]), count);
+        }
+    }
+
+    static void run(const Job& job, int threads, float* scratch, long scratch_stride) {
+        const dcgan_layer& l = *job.layer;
+        const Gemm g = shape(l);
+        const Split s = plan(job, threads);
+        const Strides st = strides(l, s);
+        const Tiles grid = tiles(job);
+        const Size size = parity_map(l);
+        const long parities = l.transposed ? 1 : 4, step = l.transposed ? 2 : 1;
+        const long parity_row = round_up(l.c_in, LANES);
+        with_epilogue(l, [&](const auto& epilogue) {
+            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
+                const Unit u = unit(s, index);
+                const long m = u.rows.size();
+                float* const zeros = own.floats(l.c_in + LANES);
+                const float** const rows = own.pointers(m * g.taps);
+                float* const v = own.floats(POINTS * st.v_plane);
+                float* const sums = own.floats(POINTS * st.s_plane);
+                for (long c = 0; c < l.c_in; ++c) zeros[c] = 0;
+
+                const auto position = [&](long tile, long& image, long& p, long& q) {
+                    q = tile % grid.across * F::OUT;
+                    p = tile / grid.across % grid.down * F::OUT;
+                    image = tile / (grid.across * grid.down);
+                };
+                for (long t = 0; t < m; ++t) {
+                    long image, p, q;
+                    position(u.rows.begin + t, image, p, q);
+                    const float* const x = job.x.data + image * job.x.n;
+                    for (long parity = 0; parity < parities; ++parity) {
+                        const long group = l.transposed ? u.group : parity, a = group / 2, b = group % 2;
+                        const float* window[F::IN][F::IN];
+                        for (long i = 0; i < F::IN; ++i) {
+                            const long r = l.transposed ? p - 1 + a + i : 2 * (p + i) - 1 + a;
+                            for (long j = 0; j < F::IN; ++j) {
+                                const long c = l.transposed ? q - 1 + b + j : 2 * (q + j) - 1 + b;
+                                const bool inside = r >= 0 && r < l.height && c >= 0 && c < l.width;
+                                window[i][j] = inside ? x + r * job.x.h + c * job.x.w : zeros;
+                            }
+                        }
+                        input_tile(window, l.c_in, v + t * st.v_row + parity * parity_row, st.v_plane);
+                    }
+                }
+                for (long point = 0; point < POINTS; ++point) {
+                    for (long tap = 0; tap < parities; ++tap)
+                        for (long t = 0; t < m; ++t)
+                            rows[tap * m + t] = v + point * st.v_plane + t * st.v_row + tap * parity_row;
+                    gemm(g, rows, m, l.weights + (u.group * POINTS + point) * g.size(), u.panels.begin,
+                         u.panels.end, sums + point * st.s_plane, st.s_row);
+                }
+                const long begin = u.panels.begin * PANEL, end = least(u.panels.end * PANEL, l.c_out);
+                for (long t = 0; t < m; ++t) {
+                    long image, p, q;
+                    position(u.rows.begin + t, image, p, q);
+                    float* const y = job.y.data + image * job.y.n + (p * step + u.group / 2) * job.y.h +
+                                     (q * step + u.group % 2) * job.y.w;
+                    for (long c = begin; c < end; c += LANES) {
+                        const long count = least(LANES, end - c);
+                        output_channels(sums + t * st.s_row + c - begin, st.s_plane, epilogue.at(c, count),
+                                        size.height - p, size.width - q, y + c, step * job.y.h,
+                                        step * job.y.w, count);
+                    }
+                }
+            });
+        });
+    }
+};
+
+}  // namespace dcgan::DCGAN_ISA
