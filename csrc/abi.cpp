@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -92,6 +93,7 @@ void watch_forks() {
 // --- checks
 // -------------------------------------------------------------------------------------------------
 
+constexpr int MAX_LAYERS = 64;
 constexpr int64_t MAX_CHANNELS = 1 << 16, MAX_SIDE = 1 << 14, MAX_IMAGES = 1 << 28;
 
 int64_t out_side(const dcgan_layer& l, int64_t in) {
@@ -146,7 +148,8 @@ int check_geometry(const dcgan_layer* layer) {
 
 int check_chain(const dcgan_layer* layers, int count, int64_t images, int threads) {
     if (layers == nullptr) return fail(DCGAN_EARGUMENT, "layers is null");
-    if (count < 1 || count > 64) return fail(DCGAN_EARGUMENT, "count must be from 1 to 64, got %d", count);
+    if (count < 1 || count > MAX_LAYERS)
+        return fail(DCGAN_EARGUMENT, "count must be from 1 to %d, got %d", MAX_LAYERS, count);
     if (images < 0 || images > MAX_IMAGES)
         return fail(DCGAN_EARGUMENT, "images must be from 0 to %lld, got %lld",
                     static_cast<long long>(MAX_IMAGES), static_cast<long long>(images));
@@ -225,8 +228,11 @@ struct Plan {
     int64_t block;      // images
     size_t scratch;     // floats a thread
     size_t between[2];  // floats of the two buffers
+    size_t folded;      // floats of a layer's scale, and of its shift
+    int count;          // layers
     size_t bytes(int threads) const {
-        return (scratch * static_cast<size_t>(threads) + between[0] + between[1]) * sizeof(float);
+        const size_t affine = 2 * folded * static_cast<size_t>(count);
+        return (scratch * static_cast<size_t>(threads) + between[0] + between[1] + affine) * sizeof(float);
     }
 };
 
@@ -237,7 +243,7 @@ int64_t out_floats(const dcgan_layer& l) {
 Plan plan(const dcgan_layer* layers, int count, int64_t images, int threads) {
     int64_t largest[2] = {0, 0};
     for (int i = 0; i + 1 < count; ++i) largest[i % 2] = std::max(largest[i % 2], out_floats(layers[i]));
-    Plan p{images, 0, {0, 0}};
+    Plan p{images, 0, {0, 0}, 0, count};
     if (count > 1) {
         const int64_t fit = std::max<int64_t>(1, BETWEEN_BYTES / 4 / (largest[0] + largest[1]));
         const int64_t blocks = (images + fit - 1) / fit;
@@ -248,8 +254,23 @@ Plan plan(const dcgan_layer* layers, int count, int64_t images, int threads) {
         const Job job{layers + i, {}, {}, static_cast<long>(p.block)};
         const size_t floats = static_cast<size_t>(engine().scratch_size(job, threads));
         p.scratch = std::max(p.scratch, (floats + 15) / 16 * 16);
+        p.folded = std::max(p.folded, static_cast<size_t>((layers[i].c_out + 15) / 16 * 16));
     }
     return p;
+}
+
+// The layer with its BatchNorm as a scale and a shift, which go to `affine` (2·folded floats).
+dcgan_layer fold(const dcgan_layer& l, float* affine, size_t folded) {
+    if (l.mean == nullptr) return l;
+    float *const scale = affine, *const shift = affine + folded;
+    for (int c = 0; c < l.c_out; ++c) {
+        scale[c] = (l.scale == nullptr ? 1.0f : l.scale[c]) / std::sqrt(l.variance[c] + l.epsilon);
+        shift[c] = (l.shift == nullptr ? 0.0f : l.shift[c]) - l.mean[c] * scale[c];
+    }
+    dcgan_layer result = l;
+    result.scale = scale;
+    result.shift = shift;
+    return result;
 }
 
 View view(const dcgan_tensor& t) {
@@ -321,8 +342,11 @@ int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_
         return code;
     if (const int code = check_tensor("y", y, last.algorithm == DCGAN_NARROW && last.transposed, last.c_out))
         return code;
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < count; ++i) {
         if (layers[i].weights == nullptr) return fail(DCGAN_EARGUMENT, "layer %d has no weights", i);
+        if ((layers[i].mean == nullptr) != (layers[i].variance == nullptr))
+            return fail(DCGAN_EARGUMENT, "layer %d has only one of mean and variance", i);
+    }
     if (images == 0) return 0;
 
     watch_forks();
@@ -333,13 +357,17 @@ int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_
         return fail(DCGAN_EMEMORY, "no memory for a workspace of %zu bytes", p.bytes(threads));
     float* const even = scratch + p.scratch * static_cast<size_t>(threads);
     float* const between[2] = {even, even + p.between[0]};
+    float* const affine = between[1] + p.between[1];
+    dcgan_layer folded[MAX_LAYERS];
+    for (int i = 0; i < count; ++i)
+        folded[i] = fold(layers[i], affine + 2 * p.folded * static_cast<size_t>(i), p.folded);
 
     for (int64_t begin = 0; begin < images; begin += p.block) {
         const int64_t block = std::min(p.block, images - begin);
         View from = view(*x);
         from.data += begin * from.n;
         for (int i = 0; i < count; ++i) {
-            const dcgan_layer& l = layers[i];
+            const dcgan_layer& l = folded[i];
             View to = i + 1 < count ? channels_last(between[i % 2], l.c_out, out_side(l, l.height),
                                                     out_side(l, l.width))
                                     : view(*y);

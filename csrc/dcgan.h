@@ -1,7 +1,8 @@
 // The C ABI of the native engine: inference of DCGAN's convolutions on a CPU, float32.
 //
-//     y = act(conv(x, weight)·scale[c] + shift[c])
+//     y = act((conv(x, weight) - mean[c])·scale[c]/√(variance[c] + epsilon) + shift[c])
 //
+// (a BatchNorm in eval mode is that; without one, mean and variance are null)
 // for the convolutions and transposed convolutions of kernel 4, stride 2, padding 1, and for the layers on a
 // 1×1 map (kernel k, padding 0, where input or output is one pixel), which are matrix products. A chain of
 // such layers runs in one call, over blocks of images, so that what is between two layers is small and is
@@ -56,10 +57,12 @@ typedef struct {
     int32_t kernel, stride, padding;
     int32_t act;  // enum dcgan_activation
     float slope;  // of leaky_relu
-    int32_t reserved;
+    float epsilon;  // added to variance
     const float* weights;  // packed by dcgan_pack for this algorithm and instruction set
     const float* scale;    // [c_out], or null for 1
     const float* shift;    // [c_out], or null for 0
+    const float* mean;      // [c_out], or null for 0 and 1: only both or neither
+    const float* variance;  // [c_out]
 } dcgan_layer;
 
 typedef struct {

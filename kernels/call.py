@@ -29,6 +29,31 @@ class Call(NamedTuple):
     channels_last: bool = True
 
 
+class Stage(NamedTuple):
+    """A layer of a chain: a convolution, a BatchNorm by its running statistics (or none), an activation.
+
+        y = act((conv(x, weight) - mean[c])·scale[c]/√(var[c] + eps) + shift[c])
+
+    Without ``mean`` and ``var``, y = act(conv(x, weight)·scale[c] + shift[c]).
+    """
+
+    transposed: bool
+    weight: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    eps: float = 0.0
+    act: str = "none"
+    slope: float = 0.0
+    stride: int = 2
+    padding: int = 1
+
+    @property
+    def c_out(self) -> int:
+        return self.weight.shape[1 if self.transposed else 0]
+
+
 def output_shape(call: Call, transposed: bool) -> tuple[int, int, int, int]:
     """y's shape [N, C_out, H', W'] for a call with operands of 4 dimensions."""
     n, _, h, w = call.x.shape

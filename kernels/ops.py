@@ -13,9 +13,9 @@ A BatchNorm in training is ``center=mean, scale=gamma·rsqrt(var+eps), shift=bet
 convolution; in eval it is ``out_scale, out_shift`` of its own. :mod:`.reference` is their meaning in full,
 backward included.
 
-Engines are ``reference`` and ``triton``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one; ``auto`` takes
-Triton on CUDA for what it covers and the reference for the rest. A forced engine that does not cover a call
-is an error, never another engine.
+Engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
+``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest. A
+forced engine that does not cover a call is an error, never another engine.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference, weights
+from . import cpu, reference, weights
 from .call import Call, Outputs, output_shape
 from .reference import ACTIVATIONS
 
-ENGINES = ("auto", "reference", "triton")
+ENGINES = ("auto", "reference", "triton", "native")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
 # --- checks ------------------------------------------------------------------------------------------------
 
 
-def _check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
+def check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
     """The output's shape. Raises ValueError or TypeError that names the argument at fault.
 
     Every call pays for this, so it looks at each attribute once (4 µs).
@@ -120,13 +120,14 @@ def _engine_name(name: str, source: str) -> str:
     return name
 
 
+_ENGINE_OF = {"cuda": "triton", "cpu": "native"}
 _forced = _engine_name(os.environ.get("DCGAN_ENGINE", "auto"), "DCGAN_ENGINE")
 _recorder: list[Choice] | None = None
 
 
 @contextlib.contextmanager
 def use_engine(name: str) -> Iterator[None]:
-    """Run every op inside on engine ``name``: 'auto', 'reference' or 'triton', else ValueError."""
+    """Run every op inside on engine ``name``: one of ENGINES, else ValueError."""
     global _forced
     previous, _forced = _forced, _engine_name(name, "engine")
     try:
@@ -146,37 +147,57 @@ def recording() -> Iterator[list[Choice]]:
         _recorder = previous
 
 
-def _choose(call: Call, transposed: bool) -> Choice:
-    name = _NAMES[transposed]
+def choose(call: Call, transposed: bool) -> Choice:
+    """The engine for a call. Raises RuntimeError where the forced one does not cover it."""
+    name = NAMES[transposed]
     if _forced == "reference":
         return Choice(name, "reference", "engine 'reference' was asked for")
-    if _forced == "auto" and not call.x.is_cuda:
+    engine = _forced
+    if engine == "auto":
+        engine = _ENGINE_OF.get(call.x.device.type, "reference")
+    if engine == "reference":
         return Choice(name, "reference", f"no faster engine for {call.x.device.type} tensors")
-    from . import gpu  # Triton is imported where a GPU, or a wish for it, makes it needed
+    # Triton is imported where a GPU, or a wish for it, makes it needed.
+    if engine == "triton":
+        from . import gpu
 
-    why_not = gpu.why_not(call, transposed)
+        why_not = gpu.why_not(call, transposed)
+    else:
+        why_not = cpu.why_not(call, transposed, forced=_forced == "native")
     if why_not is None:
-        return Choice(name, "triton", "")
-    if _forced == "triton":
-        raise RuntimeError(f"engine 'triton' was asked for, but does not cover this {name}: {why_not}")
-    return Choice(name, "reference", f"triton: {why_not}")
+        return Choice(name, engine, "")
+    if _forced == engine:
+        raise RuntimeError(f"engine {engine!r} was asked for, but does not cover this {name}: {why_not}")
+    return Choice(name, "reference", f"{engine}: {why_not}")
 
 
-def _run(call: Call, transposed: bool) -> Outputs:
-    shape = _check(call, transposed)
-    choice = _choose(call, transposed)
+def engine() -> str:
+    """The engine that :func:`use_engine` or ``DCGAN_ENGINE`` forces, or 'auto'."""
+    return _forced
+
+
+def record(choice: Choice) -> None:
+    """Tell :func:`recording`."""
     if _recorder is not None:
         _recorder.append(choice)
+
+
+def run(call: Call, transposed: bool) -> Outputs:
+    shape = check(call, transposed)
+    choice = choose(call, transposed)
+    record(choice)
     if 0 in shape:
-        return _empty(call, shape)
+        return empty(call, shape)
     if choice.engine == "triton":
         from . import gpu
 
         return gpu.run(call, transposed)
+    if choice.engine == "native":
+        return cpu.run(call, transposed)
     return reference.forward(*call, transposed=transposed)
 
 
-def _empty(call: Call, shape: tuple[int, int, int, int]) -> Outputs:
+def empty(call: Call, shape: tuple[int, int, int, int]) -> Outputs:
     """Outputs of the right shape, dtype and strides; statistics of nothing are NaN, as torch.mean's are."""
     x = call.x
     acc = reference.accumulator_dtype(x.dtype)
@@ -250,14 +271,21 @@ def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
 
 # --- registration ------------------------------------------------------------------------------------------
 
-_NAMES = {False: "conv2d_fused", True: "conv_transpose2d_fused"}
+NAMES = {False: "conv2d_fused", True: "conv_transpose2d_fused"}
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? center=None, Tensor? scale=None, Tensor? shift=None, "
     "str in_act='none', Tensor? out_scale=None, Tensor? out_shift=None, str out_act='none', "
     "bool stats=False, float slope=0.2, int stride=2, int padding=1, bool channels_last=True) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY = torch.library.Library("dcgan", "DEF")
+LIBRARY = torch.library.Library("dcgan", "DEF")
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in autocast's dtype, kept with a frozen one unless the cast is to be differentiated."""
+    if weight.dtype == dtype or (torch.is_grad_enabled() and weight.requires_grad):
+        return weight.to(dtype)
+    return weights.transformed(weight, dtype, lambda w: w.to(dtype))
 
 
 def _autocast(transposed: bool, device: str, key: torch._C.DispatchKey) -> Callable[..., Outputs]:
@@ -270,42 +298,35 @@ def _autocast(transposed: bool, device: str, key: torch._C.DispatchKey) -> Calla
         with torch._C._ExcludeDispatchKeyGuard(without):
             if call.x.dtype == torch.float64:
                 return _OPS[transposed](*call)
-            weight = call.weight
-            if torch.is_grad_enabled() and weight.requires_grad:
-                weight = weight.to(dtype)
-            elif weight.dtype != dtype:
-                weight = weights.transformed(weight, dtype, lambda w: w.to(dtype))
-            return _OPS[transposed](call.x.to(dtype), weight, *call[2:])
+            return _OPS[transposed](call.x.to(dtype), cast(call.weight, dtype), *call[2:])
 
     return autocast
 
 
 def _register(transposed: bool) -> Any:
-    name = _NAMES[transposed]
-    _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    name = NAMES[transposed]
+    LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
     def implementation(*args: Any, **kwargs: Any) -> Outputs:
-        return _run(Call(*args, **kwargs), transposed)
+        return run(Call(*args, **kwargs), transposed)
 
     def fake(*args: Any, **kwargs: Any) -> Outputs:
         call = Call(*args, **kwargs)
-        return _empty(call, _check(call, transposed))
+        return empty(call, check(call, transposed))
 
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dcgan::{name}", fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"dcgan::{name}", _backward(transposed), setup_context=_save, lib=_LIBRARY
-    )
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dcgan::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"dcgan::{name}", _backward(transposed), setup_context=_save, lib=LIBRARY)
     for device in ("cpu", "cuda"):
         key = f"Autocast{device.upper()}"
-        _LIBRARY.impl(name, _autocast(transposed, device, getattr(torch._C.DispatchKey, key)), key)
+        LIBRARY.impl(name, _autocast(transposed, device, getattr(torch._C.DispatchKey, key)), key)
     return getattr(torch.ops.dcgan, name).default
 
 
 _OPS: dict[bool, Callable[..., Outputs]] = {transposed: _register(transposed) for transposed in (False, True)}
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """Whether forward-mode AD or a torch.func transform is at work.
 
     A registered backward is no rule for those: the operator would give zero tangents, silently.
@@ -321,12 +342,11 @@ def _transformed(call: Call, transposed: bool) -> Outputs:
     if torch.is_autocast_enabled(device) and call.x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         call = call._replace(x=call.x.to(dtype), weight=call.weight.to(dtype))
-    _check(call, transposed)
-    choice = Choice(_NAMES[transposed], "reference", "a torch.func transform or forward-mode AD is at work")
+    check(call, transposed)
+    choice = Choice(NAMES[transposed], "reference", "a torch.func transform or forward-mode AD is at work")
     if _forced not in ("auto", "reference"):
         raise RuntimeError(f"engine {_forced!r} was asked for, but does not cover this call: {choice.reason}")
-    if _recorder is not None:
-        _recorder.append(choice)
+    record(choice)
     with torch.autocast(device, enabled=False):
         return reference.forward(*call, transposed=transposed, functional=True)
 
@@ -370,7 +390,7 @@ def conv2d_fused(
         x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
         stats, slope, stride, padding, channels_last,
     )  # fmt: skip
-    return _transformed(call, False) if _transforming() else _OPS[False](*call)
+    return _transformed(call, False) if transforming() else _OPS[False](*call)
 
 
 def conv_transpose2d_fused(
@@ -394,4 +414,4 @@ def conv_transpose2d_fused(
         x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
         stats, slope, stride, padding, channels_last,
     )  # fmt: skip
-    return _transformed(call, True) if _transforming() else _OPS[True](*call)
+    return _transformed(call, True) if transforming() else _OPS[True](*call)

@@ -1,0 +1,201 @@
+"""A chain of fused convolutions as one operator, for inference.
+
+    dcgan::conv_chain(x, weight, scale, shift, mean, var, eps, act, slope, stride, padding, transposed,
+                      channels_last) -> y
+
+        x_0 = x;  x_{i+1} = act((conv(x_i, weight) - mean[c])·scale[c]/√(var[c] + eps) + shift[c]);  y = x_n
+
+which is :func:`.ops.conv2d_fused` and :func:`.ops.conv_transpose2d_fused`, one after the other, and is computed
+so where the native engine does not cover every layer. Where it does, the chain is one call of it: what is
+between two layers then lives in a workspace of bounded size, block of images by block of images, and never
+becomes a tensor. 16-bit tensors are rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu, ops, weights
+from .call import Call, Stage
+from .ops import LIBRARY, Choice
+from .reference import accumulator_dtype
+
+
+def chains(x: Tensor) -> bool:
+    """Whether a chain is more than its ops one after the other, on x's device."""
+    return x.device.type == "cpu"
+
+
+def folded(stage: Stage, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A stage's BatchNorm as the scale and shift of an op's epilogue, in ``dtype``; differentiable."""
+    scale = None if stage.scale is None else stage.scale.to(dtype)
+    shift = None if stage.shift is None else stage.shift.to(dtype)
+    if stage.mean is None or stage.var is None:
+        return scale, shift
+    inverse = torch.rsqrt(stage.var.to(dtype) + stage.eps)
+    scale = inverse if scale is None else inverse * scale
+    center = stage.mean.to(dtype)
+    return scale, -center * scale if shift is None else torch.addcmul(shift, center, scale, value=-1)
+
+
+def conv_chain(x: Tensor, stages: Sequence[Stage], channels_last: bool = True) -> Tensor:
+    """The stages applied to x, one after the other.
+
+    Args:
+        x: [N, C, H, W] of float16, bfloat16, float32 or float64, any strides.
+        stages: one or more. A weight is [C_out, C_in, kH, kW] ([C_in, C_out, kH, kW] if transposed) of x's
+            dtype; scale, shift, mean and var are [C_out].
+        channels_last: y's memory format; otherwise contiguous.
+
+    Returns:
+        y, of x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is allowed.
+    """
+    if not stages:
+        raise ValueError("stages must hold one layer or more, got none")
+    if ops.transforming():
+        return _one_by_one(x, stages, channels_last, _public)
+    return _OP(x, *_columns(stages), channels_last)  # type: ignore[no-any-return]
+
+
+def _columns(stages: Sequence[Stage]) -> tuple[Any, ...]:
+    transposed, *rest = zip(*stages, strict=True)
+    return (*rest, transposed)
+
+
+def _stages(columns: Sequence[Any]) -> list[Stage]:
+    *rest, transposed = columns
+    return [Stage(*row) for row in zip(transposed, *rest, strict=True)]
+
+
+Run = Callable[[Call, bool], ops.Outputs]
+
+
+def _public(call: Call, transposed: bool) -> ops.Outputs:
+    return ops.conv_transpose2d_fused(*call) if transposed else ops.conv2d_fused(*call)
+
+
+def _one_by_one(x: Tensor, stages: Sequence[Stage], channels_last: bool, run: Run) -> Tensor:
+    """The chain by its definition."""
+    for i, stage in enumerate(stages):
+        scale, shift = folded(stage, accumulator_dtype(x.dtype))
+        call = Call(
+            x,
+            stage.weight,
+            out_scale=scale,
+            out_shift=shift,
+            out_act=stage.act,
+            slope=stage.slope,
+            stride=stage.stride,
+            padding=stage.padding,
+            channels_last=channels_last or i + 1 < len(stages),
+        )
+        x = run(call, stage.transposed)[0]
+    return x
+
+
+# --- what runs it -------------------------------------------------------------------------------------------
+
+
+class _Decision(NamedTuple):
+    """What a chain's shapes, dtypes and devices decide: an engine a layer, and the native engine's plan."""
+
+    choices: tuple[Choice, ...]
+    native: bool
+    empty: bool
+
+
+_decisions: dict[Any, _Decision] = {}
+_MOST = 512  # then it starts anew: a service with images of every size must not grow
+
+
+def _about(t: Tensor | None) -> Any:
+    return None if t is None else (t.shape, t.dtype, t.device)
+
+
+def _decide(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> _Decision:
+    """Checks every layer, as its op would, and chooses its engine; remembered for chains of this kind."""
+    key = (
+        *(_about(x), channels_last, ops.engine(), torch.get_num_threads()),
+        *((*map(_about, s[1:6]), weights.frozen(s.weight), s[0], s[6:]) for s in stages),
+    )
+    decision = _decisions.get(key)
+    if decision is not None:
+        return decision
+    choices: list[Choice] = []
+    shapes = []
+
+    def decide(call: Call, transposed: bool) -> ops.Outputs:
+        shape = ops.check(call, transposed)
+        choices.append(ops.choose(call, transposed))
+        shapes.append(shape)
+        nothing = call.x.new_empty(1)
+        return nothing.expand(shape), nothing, nothing
+
+    _one_by_one(x, stages, channels_last, decide)
+    native = all(choice.engine == "native" for choice in choices)
+    decision = _Decision(tuple(choices), native, any(0 in shape for shape in shapes))
+    if len(_decisions) >= _MOST:
+        _decisions.clear()
+    _decisions[key] = decision
+    return decision
+
+
+def _implementation(x: Tensor, *columns: Any) -> Tensor:
+    stages, channels_last = _stages(columns[:11]), columns[11]
+    decision = _decide(x, stages, channels_last)
+    if not decision.native or decision.empty:
+        return _one_by_one(x, stages, channels_last, ops.run)
+    for choice in decision.choices:
+        ops.record(choice)
+    return cpu.run_chain(x, stages, channels_last)
+
+
+def _fake(x: Tensor, *columns: Any) -> Tensor:
+    def shape(call: Call, transposed: bool) -> ops.Outputs:
+        return ops.empty(call, ops.check(call, transposed))
+
+    return _one_by_one(x, _stages(columns[:11]), columns[11], shape)
+
+
+def _autograd(x: Tensor, *columns: Any) -> Tensor:
+    """Differentiated, the chain is its ops, which know their derivatives; the native call keeps nothing."""
+    tensors = (x, *(t for column in columns[:5] for t in column))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _one_by_one(x, _stages(columns[:11]), columns[11], _public)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OP(x, *columns)  # type: ignore[no-any-return]
+
+
+def _autocast(device: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
+    without = torch._C.DispatchKeySet(key)
+
+    def autocast(x: Tensor, weight: Sequence[Tensor], *rest: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            if x.dtype == torch.float64:
+                return _OP(x, weight, *rest)  # type: ignore[no-any-return]
+            return _OP(x.to(dtype), [ops.cast(w, dtype) for w in weight], *rest)  # type: ignore[no-any-return]
+
+    return autocast
+
+
+LIBRARY.define(
+    "conv_chain(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
+    "float[] eps, str[] act, float[] slope, int[] stride, int[] padding, bool[] transposed, "
+    "bool channels_last=True) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("conv_chain", _implementation, "CompositeExplicitAutograd")
+LIBRARY.impl("conv_chain", _autograd, "Autograd")
+torch.library.register_fake("dcgan::conv_chain", _fake, lib=LIBRARY)
+for _device in ("cpu", "cuda"):
+    _key = f"Autocast{_device.upper()}"
+    LIBRARY.impl("conv_chain", _autocast(_device, getattr(torch._C.DispatchKey, _key)), _key)
+_OP = torch.ops.dcgan.conv_chain.default

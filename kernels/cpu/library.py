@@ -1,0 +1,178 @@
+"""The shared library built from csrc/, its C ABI (csrc/dcgan.h) through ctypes, and its instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1
+PATH = Path(__file__).with_name("libdcgan.so")
+BUILD_ERROR = Path(__file__).with_name("build-error.txt")  # what setup.py leaves when the compiler fails
+
+ALGORITHMS = ("dense", "direct", "f2", "f4", "narrow")
+ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")
+
+Strides = ctypes.c_int64 * 4
+
+
+class Layer(ctypes.Structure):
+    """``dcgan_layer``."""
+
+    _fields_ = (
+        ("transposed", ctypes.c_int32),
+        ("algorithm", ctypes.c_int32),
+        ("c_in", ctypes.c_int32),
+        ("c_out", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("kernel", ctypes.c_int32),
+        ("stride", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+        ("act", ctypes.c_int32),
+        ("slope", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("weights", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("variance", ctypes.c_void_p),
+    )
+
+
+class View(ctypes.Structure):
+    """``dcgan_tensor``."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("strides", Strides))
+
+    @classmethod
+    def of(cls, t: Tensor) -> View:
+        return cls(t.data_ptr(), Strides(*t.stride()))
+
+
+class NativeError(RuntimeError):
+    """The library refused its arguments, lacked memory or lacks the instruction set."""
+
+
+_lock = threading.Lock()
+_library: ctypes.CDLL | None = None
+_problem: str | None = None
+_isa: str | None = None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    for name, result, *arguments in (
+        ("dcgan_abi", integer),
+        ("dcgan_error", ctypes.c_char_p),
+        ("dcgan_isas", ctypes.c_char_p),
+        ("dcgan_built", ctypes.c_char_p),
+        ("dcgan_isa", ctypes.c_char_p),
+        ("dcgan_use_isa", integer, ctypes.c_char_p),
+        ("dcgan_supports", integer, pointer),
+        ("dcgan_packed_size", wide, pointer),
+        ("dcgan_pack", integer, pointer, pointer, pointer, pointer, integer),
+        ("dcgan_run", integer, pointer, integer, wide, pointer, pointer, integer),
+        ("dcgan_workspace", wide, pointer, integer, wide, integer),
+        ("dcgan_release", None),
+        ("dcgan_peak", ctypes.c_double, integer, ctypes.c_double),
+    ):
+        function = getattr(library, name)  # type: ignore[arg-type]
+        function.restype, function.argtypes = result, arguments
+
+
+def _open() -> tuple[ctypes.CDLL | None, str | None]:
+    if not PATH.exists():
+        because = f": {BUILD_ERROR.read_text().strip()}" if BUILD_ERROR.exists() else ""
+        return None, f"csrc was not built{because}"
+    try:
+        library = ctypes.CDLL(str(PATH))  # after torch, whose OpenMP pool it then shares
+        _declare(library)
+    except (OSError, AttributeError) as error:
+        return None, f"{PATH.name} does not load: {error}"
+    if library.dcgan_abi() != ABI:
+        return None, f"{PATH.name} has ABI {library.dcgan_abi()}, not {ABI}: it is of another version"
+    wanted = os.environ.get("DCGAN_ISA")
+    if wanted and library.dcgan_use_isa(wanted.encode()) < 0:
+        raise ValueError(f"DCGAN_ISA: {library.dcgan_error().decode()}")
+    return library, None
+
+
+def problem() -> str | None:
+    """Why there is no library, or None. The first time there is none, a warning says so.
+
+    Raises:
+        ValueError: ``DCGAN_ISA`` names an instruction set that this machine or this build lacks.
+    """
+    global _library, _problem
+    if _library is None and _problem is None:
+        with _lock:
+            if _library is None and _problem is None:
+                library, missing = _open()
+                if missing is not None:
+                    warnings.warn(
+                        f"dcgan's native CPU engine is missing, and everything runs on the slower reference: "
+                        f"{missing}\nA C++17 compiler with OpenMP builds it: pip install -e . -v",
+                        stacklevel=2,
+                    )
+                _library, _problem = library, missing
+    return _problem
+
+
+def library() -> ctypes.CDLL:
+    """The library. Raises NativeError where there is none."""
+    if _library is None and problem() is not None:
+        raise NativeError(_problem)
+    assert _library is not None
+    return _library
+
+
+def checked(result: int) -> int:
+    """``result`` of a call, or NativeError with what the library says of a negative one."""
+    if result < 0:
+        raise NativeError(library().dcgan_error().decode())
+    return result
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this build has and this machine runs, best first."""
+    return tuple(library().dcgan_isas().decode().split())
+
+
+def built_isas() -> tuple[str, ...]:
+    """Those of this build, whether this machine runs them or not."""
+    return tuple(library().dcgan_built().decode().split())
+
+
+def isa() -> str:
+    """The instruction set in use: the best there is, or the one that ``DCGAN_ISA`` names."""
+    global _isa
+    if _isa is None:
+        _isa = library().dcgan_isa().decode()
+    return _isa
+
+
+def use_isa(name: str) -> None:
+    """Run on another instruction set from now on; not while another thread runs.
+
+    Raises:
+        NativeError: this machine or this build lacks it; the message names those that can be had.
+    """
+    global _isa
+    checked(library().dcgan_use_isa(name.encode()))
+    _isa = None
+
+
+def peak(threads: int | None = None, seconds: float = 0.2) -> float:
+    """Multiply-adds a second on ``threads`` threads with every operand in a register."""
+    return library().dcgan_peak(threads or torch.get_num_threads(), seconds)  # type: ignore[no-any-return]
+
+
+def release() -> None:
+    """Give the calling thread's workspace back to the system."""
+    library().dcgan_release()
