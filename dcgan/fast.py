@@ -17,6 +17,7 @@ A layer the ops do not cover (a changed module, one with hooks) runs as the modu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -54,13 +55,11 @@ class _Layer(NamedTuple):
     reason: str
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(module.__dict__[hooks] for hooks in _HOOKS)
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -248,11 +247,13 @@ def _stage(layer: _Layer) -> chain.Stage | None:
         return None
     padding = conv.padding[0]
     assert isinstance(padding, int)
-    affine = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return chain.Stage(
         isinstance(conv, nn.ConvTranspose2d),
         conv.weight,
-        *affine,
+        scale=None if norm is None else norm.weight,
+        shift=None if norm is None else norm.bias,
+        mean=None if norm is None else norm.running_mean,
+        var=None if norm is None else norm.running_var,
         eps=0.0 if norm is None else norm.eps,
         act=layer.act,
         slope=layer.slope or 0.0,
@@ -261,24 +262,64 @@ def _stage(layer: _Layer) -> chain.Stage | None:
     )
 
 
-def _chain(sequence: nn.Sequential, layers: list[_Layer], x: Tensor) -> list[chain.Stage] | None:
-    """The whole sequence as one chain, where that runs faster: inference, and nothing to differentiate."""
-    if not chain.chains(x):
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in sequence.parameters())):
-        return None
-    stages = [_stage(layer) for layer in layers]
-    return None if None in stages or not stages else stages  # type: ignore[return-value]
+# What a module says of itself besides its tensors, and what hangs on it.
+_ATTRIBUTES = (
+    *("stride", "padding", "dilation", "groups", "padding_mode", "output_padding"),
+    *("eps", "momentum", "track_running_stats", "negative_slope", "training"),
+)
+
+
+def _facts(sequence: nn.Sequential) -> list[Any]:
+    """All that :func:`_layers` and :func:`_stage` look at, to tell in microseconds whether it has changed."""
+    facts: list[Any] = []
+    for name, module in sequence._modules.items():
+        about = module.__dict__
+        facts.append(name)
+        facts.append(module)
+        facts.extend([about.get(attribute) for attribute in _ATTRIBUTES])
+        facts.extend([bool(about[hooks]) for hooks in _HOOKS])
+        facts.extend(map(id, about["_parameters"].values()))
+        facts.extend(map(id, about["_buffers"].values()))
+    return facts
+
+
+_chains: weakref.WeakKeyDictionary[nn.Sequential, tuple[list[Any], chain.Chain | None]]
+_chains = weakref.WeakKeyDictionary()
+
+
+def _stages(sequence: nn.Sequential) -> list[chain.Stage]:
+    """The whole sequence as stages of one chain; none where one of its layers cannot be."""
+    stages = [_stage(layer) for layer in _layers(sequence)]
+    return [] if None in stages else stages  # type: ignore[return-value]
+
+
+def _chain(sequence: nn.Sequential) -> chain.Chain | None:
+    """:func:`_stages` as a chain, kept while nothing in the sequence changes but values."""
+    facts = _facts(sequence)
+    known = _chains.get(sequence)
+    if known is None or known[0] != facts:
+        stages = _stages(sequence)
+        known = _chains[sequence] = facts, chain.Chain(stages) if stages else None
+    return known[1]
+
+
+def _differentiated(sequence: nn.Sequential, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in sequence.parameters())
+    )
 
 
 def _forward(sequence: nn.Sequential, x: Tensor) -> Tensor:
     """``sequence(x)`` by the ops; between two ops NHWC, else (output, input of a module) eager's format."""
+    if chain.chains(x) and not _differentiated(sequence, x):
+        whole = None if torch.compiler.is_compiling() else _chain(sequence)
+        stages = _stages(sequence) if torch.compiler.is_compiling() else whole.stages if whole else []
+        if stages:
+            nhwc = stages[-1].c_out > 1 and _eager_format_is_channels_last(sequence, x)
+            return whole(x, nhwc) if whole else chain.conv_chain(x, stages, nhwc)
     channels_last = _eager_format_is_channels_last(sequence, x)
     pending = _NOTHING
     layers = list(_layers(sequence))
-    stages = _chain(sequence, layers, x)
-    if stages is not None:
-        return chain.conv_chain(x, stages, channels_last and stages[-1].c_out > 1)
     for i, layer in enumerate(layers):
         last = i == len(layers) - 1
         if layer.other is not None:

@@ -5,21 +5,21 @@
 
         x_0 = x;  x_{i+1} = act((conv(x_i, weight) - mean[c])·scale[c]/√(var[c] + eps) + shift[c]);  y = x_n
 
-which is :func:`.ops.conv2d_fused` and :func:`.ops.conv_transpose2d_fused`, one after the other, and is computed
-so where the native engine does not cover every layer. Where it does, the chain is one call of it: what is
-between two layers then lives in a workspace of bounded size, block of images by block of images, and never
-becomes a tensor. 16-bit tensors are rounded once, at the end.
+which is :func:`.ops.conv2d_fused` and :func:`.ops.conv_transpose2d_fused`, one after the other, and is
+computed so where the native engine does not cover every layer. Where it does, the chain is one call of it:
+what is between two layers then lives in a workspace of bounded size, block of images by block of images, and
+never becomes a tensor. 16-bit tensors are rounded once, at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, ops, weights
+from . import cpu, ops
 from .call import Call, Stage
 from .ops import LIBRARY, Choice
 from .reference import accumulator_dtype
@@ -103,58 +103,64 @@ def _one_by_one(x: Tensor, stages: Sequence[Stage], channels_last: bool, run: Ru
 # --- what runs it -------------------------------------------------------------------------------------------
 
 
-class _Decision(NamedTuple):
-    """What a chain's shapes, dtypes and devices decide: an engine a layer, and the native engine's plan."""
-
-    choices: tuple[Choice, ...]
-    native: bool
-    empty: bool
-
-
-_decisions: dict[Any, _Decision] = {}
-_MOST = 512  # then it starts anew: a service with images of every size must not grow
-
-
-def _about(t: Tensor | None) -> Any:
-    return None if t is None else (t.shape, t.dtype, t.device)
-
-
-def _decide(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> _Decision:
-    """Checks every layer, as its op would, and chooses its engine; remembered for chains of this kind."""
-    key = (
-        *(_about(x), channels_last, ops.engine(), torch.get_num_threads()),
-        *((*map(_about, s[1:6]), weights.frozen(s.weight), s[0], s[6:]) for s in stages),
-    )
-    decision = _decisions.get(key)
-    if decision is not None:
-        return decision
+def _decide(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> tuple[Choice, ...]:
+    """An engine for each layer, checked as its op would check it."""
     choices: list[Choice] = []
-    shapes = []
 
     def decide(call: Call, transposed: bool) -> ops.Outputs:
         shape = ops.check(call, transposed)
         choices.append(ops.choose(call, transposed))
-        shapes.append(shape)
         nothing = call.x.new_empty(1)
         return nothing.expand(shape), nothing, nothing
 
     _one_by_one(x, stages, channels_last, decide)
-    native = all(choice.engine == "native" for choice in choices)
-    decision = _Decision(tuple(choices), native, any(0 in shape for shape in shapes))
-    if len(_decisions) >= _MOST:
-        _decisions.clear()
-    _decisions[key] = decision
-    return decision
+    return tuple(choices)
+
+
+def _native(choices: Sequence[Choice]) -> bool:
+    return all(choice.engine == "native" for choice in choices)
 
 
 def _implementation(x: Tensor, *columns: Any) -> Tensor:
     stages, channels_last = _stages(columns[:11]), columns[11]
-    decision = _decide(x, stages, channels_last)
-    if not decision.native or decision.empty:
+    choices = _decide(x, stages, channels_last)
+    if not _native(choices) or x.numel() == 0:
         return _one_by_one(x, stages, channels_last, ops.run)
-    for choice in decision.choices:
+    for choice in choices:
         ops.record(choice)
-    return cpu.run_chain(x, stages, channels_last)
+    return cpu.Prepared(x.shape, stages)(x, channels_last)
+
+
+class Chain:
+    """A chain to be run again and again: what its shapes, dtypes and weights decide is decided once.
+
+    It follows its tensors: a weight that has changed is packed anew (:mod:`.weights`), vectors are read at
+    every call.
+    """
+
+    _MOST = 16  # batch shapes remembered; then it starts anew
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = list(stages)
+        self._prepared: dict[Any, tuple[tuple[Choice, ...], cpu.Prepared]] = {}
+
+    def __call__(self, x: Tensor, channels_last: bool = True) -> Tensor:
+        """As :func:`conv_chain`."""
+        if not ops.plain(x):
+            return conv_chain(x, self.stages, channels_last)
+        key = (x.shape, x.dtype, x.device, channels_last, torch.get_num_threads(), ops.engine())
+        found = self._prepared.get(key)
+        if found is None or not found[1].current():
+            choices = _decide(x, self.stages, channels_last)
+            if not _native(choices) or x.numel() == 0:
+                return conv_chain(x, self.stages, channels_last)
+            if len(self._prepared) >= self._MOST:
+                self._prepared.clear()
+            found = self._prepared[key] = choices, cpu.Prepared(x.shape, self.stages)
+        choices, prepared = found
+        for choice in choices:
+            ops.record(choice)
+        return prepared(x, channels_last)
 
 
 def _fake(x: Tensor, *columns: Any) -> Tensor:

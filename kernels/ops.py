@@ -14,8 +14,8 @@ convolution; in eval it is ``out_scale, out_shift`` of its own. :mod:`.reference
 backward included.
 
 Engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
-``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest. A
-forced engine that does not cover a call is an error, never another engine.
+``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest.
+A forced engine that does not cover a call is an error, never another engine.
 """
 
 from __future__ import annotations
@@ -334,6 +334,22 @@ def transforming() -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a call with x and nothing to differentiate needs nothing of the dispatcher.
+
+    No autocast, transform, tracing, fake tensor or mode is at work, and so an engine may be called directly.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+        and not x.is_neg()
+        and not transforming()
+    )
 
 
 def _transformed(call: Call, transposed: bool) -> Outputs:

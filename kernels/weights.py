@@ -131,6 +131,18 @@ def keeping() -> Iterator[list[Tensor]]:
         del _kept.tensors
 
 
+def current(weight: Tensor, key: Hashable, result: Tensor) -> bool:
+    """Whether :func:`transformed` would give ``result`` again."""
+    entry = _entries.get(weight.data_ptr())
+    return (
+        entry is not None
+        and entry.derived.get(key) is result
+        and entry.version == weight._version
+        and entry.tensor() is weight
+        and entry.identity == _identity(weight)
+    )
+
+
 def transformed(weight: Tensor, key: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
     """``make(weight)``, from the cache if ``weight`` is frozen. The result is itself frozen with it.
 

@@ -82,7 +82,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("dcgan_release", None),
         ("dcgan_peak", ctypes.c_double, integer, ctypes.c_double),
     ):
-        function = getattr(library, name)  # type: ignore[arg-type]
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
 
 

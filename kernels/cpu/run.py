@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,22 +58,6 @@ def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
     return None
 
 
-def run(call: Call, transposed: bool) -> Outputs:
-    """(y, mean, var) of a call that :func:`why_not` has nothing against, mean and var empty."""
-    stage = Stage(
-        transposed,
-        call.weight,
-        call.out_scale,
-        call.out_shift,
-        act=call.out_act,
-        slope=call.slope,
-        stride=call.stride,
-        padding=call.padding,
-    )
-    y = run_chain(call.x, [stage], call.channels_last)
-    return y, torch.empty(0), torch.empty(0)
-
-
 class _Plan(NamedTuple):
     """What a chain's shapes and batch decide."""
 
@@ -123,54 +107,92 @@ def _channels_adjacent(t: Tensor) -> bool:
     return t.shape[1] == 1 or t.stride(1) == 1
 
 
-def _address(vector: Tensor | None, held: list[Tensor]) -> int | None:
-    if vector is None:
-        return None
-    vector = vector.to(torch.float32).contiguous()
-    held.append(vector)
-    return vector.data_ptr()
+class Prepared:
+    """A chain for batches of one shape, ready to run: plan, packed weights, and pointers to everything."""
 
-
-def run_chain(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> Tensor:
-    """The stages one after the other in one call of the library, for stages that :func:`why_not` allows.
-
-    Args:
-        x: [N, C, H, W], float32, bfloat16 or float16, any strides.
-        channels_last: the result's memory format.
-    """
-    isa, threads, images = library.isa(), torch.get_num_threads(), x.shape[0]
-    keys = tuple(
-        (s.transposed, s.weight.shape, s.act, s.slope, s.stride, s.padding, weights.frozen(s.weight))
-        for s in stages
-    )
-    plan = _plan(keys, x.shape[2], x.shape[3], images, threads, isa)
-    layers = (library.Layer * len(stages)).from_buffer_copy(plan.layers)
-    held = []  # what the layers point to
-    for stage, layer, g, algorithm in zip(stages, layers, plan.geometries, plan.algorithms, strict=True):
-        key = ("native", isa, algorithm, g.transposed)
-        packed = weights.transformed(stage.weight, key, functools.partial(pack, g=g, algorithm=algorithm))
-        layer.weights = packed.data_ptr()
-        held.append(packed)
-        layer.epsilon = stage.eps
-        layer.scale, layer.shift = _address(stage.scale, held), _address(stage.shift, held)
-        layer.mean, layer.variance = _address(stage.mean, held), _address(stage.var, held)
-
-    dtype = x.dtype
-    x = x.detach().to(torch.float32)
-    first, last = stages[0], stages[-1]
-    if not _channels_adjacent(x) and (first.transposed or plan.algorithms[0] != "narrow"):
-        x = x.contiguous(memory_format=torch.channels_last)
-    any_strides = last.transposed and plan.algorithms[-1] == "narrow"
-    y = torch.empty((images, *plan.out), memory_format=memory_format(channels_last or not any_strides))
-    x_view, y_view = library.View.of(x), library.View.of(y)
-    library.checked(
-        library.library().dcgan_run(
-            ctypes.addressof(layers),
-            len(stages),
-            images,
-            ctypes.addressof(x_view),
-            ctypes.addressof(y_view),
-            threads,
+    def __init__(self, shape: Sequence[int], stages: Sequence[Stage]) -> None:
+        """``shape`` [N, C, H, W]; stages that :func:`why_not` has nothing against."""
+        isa, self._threads, self._images = library.isa(), torch.get_num_threads(), shape[0]
+        keys = tuple(
+            (s.transposed, s.weight.shape, s.act, s.slope, s.stride, s.padding, weights.frozen(s.weight))
+            for s in stages
         )
+        plan = _plan(keys, shape[2], shape[3], self._images, self._threads, isa)
+        self.algorithms = plan.algorithms
+        self._layers = (library.Layer * len(stages)).from_buffer_copy(plan.layers)
+        self._packed: list[tuple[Tensor, Any, Tensor]] = []
+        self._vectors: list[tuple[Tensor, int]] = []
+        self._held: list[Any] = []
+        for stage, layer, g, algorithm in zip(
+            stages, self._layers, plan.geometries, plan.algorithms, strict=True
+        ):
+            key = ("native", isa, algorithm, g.transposed)
+            make = functools.partial(pack, g=g, algorithm=algorithm)
+            packed = weights.transformed(stage.weight, key, make)
+            self._packed.append((stage.weight, key, packed))
+            layer.weights, layer.epsilon = packed.data_ptr(), stage.eps
+            layer.scale, layer.shift = self._address(stage.scale), self._address(stage.shift)
+            layer.mean, layer.variance = self._address(stage.mean), self._address(stage.var)
+        self._any_input = plan.algorithms[0] == "narrow" and not stages[0].transposed
+        self._any_output = plan.algorithms[-1] == "narrow" and stages[-1].transposed
+        self._shape = (self._images, *plan.out)
+
+    def _address(self, vector: Tensor | None) -> int | None:
+        if vector is None:
+            return None
+        ready = vector.detach().to(torch.float32).contiguous()
+        self._vectors.append((vector, vector.data_ptr() if ready.data_ptr() == vector.data_ptr() else -1))
+        self._held.append(ready.untyped_storage())
+        return ready.data_ptr()
+
+    def current(self) -> bool:
+        """Whether it still is what a new one would be: weights unchanged, vectors where they were.
+
+        Vectors are read when the chain runs, so that their values are always those of now.
+        """
+        return all(weights.current(*p) for p in self._packed) and all(
+            vector.data_ptr() == address for vector, address in self._vectors
+        )
+
+    def __call__(self, x: Tensor, channels_last: bool) -> Tensor:
+        """The chain's result in x's dtype; x [N, C, H, W] of any strides."""
+        dtype = x.dtype
+        if dtype != torch.float32:
+            x = x.to(torch.float32)
+        if not (self._any_input or _channels_adjacent(x)):
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = torch.empty(
+            self._shape,
+            memory_format=memory_format(channels_last or not self._any_output),
+            dtype=torch.float32,
+        )
+        x_view, y_view = library.View.of(x), library.View.of(y)
+        library.checked(
+            library.library().dcgan_run(
+                ctypes.addressof(self._layers),
+                len(self._layers),
+                self._images,
+                ctypes.addressof(x_view),
+                ctypes.addressof(y_view),
+                self._threads,
+            )
+        )
+        if not (channels_last or self._any_output):
+            y = y.contiguous()
+        return y if dtype == torch.float32 else y.to(dtype)
+
+
+def run(call: Call, transposed: bool) -> Outputs:
+    """(y, mean, var) of a call that :func:`why_not` has nothing against, mean and var empty."""
+    stage = Stage(
+        transposed,
+        call.weight,
+        call.out_scale,
+        call.out_shift,
+        act=call.out_act,
+        slope=call.slope,
+        stride=call.stride,
+        padding=call.padding,
     )
-    return y.contiguous(memory_format=memory_format(channels_last)).to(dtype)
+    y = Prepared(call.x.shape, [stage])(call.x, call.channels_last)
+    return y, torch.empty(0), torch.empty(0)

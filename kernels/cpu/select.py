@@ -2,9 +2,9 @@
 
     cost = products / rate  +  weights' bytes / bandwidth  +  transforms  [+ packing, for weights not kept]
 
-in cycles of one core. Products are multiply-adds in vectors of the micro-kernel; the weights' term is added and
-not overlapped because that is how it was measured: at batch 1 it rules, and the direct form, with the fewest
-bytes, wins where a layer's weights are many and its pixels few.
+in cycles of one core. Products are multiply-adds in vectors of the micro-kernel; the weights' term is added
+and not overlapped because that is how it was measured: at batch 1 it rules, and the direct form, with the
+fewest bytes, wins where a layer's weights are many and its pixels few.
 """
 
 from __future__ import annotations

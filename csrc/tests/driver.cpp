@@ -1,0 +1,53 @@
+// Tests of the engine through its C ABI, for every instruction set that this machine runs.
+//
+//     make -C csrc/tests
+//
+// One line for each group of tests; the first failure ends them with a message and a non-zero status.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "support.h"
+
+void test_layers();
+void test_views();
+void test_nonfinite();
+void test_activations();
+void test_chains();
+void test_blocks();
+void test_concurrency();
+void test_workspace();
+void test_forks();
+void run_after_fork(const char* pool);
+void test_arguments();
+void test_peak();
+
+// A workspace of hundreds of terabytes must be refused with an error, as malloc refuses it, not end the
+// program.
+extern "C" const char* __asan_default_options() {
+    return "allocator_may_return_null=1";
+}
+
+int main(int count, char** arguments) {
+    if (count == 3 && std::strcmp(arguments[1], "run-after-fork") == 0) {
+        run_after_fork(arguments[2]);
+        return 0;
+    }
+    require(dcgan_abi() == DCGAN_ABI, "dcgan_abi() gives %d, dcgan.h says %d", dcgan_abi(), DCGAN_ABI);
+    for (const std::string& isa : words(dcgan_built())) {
+        const bool here = std::find(isas().begin(), isas().end(), isa) != isas().end();
+        report("%s: built, %srun on this machine", isa.c_str(), here ? "" : "not ");
+    }
+    test_arguments();
+    test_activations();
+    test_layers();
+    test_views();
+    test_nonfinite();
+    test_chains();
+    test_concurrency();
+    test_workspace();
+    test_peak();
+    test_blocks();
+    test_forks();
+    return 0;
+}

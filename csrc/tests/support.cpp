@@ -1,0 +1,308 @@
+#include "support.h"
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+
+void require(bool ok, const char* format, ...) {
+    if (ok) return;
+    va_list arguments;
+    va_start(arguments, format);
+    std::fprintf(stderr, "FAILED with %s: ", dcgan_isa());
+    std::vfprintf(stderr, format, arguments);
+    std::fputc('\n', stderr);
+    va_end(arguments);
+    // Not exit(): destructors of the other threads' objects have no part in this.
+    std::_Exit(1);
+}
+
+void report(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::vprintf(format, arguments);
+    std::putchar('\n');
+    std::fflush(stdout);
+    va_end(arguments);
+}
+
+std::vector<std::string> words(const char* list) {
+    std::istringstream stream(list);
+    std::vector<std::string> all;
+    for (std::string word; stream >> word;) all.push_back(word);
+    return all;
+}
+
+const std::vector<std::string>& isas() {
+    static const std::vector<std::string> all = words(dcgan_isas());
+    return all;
+}
+
+float uniform(Random& random, float limit) {
+    return std::uniform_real_distribution<float>(-limit, limit)(random);
+}
+
+const char* name(Layout layout) {
+    switch (layout) {
+        case Layout::NHWC:
+            return "NHWC";
+        case Layout::NCHW:
+            return "NCHW";
+        case Layout::PADDED:
+            return "padded";
+        default:
+            return "scattered";
+    }
+}
+
+// --- tensors
+
+static const uint32_t MARK = 0x7fc0dead;  // a NaN that no arithmetic makes
+static constexpr long GUARD = 64;
+
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float mark() {
+    float x;
+    std::memcpy(&x, &MARK, sizeof x);
+    return x;
+}
+
+Tensor Tensor::make(Layout layout, long n, long c, long h, long w) {
+    Tensor t{{n, c, h, w}, {}, {}, nullptr, nullptr};
+    int64_t* s = t.strides;
+    switch (layout) {
+        case Layout::NHWC:
+            s[1] = 1, s[3] = c, s[2] = w * s[3], s[0] = h * s[2];
+            break;
+        case Layout::NCHW:
+            s[3] = 1, s[2] = w, s[1] = h * s[2], s[0] = c * s[1];
+            break;
+        case Layout::PADDED:
+            s[1] = 1, s[3] = c + 3, s[2] = w * s[3] + 5, s[0] = h * s[2] + 7;
+            break;
+        case Layout::SCATTERED:
+            s[2] = 2, s[0] = h * s[2] + 1, s[1] = n * s[0] + 1, s[3] = c * s[1] + 1;
+            break;
+    }
+    return t;
+}
+
+long Tensor::span() const {
+    long last = 0;
+    for (int i = 0; i < 4; ++i) last += (size[i] - 1) * strides[i];
+    return last + 1;
+}
+
+Tensor Tensor::input(Layout layout, long n, long c, long h, long w) {
+    Tensor t = make(layout, n, c, h, w);
+    t.exact.reset(new float[static_cast<size_t>(t.span())]);
+    t.data = t.exact.get();
+    for (long i = 0; i < t.span(); ++i) t.data[i] = mark();
+    return t;
+}
+
+Tensor Tensor::random(Random& random, Layout layout, long n, long c, long h, long w) {
+    Tensor t = input(layout, n, c, h, w);
+    for (long i = 0; i < n; ++i)
+        for (long j = 0; j < c; ++j)
+            for (long k = 0; k < h; ++k)
+                for (long l = 0; l < w; ++l) t.at(i, j, k, l) = uniform(random);
+    return t;
+}
+
+Tensor Tensor::output(Layout layout, long n, long c, long h, long w) {
+    Tensor t = make(layout, n, c, h, w);
+    t.guarded.assign(static_cast<size_t>(t.span() + 2 * GUARD), mark());
+    t.data = t.guarded.data() + GUARD;
+    return t;
+}
+
+bool Tensor::guards_intact() const {
+    std::vector<char> element(guarded.size(), 0);
+    for (long n = 0; n < size[0]; ++n)
+        for (long c = 0; c < size[1]; ++c)
+            for (long h = 0; h < size[2]; ++h)
+                for (long w = 0; w < size[3]; ++w)
+                    element[static_cast<size_t>(&at(n, c, h, w) - guarded.data())] = 1;
+    for (size_t i = 0; i < guarded.size(); ++i)
+        if (!element[i] && bits_of(guarded[i]) != MARK) return false;
+    return true;
+}
+
+bool Tensor::untouched() const {
+    for (const float x : guarded)
+        if (bits_of(x) != MARK) return false;
+    return true;
+}
+
+std::vector<uint32_t> Tensor::bits() const {
+    std::vector<uint32_t> all;
+    all.reserve(static_cast<size_t>(count()));
+    for (long n = 0; n < size[0]; ++n)
+        for (long h = 0; h < size[2]; ++h)
+            for (long w = 0; w < size[3]; ++w)
+                for (long c = 0; c < size[1]; ++c) all.push_back(bits_of(at(n, c, h, w)));
+    return all;
+}
+
+// --- layers
+
+Layer::Layer(Random& random, bool transposed, int kernel, int stride, int padding, long c_in, long c_out,
+             long height, long width, Layout weights)
+    : weight(Tensor::random(random, weights, transposed ? c_in : c_out, transposed ? c_out : c_in, kernel,
+                            kernel)) {
+    l.transposed = transposed;
+    l.c_in = static_cast<int32_t>(c_in);
+    l.c_out = static_cast<int32_t>(c_out);
+    l.height = static_cast<int32_t>(height);
+    l.width = static_cast<int32_t>(width);
+    l.kernel = kernel;
+    l.stride = stride;
+    l.padding = padding;
+    l.slope = SLOPE;
+    const double taps = padding > 0 && transposed ? 4 : transposed ? 1 : kernel * kernel;
+    const float size = static_cast<float>(std::sqrt(9.0 / (taps * static_cast<double>(c_in))));
+    for (long i = 0; i < weight.count(); ++i) weight.data[i] *= size;
+}
+
+static std::unique_ptr<float[]> random_around(Random& random, long count, float middle, float limit) {
+    std::unique_ptr<float[]> block(new float[static_cast<size_t>(count)]);
+    for (long i = 0; i < count; ++i) block[static_cast<size_t>(i)] = middle + uniform(random, limit);
+    return block;
+}
+
+Layer& Layer::affine(Random& random, bool with_scale, bool with_shift) {
+    scale = with_scale ? random_around(random, l.c_out, 1.0f, 0.5f) : nullptr;
+    shift = with_shift ? random_around(random, l.c_out, 0.0f, 0.5f) : nullptr;
+    l.scale = scale.get();
+    l.shift = shift.get();
+    return *this;
+}
+
+Layer& Layer::activation(int act) {
+    l.act = act;
+    return *this;
+}
+
+Layer& Layer::pack(int algorithm, int threads) {
+    l.algorithm = algorithm;
+    const int64_t floats = dcgan_packed_size(&l);
+    require(floats >= weight.count() / (algorithm == DCGAN_DENSE ? 1 : 4), "%s: packed size %lld: %s",
+            describe(l).c_str(), static_cast<long long>(floats), dcgan_error());
+    packed.reset(new float[static_cast<size_t>(floats)]);
+    for (int64_t i = 0; i < floats; ++i) packed[static_cast<size_t>(i)] = mark();
+    const int code = dcgan_pack(&l, weight.data, weight.strides, packed.get(), threads);
+    require(code == 0, "%s: pack gives %d: %s", describe(l).c_str(), code, dcgan_error());
+    for (int64_t i = 0; i < floats; ++i)
+        require(bits_of(packed[static_cast<size_t>(i)]) != MARK, "%s: packed weight %lld of %lld not written",
+                describe(l).c_str(), static_cast<long long>(i), static_cast<long long>(floats));
+    l.weights = packed.get();
+    return *this;
+}
+
+long Layer::out_height() const {
+    return l.transposed ? (l.height - 1) * l.stride - 2 * l.padding + l.kernel
+                        : (l.height + 2 * l.padding - l.kernel) / l.stride + 1;
+}
+
+long Layer::out_width() const {
+    return l.transposed ? (l.width - 1) * l.stride - 2 * l.padding + l.kernel
+                        : (l.width + 2 * l.padding - l.kernel) / l.stride + 1;
+}
+
+const char* algorithm_name(int algorithm) {
+    static const char* const names[] = {"dense", "direct", "F2", "F4", "narrow"};
+    return names[algorithm];
+}
+
+const char* activation_name(int act) {
+    static const char* const names[] = {"none", "relu", "leaky_relu", "tanh", "sigmoid"};
+    return names[act];
+}
+
+std::string describe(const dcgan_layer& l) {
+    char text[160];
+    std::snprintf(text, sizeof text, "%s %s k%d s%d p%d %d→%d on %d×%d, %s%s%s",
+                  algorithm_name(l.algorithm), l.transposed ? "up" : "down", l.kernel, l.stride, l.padding,
+                  l.c_in, l.c_out, l.height, l.width, activation_name(l.act), l.scale ? ", scale" : "",
+                  l.shift ? ", shift" : "");
+    return text;
+}
+
+// --- the definition
+
+std::vector<double> naive(const Layer& layer, const Tensor& x) {
+    const dcgan_layer& l = layer.l;
+    const long images = x.size[0], out_h = layer.out_height(), out_w = layer.out_width();
+    const long c_in = l.c_in, c_out = l.c_out;
+    // A copy of the weights by tap, so that the loop over c_out is one over memory.
+    std::vector<double> taps;
+    taps.reserve(static_cast<size_t>(layer.weight.count()));
+    for (long ky = 0; ky < l.kernel; ++ky)
+        for (long kx = 0; kx < l.kernel; ++kx)
+            for (long i = 0; i < c_in; ++i)
+                for (long o = 0; o < c_out; ++o)
+                    taps.push_back(l.transposed ? layer.weight.at(i, o, ky, kx)
+                                                : layer.weight.at(o, i, ky, kx));
+    std::vector<double> y(static_cast<size_t>(images * out_h * out_w * c_out), 0.0);
+    // A tap joins pixel p of the small map with pixel p·stride - padding + k of the large one. A convolution
+    // goes from large to small, its transpose from small to large.
+    const long small_h = l.transposed ? l.height : out_h, small_w = l.transposed ? l.width : out_w;
+    const long large_h = l.transposed ? out_h : l.height, large_w = l.transposed ? out_w : l.width;
+    for (long n = 0; n < images; ++n)
+        for (long p = 0; p < small_h; ++p)
+            for (long q = 0; q < small_w; ++q)
+                for (long ky = 0; ky < l.kernel; ++ky)
+                    for (long kx = 0; kx < l.kernel; ++kx) {
+                        const long r = p * l.stride - l.padding + ky, s = q * l.stride - l.padding + kx;
+                        if (r < 0 || r >= large_h || s < 0 || s >= large_w) continue;
+                        const double* w = taps.data() + (ky * l.kernel + kx) * c_in * c_out;
+                        const long pixel = l.transposed ? (n * out_h + r) * out_w + s
+                                                        : (n * out_h + p) * out_w + q;
+                        double* const to = y.data() + pixel * c_out;
+                        for (long i = 0; i < c_in; ++i, w += c_out) {
+                            const double from = l.transposed ? x.at(n, i, p, q) : x.at(n, i, r, s);
+                            for (long o = 0; o < c_out; ++o) to[o] += from * w[o];
+                        }
+                    }
+    for (size_t i = 0; i < y.size(); ++i) {
+        const size_t c = i % static_cast<size_t>(c_out);
+        y[i] = y[i] * (l.scale ? l.scale[c] : 1.0) + (l.shift ? l.shift[c] : 0.0);
+    }
+    return y;
+}
+
+double activated(int act, double x) {
+    switch (act) {
+        case DCGAN_RELU:
+            return x < 0 ? 0 : x;
+        case DCGAN_LEAKY_RELU:
+            return x < 0 ? x * static_cast<double>(SLOPE) : x;
+        case DCGAN_TANH:
+            return std::tanh(x);
+        case DCGAN_SIGMOID:
+            return 1 / (1 + std::exp(-x));
+        default:
+            return x;
+    }
+}
+
+void run(const dcgan_layer* layers, int count, const Tensor& x, const Tensor& y, int threads) {
+    const dcgan_tensor from = x.view(), to = y.view();
+    const int code = dcgan_run(layers, count, x.size[0], &from, &to, threads);
+    require(code == 0, "%s and %d more: run gives %d: %s", describe(layers[0]).c_str(), count - 1, code,
+            dcgan_error());
+    require(y.guards_intact(), "%s and %d more, %ld images, %d threads: wrote outside of y",
+            describe(layers[0]).c_str(), count - 1, x.size[0], threads);
+}
+
+void run(const Layer& layer, const Tensor& x, const Tensor& y, int threads) {
+    run(&layer.l, 1, x, y, threads);
+}

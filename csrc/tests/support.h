@@ -1,0 +1,99 @@
+// What the tests share: asserts, tensors whose memory shows a stray read or write, layers with their weights,
+// and the naive convolution that results are compared with.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../dcgan.h"
+
+// Ends the tests, with a message that tells the case, unless `ok`.
+[[gnu::format(printf, 2, 3)]] void require(bool ok, const char* format, ...);
+
+// A group of tests passed: one line.
+[[gnu::format(printf, 1, 2)]] void report(const char* format, ...);
+
+// The instruction sets that run here. A test takes them in turn with dcgan_use_isa.
+const std::vector<std::string>& isas();
+std::vector<std::string> words(const char* list);
+
+using Random = std::minstd_rand;
+// Uniform in [-limit, limit).
+float uniform(Random& random, float limit = 1.0f);
+
+enum class Layout {
+    NHWC,       // contiguous, channels innermost
+    NCHW,       // contiguous, as PyTorch has it by default
+    PADDED,     // channels innermost, with gaps between pixels, rows and images
+    SCATTERED,  // no dimension innermost: [W, C, N, H], two floats apart
+};
+const char* name(Layout layout);
+
+// A [N, C, H, W] tensor whose heap block starts with its first element and ends with its last, so that
+// AddressSanitizer sees every access outside; what lies between its elements is NaN, which a stray read would
+// carry into the result.
+struct Tensor {
+    long size[4];
+    int64_t strides[4];
+    std::vector<float> guarded;  // see output()
+    std::unique_ptr<float[]> exact;
+    float* data;
+
+    static Tensor input(Layout layout, long n, long c, long h, long w);
+    static Tensor random(Random& random, Layout layout, long n, long c, long h, long w);
+    // To be written: between guard floats. Elements, gaps and guards are all the same recognizable NaN.
+    static Tensor output(Layout layout, long n, long c, long h, long w);
+
+    long count() const { return size[0] * size[1] * size[2] * size[3]; }
+    float& at(long n, long c, long h, long w) const {
+        return data[n * strides[0] + c * strides[1] + h * strides[2] + w * strides[3]];
+    }
+    dcgan_tensor view(long first_image = 0) const {
+        return {data + first_image * strides[0], {strides[0], strides[1], strides[2], strides[3]}};
+    }
+    // Of output(): no float but the elements was written; nothing was written at all.
+    bool guards_intact() const;
+    bool untouched() const;
+    // The elements in the order [N, H, W, C], as their bits.
+    std::vector<uint32_t> bits() const;
+
+   private:
+    static Tensor make(Layout layout, long n, long c, long h, long w);
+    long span() const;
+};
+
+constexpr float SLOPE = 0.2f;
+
+// A dcgan_layer with what it points to.
+struct Layer {
+    dcgan_layer l{};
+    Tensor weight;
+    std::unique_ptr<float[]> packed, scale, shift;
+
+    // Weights of about 1/√K, so that sums are near 1 and no activation saturates.
+    Layer(Random& random, bool transposed, int kernel, int stride, int padding, long c_in, long c_out,
+          long height, long width, Layout weights = Layout::NCHW);
+
+    Layer& affine(Random& random, bool with_scale, bool with_shift);
+    Layer& activation(int act);
+    // For the instruction set in use.
+    Layer& pack(int algorithm, int threads = 1);
+
+    long out_height() const;
+    long out_width() const;
+};
+
+const char* algorithm_name(int algorithm);
+const char* activation_name(int act);
+std::string describe(const dcgan_layer& l);
+
+// sums·scale + shift of the layer by its definition, in double, as [N, H, W, C].
+std::vector<double> naive(const Layer& layer, const Tensor& x);
+double activated(int act, double x);
+
+// Runs one layer, which must succeed and write y's elements alone.
+void run(const dcgan_layer* layers, int count, const Tensor& x, const Tensor& y, int threads);
+void run(const Layer& layer, const Tensor& x, const Tensor& y, int threads);
