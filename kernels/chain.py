@@ -69,9 +69,11 @@ def _columns(stages: Sequence[Stage]) -> tuple[Any, ...]:
     return (*rest, transposed)
 
 
-def _stages(columns: Sequence[Any]) -> list[Stage]:
-    *rest, transposed = columns
-    return [Stage(*row) for row in zip(transposed, *rest, strict=True)]
+def _arguments(columns: Sequence[Any]) -> tuple[list[Stage], bool]:
+    """(stages, channels_last) of the operator's arguments after x."""
+    *rest, transposed = columns[:11]
+    channels_last = columns[11] if len(columns) > 11 else True  # the dispatcher leaves out a default
+    return [Stage(*row) for row in zip(transposed, *rest, strict=True)], channels_last
 
 
 Run = Callable[[Call, bool], ops.Outputs]
@@ -122,7 +124,7 @@ def _native(choices: Sequence[Choice]) -> bool:
 
 
 def _implementation(x: Tensor, *columns: Any) -> Tensor:
-    stages, channels_last = _stages(columns[:11]), columns[11]
+    stages, channels_last = _arguments(columns)
     choices = _decide(x, stages, channels_last)
     if not _native(choices) or x.numel() == 0:
         return _one_by_one(x, stages, channels_last, ops.run)
@@ -167,14 +169,14 @@ def _fake(x: Tensor, *columns: Any) -> Tensor:
     def shape(call: Call, transposed: bool) -> ops.Outputs:
         return ops.empty(call, ops.check(call, transposed))
 
-    return _one_by_one(x, _stages(columns[:11]), columns[11], shape)
+    return _one_by_one(x, *_arguments(columns), shape)
 
 
 def _autograd(x: Tensor, *columns: Any) -> Tensor:
     """Differentiated, the chain is its ops, which know their derivatives; the native call keeps nothing."""
     tensors = (x, *(t for column in columns[:5] for t in column))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _one_by_one(x, _stages(columns[:11]), columns[11], _public)
+        return _one_by_one(x, *_arguments(columns), _public)
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(x, *columns)  # type: ignore[no-any-return]
 

@@ -48,8 +48,7 @@ static void compare(const Layer& layer, const Tensor& x, const std::vector<doubl
     const dcgan_layer& l = layer.l;
     std::vector<uint32_t> one;
     for (const int threads : {1, 2, 7}) {
-        const Tensor y =
-            Tensor::output(layout, x.size[0], l.c_out, layer.out_height(), layer.out_width());
+        const Tensor y = Tensor::output(layout, x.size[0], l.c_out, layer.out_height(), layer.out_width());
         run(layer, x, y, threads);
         ++totals.runs;
         if (threads == 1) {
@@ -141,10 +140,12 @@ void test_views() {
         bool transposed;
         long c_in, c_out, height, width;
     } cases[] = {
-        {DCGAN_DIRECT, false, 5, 33, 7, 6}, {DCGAN_DIRECT, true, 17, 7, 3, 5}, {DCGAN_F2, false, 5, 33, 7, 6},
-        {DCGAN_F2, true, 17, 7, 3, 5},      {DCGAN_F4, false, 5, 33, 7, 6},    {DCGAN_F4, true, 17, 7, 3, 5},
-        {DCGAN_NARROW, false, 1, 33, 7, 6}, {DCGAN_NARROW, false, 3, 5, 8, 9}, {DCGAN_NARROW, true, 17, 1, 3, 5},
-        {DCGAN_NARROW, true, 33, 3, 8, 9},  {DCGAN_DENSE, false, 5, 33, 3, 3}, {DCGAN_DENSE, true, 17, 7, 1, 1},
+        {DCGAN_DIRECT, false, 5, 33, 7, 6}, {DCGAN_DIRECT, true, 17, 7, 3, 5},
+        {DCGAN_F2, false, 5, 33, 7, 6},     {DCGAN_F2, true, 17, 7, 3, 5},
+        {DCGAN_F4, false, 5, 33, 7, 6},     {DCGAN_F4, true, 17, 7, 3, 5},
+        {DCGAN_NARROW, false, 1, 33, 7, 6}, {DCGAN_NARROW, false, 3, 5, 8, 9},
+        {DCGAN_NARROW, true, 17, 1, 3, 5},  {DCGAN_NARROW, true, 33, 3, 8, 9},
+        {DCGAN_DENSE, false, 5, 33, 3, 3},  {DCGAN_DENSE, true, 17, 7, 1, 1},
     };
     for (const auto& c : cases) {
         const bool dense = c.algorithm == DCGAN_DENSE, narrow = c.algorithm == DCGAN_NARROW;
@@ -191,6 +192,8 @@ void test_nonfinite() {
                 Layer layer(random, transposed, 4, dense ? 1 : 2, dense ? 0 : 1, c_in, c_out, height, width);
                 layer.affine(random, true, true).activation(act);
                 const Tensor x = Tensor::random(random, Layout::NHWC, images, c_in, height, width);
+                layer.l.algorithm = algorithm;
+                const std::string what = describe(layer.l);
                 for (const std::string& isa : isas()) {
                     dcgan_use_isa(isa.c_str());
                     layer.pack(algorithm);
@@ -225,16 +228,17 @@ void test_nonfinite() {
                             std::memcpy(&got, &bits[i], sizeof got);
                             const double want = activated(act, sums[i]);
                             if (i / per_image != poisoned)
-                                require(bits[i] == clean_bits[i],
-                                        "%s: a non-finite input of image %ld changes element %zu of image %zu",
-                                        describe(layer.l).c_str(), poisoned, i % per_image, i / per_image);
+                                require(
+                                    bits[i] == clean_bits[i],
+                                    "%s: a non-finite input of image %ld changes element %zu of image %zu",
+                                    what.c_str(), poisoned, i % per_image, i / per_image);
                             else if (!std::isfinite(want))
                                 require(!std::isfinite(got), "%s: element %zu is %g, should be %g",
-                                        describe(layer.l).c_str(), i % per_image, got, want);
+                                        what.c_str(), i % per_image, got, want);
                             // Winograd may spread it over a tile; relu(NaN) from its Inf - Inf is NaN too.
                             else if (algorithm != DCGAN_F2 && algorithm != DCGAN_F4)
                                 require(std::isfinite(got), "%s: element %zu is %g, should be %g",
-                                        describe(layer.l).c_str(), i % per_image, got, want);
+                                        what.c_str(), i % per_image, got, want);
                         }
                         // Last first: an element drawn twice gets its own value back.
                         for (auto s = saved.rbegin(); s != saved.rend(); ++s) *s->first = s->second;
@@ -251,8 +255,8 @@ void test_activations() {
     const float infinity = std::numeric_limits<float>::infinity();
     std::vector<float> values = {0.0f, infinity, std::numeric_limits<float>::quiet_NaN(),
                                  std::numeric_limits<float>::max()};
-    for (const float x : {1e-38f, 1e-30f, 1e-8f, 1e-4f, 0.1f, 0.3499999f, 0.35f, 0.5f, 1.0f, 5.0f, 9.0f, 17.0f,
-                          50.0f, 86.9f, 87.0f, 87.1f, 88.0f, 100.0f, 104.0f, 200.0f, 1e10f})
+    for (const float x : {1e-38f, 1e-30f, 1e-8f, 1e-4f, 0.1f,  0.3499999f, 0.35f,  0.5f,   1.0f,   5.0f, 9.0f,
+                          17.0f,  50.0f,  86.9f, 87.0f, 87.1f, 88.0f,      100.0f, 104.0f, 200.0f, 1e10f})
         values.push_back(x);
     const size_t special = values.size();
     for (size_t i = 0; i < special; ++i) values.push_back(-values[i]);
@@ -281,6 +285,7 @@ void test_activations() {
                 layer.pack(algorithm);
                 for (int act = 0; act < ACTIVATIONS; ++act) {
                     layer.activation(act);
+                    const std::string what = describe(layer.l);
                     const Tensor y =
                         Tensor::output(Layout::NHWC, 1, count, layer.out_height(), layer.out_width());
                     run(layer, x, y, 1);
@@ -291,12 +296,12 @@ void test_activations() {
                         const char* const message = "%s: of %.9g is %.9g, should be %.9g";
                         if (std::isfinite(want)) {
                             const double wrong = std::abs(got - want);
-                            require(wrong <= relative * std::abs(want) + absolute, message,
-                                    describe(layer.l).c_str(), value, got, want);
+                            require(wrong <= relative * std::abs(want) + absolute, message, what.c_str(),
+                                    value, got, want);
                             if (std::abs(want) > 1e-30) worst = std::max(worst, wrong / std::abs(want));
                         } else {
-                            require(std::isnan(want) ? std::isnan(got) : got == want, message,
-                                    describe(layer.l).c_str(), value, got, want);
+                            require(std::isnan(want) ? std::isnan(got) : got == want, message, what.c_str(),
+                                    value, got, want);
                         }
                     }
                 }

@@ -194,15 +194,16 @@ Layer& Layer::activation(int act) {
 Layer& Layer::pack(int algorithm, int threads) {
     l.algorithm = algorithm;
     const int64_t floats = dcgan_packed_size(&l);
-    require(floats >= weight.count() / (algorithm == DCGAN_DENSE ? 1 : 4), "%s: packed size %lld: %s",
-            describe(l).c_str(), static_cast<long long>(floats), dcgan_error());
+    require(floats >= weight.count(), "%s: packed size %lld: %s", describe(l).c_str(),
+            static_cast<long long>(floats), dcgan_error());
     packed.reset(new float[static_cast<size_t>(floats)]);
     for (int64_t i = 0; i < floats; ++i) packed[static_cast<size_t>(i)] = mark();
     const int code = dcgan_pack(&l, weight.data, weight.strides, packed.get(), threads);
     require(code == 0, "%s: pack gives %d: %s", describe(l).c_str(), code, dcgan_error());
-    for (int64_t i = 0; i < floats; ++i)
-        require(bits_of(packed[static_cast<size_t>(i)]) != MARK, "%s: packed weight %lld of %lld not written",
-                describe(l).c_str(), static_cast<long long>(i), static_cast<long long>(floats));
+    int64_t written = 0;
+    while (written < floats && bits_of(packed[static_cast<size_t>(written)]) != MARK) ++written;
+    require(written == floats, "%s: packed weight %lld of %lld not written", describe(l).c_str(),
+            static_cast<long long>(written), static_cast<long long>(floats));
     l.weights = packed.get();
     return *this;
 }
@@ -229,10 +230,9 @@ const char* activation_name(int act) {
 
 std::string describe(const dcgan_layer& l) {
     char text[160];
-    std::snprintf(text, sizeof text, "%s %s k%d s%d p%d %d→%d on %d×%d, %s%s%s",
-                  algorithm_name(l.algorithm), l.transposed ? "up" : "down", l.kernel, l.stride, l.padding,
-                  l.c_in, l.c_out, l.height, l.width, activation_name(l.act), l.scale ? ", scale" : "",
-                  l.shift ? ", shift" : "");
+    std::snprintf(text, sizeof text, "%s %s k%d s%d p%d %d→%d on %d×%d, %s%s%s", algorithm_name(l.algorithm),
+                  l.transposed ? "up" : "down", l.kernel, l.stride, l.padding, l.c_in, l.c_out, l.height,
+                  l.width, activation_name(l.act), l.scale ? ", scale" : "", l.shift ? ", shift" : "");
     return text;
 }
 
@@ -264,8 +264,8 @@ std::vector<double> naive(const Layer& layer, const Tensor& x) {
                         const long r = p * l.stride - l.padding + ky, s = q * l.stride - l.padding + kx;
                         if (r < 0 || r >= large_h || s < 0 || s >= large_w) continue;
                         const double* w = taps.data() + (ky * l.kernel + kx) * c_in * c_out;
-                        const long pixel = l.transposed ? (n * out_h + r) * out_w + s
-                                                        : (n * out_h + p) * out_w + q;
+                        const long pixel =
+                            l.transposed ? (n * out_h + r) * out_w + s : (n * out_h + p) * out_w + q;
                         double* const to = y.data() + pixel * c_out;
                         for (long i = 0; i < c_in; ++i, w += c_out) {
                             const double from = l.transposed ? x.at(n, i, p, q) : x.at(n, i, r, s);

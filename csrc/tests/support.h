@@ -60,7 +60,7 @@ struct Tensor {
     // The elements in the order [N, H, W, C], as their bits.
     std::vector<uint32_t> bits() const;
 
-   private:
+ private:
     static Tensor make(Layout layout, long n, long c, long h, long w);
     long span() const;
 };

@@ -1,0 +1,329 @@
+// Chains of layers, blocks of images, threads of the caller's own, forks and the workspace.
+#include <omp.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <thread>
+
+#include "support.h"
+
+struct Chain {
+    std::vector<Layer> layers;
+    std::vector<int> algorithms;
+    Layout from, to;
+
+    void add(Layer layer, int algorithm) {
+        layers.push_back(std::move(layer));
+        algorithms.push_back(algorithm);
+    }
+    // For the instruction set in use.
+    std::vector<dcgan_layer> pack() {
+        std::vector<dcgan_layer> all;
+        for (size_t i = 0; i < layers.size(); ++i) all.push_back(layers[i].pack(algorithms[i]).l);
+        return all;
+    }
+    Tensor input(Random& random, long images) const {
+        const dcgan_layer& l = layers.front().l;
+        return Tensor::random(random, from, images, l.c_in, l.height, l.width);
+    }
+    Tensor output(long images) const {
+        const Layer& last = layers.back();
+        return Tensor::output(to, images, last.l.c_out, last.out_height(), last.out_width());
+    }
+    // Layer after layer, each in a call of its own.
+    std::vector<uint32_t> one_by_one(const Tensor& x) const {
+        std::vector<Tensor> maps;
+        for (const Layer& layer : layers) {
+            const bool last = &layer == &layers.back();
+            maps.push_back(Tensor::output(last ? to : Layout::NHWC, x.size[0], layer.l.c_out,
+                                          layer.out_height(), layer.out_width()));
+            run(layer, maps.size() == 1 ? x : maps[maps.size() - 2], maps.back(), 1);
+        }
+        return maps.back().bits();
+    }
+    std::string describe() const {
+        std::string all;
+        for (const Layer& layer : layers) all += (all.empty() ? "" : "; ") + ::describe(layer.l);
+        return all;
+    }
+};
+
+// From a latent vector to an image in PyTorch's layout, through every algorithm.
+static Chain generator(Random& random) {
+    Chain chain{{}, {}, Layout::NHWC, Layout::NCHW};
+    chain.add(
+        std::move(
+            Layer(random, true, 4, 1, 0, 10, 33, 1, 1).affine(random, true, true).activation(DCGAN_RELU)),
+        DCGAN_DENSE);
+    chain.add(
+        std::move(
+            Layer(random, true, 4, 2, 1, 33, 17, 4, 4).affine(random, true, true).activation(DCGAN_RELU)),
+        DCGAN_F4);
+    chain.add(std::move(Layer(random, true, 4, 2, 1, 17, 12, 8, 8)
+                            .affine(random, false, true)
+                            .activation(DCGAN_LEAKY_RELU)),
+              DCGAN_F2);
+    chain.add(
+        std::move(
+            Layer(random, true, 4, 2, 1, 12, 9, 16, 16).affine(random, true, false).activation(DCGAN_RELU)),
+        DCGAN_DIRECT);
+    chain.add(std::move(Layer(random, true, 4, 2, 1, 9, 3, 32, 32).activation(DCGAN_TANH)), DCGAN_NARROW);
+    return chain;
+}
+
+// And from an image to one number.
+static Chain discriminator(Random& random) {
+    Chain chain{{}, {}, Layout::NCHW, Layout::NHWC};
+    chain.add(std::move(Layer(random, false, 4, 2, 1, 3, 9, 64, 64).activation(DCGAN_LEAKY_RELU)),
+              DCGAN_NARROW);
+    chain.add(std::move(Layer(random, false, 4, 2, 1, 9, 12, 32, 32)
+                            .affine(random, true, true)
+                            .activation(DCGAN_LEAKY_RELU)),
+              DCGAN_DIRECT);
+    chain.add(std::move(Layer(random, false, 4, 2, 1, 12, 17, 16, 16)
+                            .affine(random, true, true)
+                            .activation(DCGAN_LEAKY_RELU)),
+              DCGAN_F2);
+    chain.add(std::move(Layer(random, false, 4, 2, 1, 17, 33, 8, 8)
+                            .affine(random, true, true)
+                            .activation(DCGAN_LEAKY_RELU)),
+              DCGAN_F4);
+    chain.add(std::move(Layer(random, false, 4, 1, 0, 33, 1, 4, 4).activation(DCGAN_SIGMOID)), DCGAN_DENSE);
+    return chain;
+}
+
+void test_chains() {
+    Random random(5);
+    long runs = 0;
+    for (const bool generates : {true, false}) {
+        Chain chain = generates ? generator(random) : discriminator(random);
+        const long images = 5;
+        const Tensor x = chain.input(random, images);
+        for (const std::string& isa : isas()) {
+            dcgan_use_isa(isa.c_str());
+            const std::vector<dcgan_layer> layers = chain.pack();
+            const int count = static_cast<int>(layers.size());
+            const std::vector<uint32_t> want = chain.one_by_one(x);
+            for (const int threads : {1, 2, 7}) {
+                const Tensor y = chain.output(images);
+                run(layers.data(), count, x, y, threads);
+                require(y.bits() == want, "%s: %d threads give other bits than layer after layer",
+                        chain.describe().c_str(), threads);
+            }
+            const Tensor y = chain.output(images);
+            for (long i = 0; i < images; ++i) {
+                const dcgan_tensor from = x.view(i), to = y.view(i);
+                dcgan_run(layers.data(), count, 1, &from, &to, 2);
+            }
+            require(y.bits() == want, "%s: image by image gives other bits", chain.describe().c_str());
+            // A workspace given back is made again, for fewer images too.
+            dcgan_release();
+            const Tensor again = chain.output(images);
+            run(layers.data(), count, x, again, 2);
+            require(again.bits() == want, "%s: other bits after dcgan_release", chain.describe().c_str());
+            runs += 5;
+        }
+    }
+    report("chains: %ld runs, the same bits layer by layer, image by image, on 1, 2 and 7 threads", runs);
+}
+
+// A first layer whose maps are so large that the engine takes 193 images in two blocks, of 97 and of 96.
+// Scratch memory that would do for 97 images may not for 96, which are cut into other units of work.
+void test_blocks() {
+    Random random(6);
+    const long images = 193;
+    for (const int algorithm : {DCGAN_F4, DCGAN_F2}) {
+        Chain chain{{}, {}, Layout::NHWC, Layout::NHWC};
+        chain.add(std::move(Layer(random, true, 16, 1, 0, 3, 256, 1, 1)
+                                .affine(random, true, true)
+                                .activation(DCGAN_RELU)),
+                  DCGAN_DENSE);
+        chain.add(std::move(Layer(random, false, 4, 2, 1, 256, 3, 16, 16).activation(DCGAN_TANH)), algorithm);
+        const Tensor x = chain.input(random, images);
+        for (const std::string& isa : isas()) {
+            dcgan_use_isa(isa.c_str());
+            const std::vector<dcgan_layer> layers = chain.pack();
+            require(dcgan_workspace(layers.data(), 2, images, 1) < images * 256 * 16 * 16 * 4,
+                    "%s: %ld images are one block; this test is of several", chain.describe().c_str(),
+                    images);
+            const std::vector<uint32_t> want = chain.one_by_one(x);
+            for (const int threads : {1, 2, 7}) {
+                const Tensor y = chain.output(images);
+                run(layers.data(), 2, x, y, threads);
+                const std::vector<uint32_t> got = y.bits();
+                const auto differs = std::mismatch(got.begin(), got.end(), want.begin()).first;
+                require(differs == got.end(), "%s: %ld images in blocks on %d threads: image %td differs",
+                        chain.describe().c_str(), images, threads,
+                        (differs - got.begin()) / static_cast<long>(got.size() / images));
+            }
+            const Tensor y = chain.output(images);
+            for (long i = 0; i < images; ++i) {
+                const dcgan_tensor from = x.view(i), to = y.view(i);
+                dcgan_run(layers.data(), 2, 1, &from, &to, 1);
+            }
+            require(y.bits() == want, "%s: image by image gives other bits", chain.describe().c_str());
+        }
+    }
+    dcgan_release();
+    report("blocks: %ld images in several, the same bits as layer by layer and image by image", images);
+}
+
+void test_concurrency() {
+    Random random(7);
+    const long images = 3;
+    const int callers = 4, rounds = 4;
+    for (const std::string& isa : isas()) {
+        dcgan_use_isa(isa.c_str());
+        Chain chains[] = {generator(random), discriminator(random)};
+        const Tensor x[] = {chains[0].input(random, images), chains[1].input(random, images)};
+        const std::vector<dcgan_layer> layers[] = {chains[0].pack(), chains[1].pack()};
+        const std::vector<uint32_t> want[] = {chains[0].one_by_one(x[0]), chains[1].one_by_one(x[1])};
+        const auto call = [&](int caller) {
+            for (int round = 0; round < rounds; ++round) {
+                const int which = (caller + round) % 2, threads = 1 + (caller + round) % 3;
+                const Tensor y = chains[which].output(images);
+                run(layers[which].data(), static_cast<int>(layers[which].size()), x[which], y, threads);
+                require(y.bits() == want[which], "%s: other bits while %d threads call at once",
+                        chains[which].describe().c_str(), callers);
+                if (round % 2) dcgan_release();
+            }
+            // What went wrong on one thread is not told on another.
+            require(dcgan_error()[0] == '\0', "a thread without errors is told: %s", dcgan_error());
+            dcgan_run(nullptr, caller, 1, nullptr, nullptr, 1);
+            require(std::strstr(dcgan_error(), "layers") != nullptr, "a thread's error is told as: %s",
+                    dcgan_error());
+        };
+        std::vector<std::thread> threads;
+        for (int caller = 0; caller < callers; ++caller) threads.emplace_back(call, caller);
+        for (std::thread& thread : threads) thread.join();
+    }
+    report("concurrency: %d callers at once, %d runs each", callers, rounds);
+}
+
+void test_workspace() {
+    Random random(8);
+    // Blocks are of equal size: of many images they are as large as they get, to within one in the number of
+    // blocks.
+    const int64_t some = 20000, many = 1000000, limit = int64_t{48} << 20;
+    for (const std::string& isa : isas()) {
+        dcgan_use_isa(isa.c_str());
+        const auto check = [&](const std::string& what, const dcgan_layer* layers, int count) {
+            for (const int threads : {1, 2, 7}) {
+                const int64_t less = dcgan_workspace(layers, count, some, threads);
+                const int64_t more = dcgan_workspace(layers, count, many, threads);
+                require(less > 0 && more > 0 && more <= limit &&
+                            std::abs(static_cast<double>(more - less)) <= 0.05 * static_cast<double>(less),
+                        "%s, %d threads: a workspace of %lld bytes for %lld images, %lld for %lld",
+                        what.c_str(), threads, static_cast<long long>(less), static_cast<long long>(some),
+                        static_cast<long long>(more), static_cast<long long>(many));
+            }
+            require(dcgan_workspace(layers, count, 0, 1) == 0, "%s: a workspace for no images", what.c_str());
+        };
+        for (const bool generates : {true, false}) {
+            Chain chain = generates ? generator(random) : discriminator(random);
+            const std::vector<dcgan_layer> layers = chain.pack();
+            check(chain.describe(), layers.data(), static_cast<int>(layers.size()));
+            for (const dcgan_layer& layer : layers) check(describe(layer), &layer, 1);
+        }
+    }
+    report("workspace: bounded, that of %lld images holds for %lld", static_cast<long long>(some),
+           static_cast<long long>(many));
+}
+
+void test_peak() {
+    for (const std::string& isa : isas()) {
+        dcgan_use_isa(isa.c_str());
+        for (const int threads : {1, 2}) {
+            const double peak = dcgan_peak(threads, 0.01);
+            require(std::isfinite(peak) && peak > 0, "dcgan_peak(%d, 0.01) gives %g", threads, peak);
+        }
+    }
+    report("peak: positive");
+}
+
+// --- forks
+
+// Long enough for any of these runs, short enough to wait for one that hangs.
+static constexpr unsigned HANGS_AFTER = 10;
+
+// The child's run of `body`, in seconds bounded by an alarm, which ends it with a signal.
+template <class F>
+static void in_child(const char* what, const F& body) {
+    std::fflush(stdout);
+    const pid_t child = fork();
+    require(child >= 0, "no fork");
+    if (child == 0) {
+        alarm(HANGS_AFTER);
+        body();
+        std::_Exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    require(!WIFSIGNALED(status) || WTERMSIG(status) != SIGALRM, "a forked child hangs: %s", what);
+    require(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child fails: %s", what);
+}
+
+static void same_bits_in_child(const char* what) {
+    Random random(9);
+    const long images = 3;
+    Chain chain = generator(random);
+    const Tensor x = chain.input(random, images);
+    const auto bits = [&](int threads) {
+        const std::vector<dcgan_layer> layers = chain.pack();
+        const Tensor y = chain.output(images);
+        run(layers.data(), static_cast<int>(layers.size()), x, y, threads);
+        return y.bits();
+    };
+    const std::vector<uint32_t> want = bits(2);
+    in_child(what, [&] {
+        require(bits(2) == want, "a forked child gives other bits: %s", what);
+        for (Layer& layer : chain.layers) layer.pack(layer.l.algorithm, 2);
+        require(dcgan_peak(2, 0.01) > 0, "a forked child has no peak: %s", what);
+    });
+}
+
+// In a process of its own, in which the engine has run nothing: threads made otherwise do not survive the
+// fork either.
+void run_after_fork(const char* pool) {
+    if (std::strcmp(pool, "peak") == 0) {
+        dcgan_peak(2, 0.01);
+    } else {
+        int threads = 0;
+#pragma omp parallel num_threads(2) reduction(+ : threads)
+        ++threads;
+        require(threads == 2, "%d OpenMP threads for 2", threads);
+    }
+    in_child(pool, [] {
+        Random random(10);
+        Chain chain = generator(random);
+        const std::vector<dcgan_layer> layers = chain.pack();
+        const Tensor x = chain.input(random, 1), y = chain.output(1);
+        run(layers.data(), static_cast<int>(layers.size()), x, y, 2);
+    });
+}
+
+void test_forks() {
+    for (const std::string& isa : isas()) {
+        dcgan_use_isa(isa.c_str());
+        same_bits_in_child("after runs on several threads");
+    }
+    for (const char* pool : {"peak", "host"}) {
+        std::fflush(stdout);
+        const pid_t child = fork();
+        require(child >= 0, "no fork");
+        if (child == 0) {
+            execl("/proc/self/exe", "driver", "run-after-fork", pool, nullptr);
+            std::_Exit(2);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        require(
+            WIFEXITED(status) && WEXITSTATUS(status) == 0,
+            "a process forked after %s, before any run, failed (see above)",
+            std::strcmp(pool, "peak") == 0 ? "dcgan_peak on 2 threads" : "an OpenMP region of the host's");
+    }
+    report("forks: a child runs and gives the same bits");
+}
