@@ -184,6 +184,18 @@ int check_tensor(const char* name, const dcgan_tensor* t, bool any_strides, int6
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
 
+// Asks for huge pages where whole ones lie in [data, data + bytes): megabytes that are read from end to end
+// miss the TLB every 4 KB otherwise.
+void huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    static_cast<void>(data), static_cast<void>(bytes);
+#endif
+}
+
 // Memory of the calling thread, kept from call to call: fresh pages cost more than the arithmetic of a small
 // layer.
 class Workspace {
@@ -196,9 +208,7 @@ class Workspace {
         const size_t rounded = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
         void* const p = std::aligned_alloc(HUGE_PAGE, rounded);
         if (p == nullptr) return nullptr;
-#ifdef MADV_HUGEPAGE
-        madvise(p, rounded, MADV_HUGEPAGE);
-#endif
+        huge_pages(p, rounded);
         data_ = static_cast<float*>(p);
         size_ = rounded;
         return data_;
@@ -329,6 +339,7 @@ int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t stri
     if (weight == nullptr || strides == nullptr || packed == nullptr)
         return fail(DCGAN_EARGUMENT, "weight, strides and packed must not be null");
     watch_forks();
+    huge_pages(packed, static_cast<size_t>(engine().packed_size(*layer)) * sizeof(float));
     engine().pack(*layer, weight, strides, packed, forked ? 1 : threads);
     return 0;
 }

@@ -55,12 +55,12 @@ typedef struct {
     int32_t c_in, c_out;
     int32_t height, width;  // of the layer's input
     int32_t kernel, stride, padding;
-    int32_t act;  // enum dcgan_activation
-    float slope;  // of leaky_relu
-    float epsilon;  // added to variance
-    const float* weights;  // packed by dcgan_pack for this algorithm and instruction set
-    const float* scale;    // [c_out], or null for 1
-    const float* shift;    // [c_out], or null for 0
+    int32_t act;            // enum dcgan_activation
+    float slope;            // of leaky_relu
+    float epsilon;          // added to variance
+    const float* weights;   // packed by dcgan_pack for this algorithm and instruction set
+    const float* scale;     // [c_out], or null for 1
+    const float* shift;     // [c_out], or null for 0
     const float* mean;      // [c_out], or null for 0 and 1: only both or neither
     const float* variance;  // [c_out]
 } dcgan_layer;

@@ -58,24 +58,30 @@ DCGAN_INLINE void multiply(vec (&acc)[R][2], const float* const (&a)[R], long co
     for (; k < count; ++k) step(k);
 }
 
-// R rows by one panel over the k of one chunk, [begin, end).
+// Where a chunk of k begins in A: in which tap, how far in, and how many k it has. `add`: to what C holds.
+struct Slice {
+    long tap, first, count;
+    bool add;
+};
+
+// R rows by one panel over the k of one chunk.
 template <long R>
-[[gnu::noinline]] void tile(const Gemm& g, const float* const* rows, long m_count, long begin, long end,
+[[gnu::noinline]] void tile(const Gemm& g, const float* const* rows, long m_count, const Slice& slice,
                             const float* b, float* c, long c_stride, const float* ahead) {
     vec acc[R][2] = {};
-    for (long k = begin; k < end;) {
-        const long tap = k / g.length, first = k - tap * g.length;
-        const long last = g.length < first + end - k ? g.length : first + end - k;
+    const float* const* tap = rows + slice.tap * m_count;
+    for (long left = slice.count, first = slice.first; left > 0; tap += m_count, first = 0) {
+        const long count = g.length - first < left ? g.length - first : left;
         const float* a[R];
 #pragma GCC unroll 12
-        for (long r = 0; r < R; ++r) a[r] = rows[tap * m_count + r] + first;
-        multiply<R>(acc, a, last - first, b, ahead);
-        k += last - first;
+        for (long r = 0; r < R; ++r) a[r] = tap[r] + first;
+        multiply<R>(acc, a, count, b, ahead);
+        left -= count;
     }
 #pragma GCC unroll 12
     for (long r = 0; r < R; ++r) {
         float* to = c + r * c_stride;
-        if (begin > 0) {
+        if (slice.add) {
             acc[r][0] += load(to);
             acc[r][1] += load(to + LANES);
         }
@@ -84,12 +90,12 @@ template <long R>
     }
 }
 
-DCGAN_INLINE void tile(long count, const Gemm& g, const float* const* rows, long m_count, long begin,
-                       long end, const float* b, float* c, long c_stride, const float* ahead) {
+DCGAN_INLINE void tile(long count, const Gemm& g, const float* const* rows, long m_count, const Slice& slice,
+                       const float* b, float* c, long c_stride, const float* ahead) {
     switch (count) {
 #define DCGAN_TILE(R) \
     case R:           \
-        return tile<R>(g, rows, m_count, begin, end, b, c, c_stride, ahead);
+        return tile<R>(g, rows, m_count, slice, b, c, c_stride, ahead);
         DCGAN_TILE(1)
         DCGAN_TILE(2)
         DCGAN_TILE(3)
@@ -113,18 +119,20 @@ inline void gemm(const Gemm& g, const float* const* rows, long m_count, const fl
                  long panel_end, float* c, long c_stride) {
     // Tiles of nearly equal height: 8 rows are 4 + 4, since 6 + 2 would leave the last tile short of
     // independent accumulators to hide an FMA's latency.
-    const long tiles = (m_count + ROWS - 1) / ROWS;
+    const long tiles = (m_count + ROWS - 1) / ROWS, height = m_count / tiles, higher = m_count % tiles;
     for (long begin = 0; begin < g.depth(); begin += CHUNK) {
-        const long end = begin + CHUNK < g.depth() ? begin + CHUNK : g.depth();
+        const long count = begin + CHUNK < g.depth() ? CHUNK : g.depth() - begin;
+        const Slice slice{begin / g.length, begin % g.length, count, begin > 0};
         for (long panel = panel_begin; panel < panel_end; ++panel) {
             const float* const from = b + g.offset(begin, panel);
-            const float* const next =
-                from + (end - begin) * PANEL;  // what follows is used next: prefetched meanwhile
-            const long share = (end - begin) * PANEL / tiles;
-            for (long t = 0; t < tiles; ++t) {
-                const long m = t * m_count / tiles, m_next = (t + 1) * m_count / tiles;
-                tile(m_next - m, g, rows + m, m_count, begin, end, from,
-                     c + m * c_stride + (panel - panel_begin) * PANEL, c_stride, next + t * share);
+            const float* ahead = from + count * PANEL;  // what is used next: prefetched meanwhile
+            float* to = c + (panel - panel_begin) * PANEL;
+            for (long t = 0, m = 0; t < tiles; ++t) {
+                const long rows_here = height + (t < higher);
+                tile(rows_here, g, rows + m, m_count, slice, from, to, c_stride, ahead);
+                ahead += count * PANEL / tiles;
+                to += rows_here * c_stride;
+                m += rows_here;
             }
         }
     }

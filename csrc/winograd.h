@@ -184,8 +184,12 @@ struct Winograd {
             for (long i = 0; i < F::IN; ++i) t[i] = half[i][j];
             F::output(t, out);
 #pragma GCC unroll 4
-            for (long i = 0; i < F::OUT; ++i)
-                if (i < rows && j < columns) store(y + i * y_row + j * y_column, affine(out[i]), count);
+            for (long i = 0; i < F::OUT; ++i) {
+                if (i >= rows || j >= columns) continue;
+                float* const to = y + i * y_row + j * y_column;
+                __builtin_prefetch(to + F::OUT * y_column, 1);  // the next tile's
+                store(to, affine(out[i]), count);
+            }
         }
     }
 

@@ -15,8 +15,11 @@ struct Chain {
     std::vector<int> algorithms;
     Layout from, to;
 
-    void add(Layer layer, int algorithm) {
-        layers.push_back(std::move(layer));
+    void add(Random& random, int algorithm, bool up, int kernel, long c_in, long c_out, long side, int act,
+             bool scale = false, bool shift = false) {
+        const bool dense = algorithm == DCGAN_DENSE;
+        layers.emplace_back(random, up, kernel, dense ? 1 : 2, dense ? 0 : 1, c_in, c_out, side, side);
+        layers.back().affine(random, scale, shift).activation(act);
         algorithms.push_back(algorithm);
     }
     // For the instruction set in use.
@@ -54,45 +57,30 @@ struct Chain {
 // From a latent vector to an image in PyTorch's layout, through every algorithm.
 static Chain generator(Random& random) {
     Chain chain{{}, {}, Layout::NHWC, Layout::NCHW};
-    chain.add(
-        std::move(
-            Layer(random, true, 4, 1, 0, 10, 33, 1, 1).affine(random, true, true).activation(DCGAN_RELU)),
-        DCGAN_DENSE);
-    chain.add(
-        std::move(
-            Layer(random, true, 4, 2, 1, 33, 17, 4, 4).affine(random, true, true).activation(DCGAN_RELU)),
-        DCGAN_F4);
-    chain.add(std::move(Layer(random, true, 4, 2, 1, 17, 12, 8, 8)
-                            .affine(random, false, true)
-                            .activation(DCGAN_LEAKY_RELU)),
-              DCGAN_F2);
-    chain.add(
-        std::move(
-            Layer(random, true, 4, 2, 1, 12, 9, 16, 16).affine(random, true, false).activation(DCGAN_RELU)),
-        DCGAN_DIRECT);
-    chain.add(std::move(Layer(random, true, 4, 2, 1, 9, 3, 32, 32).activation(DCGAN_TANH)), DCGAN_NARROW);
+    chain.add(random, DCGAN_DENSE, true, 4, 10, 33, 1, DCGAN_RELU, true, true);
+    chain.add(random, DCGAN_F4, true, 4, 33, 17, 4, DCGAN_RELU, true, true);
+    chain.add(random, DCGAN_F2, true, 4, 17, 12, 8, DCGAN_LEAKY_RELU, false, true);
+    chain.add(random, DCGAN_DIRECT, true, 4, 12, 9, 16, DCGAN_RELU, true, false);
+    chain.add(random, DCGAN_NARROW, true, 4, 9, 3, 32, DCGAN_TANH);
     return chain;
 }
 
 // And from an image to one number.
 static Chain discriminator(Random& random) {
     Chain chain{{}, {}, Layout::NCHW, Layout::NHWC};
-    chain.add(std::move(Layer(random, false, 4, 2, 1, 3, 9, 64, 64).activation(DCGAN_LEAKY_RELU)),
-              DCGAN_NARROW);
-    chain.add(std::move(Layer(random, false, 4, 2, 1, 9, 12, 32, 32)
-                            .affine(random, true, true)
-                            .activation(DCGAN_LEAKY_RELU)),
-              DCGAN_DIRECT);
-    chain.add(std::move(Layer(random, false, 4, 2, 1, 12, 17, 16, 16)
-                            .affine(random, true, true)
-                            .activation(DCGAN_LEAKY_RELU)),
-              DCGAN_F2);
-    chain.add(std::move(Layer(random, false, 4, 2, 1, 17, 33, 8, 8)
-                            .affine(random, true, true)
-                            .activation(DCGAN_LEAKY_RELU)),
-              DCGAN_F4);
-    chain.add(std::move(Layer(random, false, 4, 1, 0, 33, 1, 4, 4).activation(DCGAN_SIGMOID)), DCGAN_DENSE);
+    chain.add(random, DCGAN_NARROW, false, 4, 3, 9, 64, DCGAN_LEAKY_RELU);
+    chain.add(random, DCGAN_DIRECT, false, 4, 9, 12, 32, DCGAN_LEAKY_RELU, true, true);
+    chain.add(random, DCGAN_F2, false, 4, 12, 17, 16, DCGAN_LEAKY_RELU, true, true);
+    chain.add(random, DCGAN_F4, false, 4, 17, 33, 8, DCGAN_LEAKY_RELU, true, true);
+    chain.add(random, DCGAN_DENSE, false, 4, 33, 1, 4, DCGAN_SIGMOID);
     return chain;
+}
+
+static void run_image(const std::vector<dcgan_layer>& layers, const Tensor& x, const Tensor& y, long image,
+                      int threads) {
+    const dcgan_tensor from = x.view(image), to = y.view(image);
+    const int code = dcgan_run(layers.data(), static_cast<int>(layers.size()), 1, &from, &to, threads);
+    require(code == 0, "image %ld: run gives %d: %s", image, code, dcgan_error());
 }
 
 void test_chains() {
@@ -114,10 +102,7 @@ void test_chains() {
                         chain.describe().c_str(), threads);
             }
             const Tensor y = chain.output(images);
-            for (long i = 0; i < images; ++i) {
-                const dcgan_tensor from = x.view(i), to = y.view(i);
-                dcgan_run(layers.data(), count, 1, &from, &to, 2);
-            }
+            for (long i = 0; i < images; ++i) run_image(layers, x, y, i, 2);
             require(y.bits() == want, "%s: image by image gives other bits", chain.describe().c_str());
             // A workspace given back is made again, for fewer images too.
             dcgan_release();
@@ -131,41 +116,33 @@ void test_chains() {
 }
 
 // A first layer whose maps are so large that the engine takes 193 images in two blocks, of 97 and of 96.
-// Scratch memory that would do for 97 images may not for 96, which are cut into other units of work.
+// Scratch memory that would do for 97 images may not for 96, whose 384 tiles are cut into fewer and so larger
+// units of work than 388.
 void test_blocks() {
     Random random(6);
     const long images = 193;
-    for (const int algorithm : {DCGAN_F4, DCGAN_F2}) {
-        Chain chain{{}, {}, Layout::NHWC, Layout::NHWC};
-        chain.add(std::move(Layer(random, true, 16, 1, 0, 3, 256, 1, 1)
-                                .affine(random, true, true)
-                                .activation(DCGAN_RELU)),
-                  DCGAN_DENSE);
-        chain.add(std::move(Layer(random, false, 4, 2, 1, 256, 3, 16, 16).activation(DCGAN_TANH)), algorithm);
-        const Tensor x = chain.input(random, images);
-        for (const std::string& isa : isas()) {
-            dcgan_use_isa(isa.c_str());
-            const std::vector<dcgan_layer> layers = chain.pack();
-            require(dcgan_workspace(layers.data(), 2, images, 1) < images * 256 * 16 * 16 * 4,
-                    "%s: %ld images are one block; this test is of several", chain.describe().c_str(),
-                    images);
-            const std::vector<uint32_t> want = chain.one_by_one(x);
-            for (const int threads : {1, 2, 7}) {
-                const Tensor y = chain.output(images);
-                run(layers.data(), 2, x, y, threads);
-                const std::vector<uint32_t> got = y.bits();
-                const auto differs = std::mismatch(got.begin(), got.end(), want.begin()).first;
-                require(differs == got.end(), "%s: %ld images in blocks on %d threads: image %td differs",
-                        chain.describe().c_str(), images, threads,
-                        (differs - got.begin()) / static_cast<long>(got.size() / images));
-            }
+    Chain chain{{}, {}, Layout::NHWC, Layout::NHWC};
+    chain.add(random, DCGAN_DENSE, true, 16, 3, 256, 1, DCGAN_RELU, true, true);
+    chain.add(random, DCGAN_F4, false, 4, 256, 3, 16, DCGAN_TANH);
+    const Tensor x = chain.input(random, images);
+    for (const std::string& isa : isas()) {
+        dcgan_use_isa(isa.c_str());
+        const std::vector<dcgan_layer> layers = chain.pack();
+        require(dcgan_workspace(layers.data(), 2, images, 1) < images * 256 * 16 * 16 * 4,
+                "%s: %ld images are one block; this test is of several", chain.describe().c_str(), images);
+        const std::vector<uint32_t> want = chain.one_by_one(x);
+        for (const int threads : {1, 2, 7}) {
             const Tensor y = chain.output(images);
-            for (long i = 0; i < images; ++i) {
-                const dcgan_tensor from = x.view(i), to = y.view(i);
-                dcgan_run(layers.data(), 2, 1, &from, &to, 1);
-            }
-            require(y.bits() == want, "%s: image by image gives other bits", chain.describe().c_str());
+            run(layers.data(), 2, x, y, threads);
+            const std::vector<uint32_t> got = y.bits();
+            const auto differs = std::mismatch(got.begin(), got.end(), want.begin()).first;
+            require(differs == got.end(), "%s: %ld images in blocks on %d threads: image %td differs",
+                    chain.describe().c_str(), images, threads,
+                    (differs - got.begin()) / static_cast<long>(got.size() / images));
         }
+        const Tensor y = chain.output(images);
+        for (long i = 0; i < images; ++i) run_image(layers, x, y, i, 1);
+        require(y.bits() == want, "%s: image by image gives other bits", chain.describe().c_str());
     }
     dcgan_release();
     report("blocks: %ld images in several, the same bits as layer by layer and image by image", images);
@@ -199,6 +176,14 @@ void test_concurrency() {
         std::vector<std::thread> threads;
         for (int caller = 0; caller < callers; ++caller) threads.emplace_back(call, caller);
         for (std::thread& thread : threads) thread.join();
+        // Callers that are themselves threads of an OpenMP region.
+#pragma omp parallel for num_threads(2) schedule(static, 1)
+        for (int which = 0; which < 2; ++which) {
+            const Tensor y = chains[which].output(images);
+            run(layers[which].data(), static_cast<int>(layers[which].size()), x[which], y, 2);
+            require(y.bits() == want[which], "%s: other bits inside an OpenMP region",
+                    chains[which].describe().c_str());
+        }
     }
     report("concurrency: %d callers at once, %d runs each", callers, rounds);
 }

@@ -22,10 +22,10 @@ void run_after_fork(const char* pool);
 void test_arguments();
 void test_peak();
 
-// A workspace of hundreds of terabytes must be refused with an error, as malloc refuses it, not end the
-// program.
+// Fresh memory is NaN, so that a result made from scratch memory that was never written shows. And a
+// workspace of hundreds of terabytes is refused, as malloc refuses it, not the end of the program.
 extern "C" const char* __asan_default_options() {
-    return "allocator_may_return_null=1";
+    return "malloc_fill_byte=255:max_malloc_fill_size=1000000000:allocator_may_return_null=1";
 }
 
 int main(int count, char** arguments) {

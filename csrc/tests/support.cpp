@@ -295,12 +295,12 @@ double activated(int act, double x) {
 }
 
 void run(const dcgan_layer* layers, int count, const Tensor& x, const Tensor& y, int threads) {
+    const std::string what = describe(layers[0]) + (count > 1 ? " and what follows" : "");
     const dcgan_tensor from = x.view(), to = y.view();
     const int code = dcgan_run(layers, count, x.size[0], &from, &to, threads);
-    require(code == 0, "%s and %d more: run gives %d: %s", describe(layers[0]).c_str(), count - 1, code,
-            dcgan_error());
-    require(y.guards_intact(), "%s and %d more, %ld images, %d threads: wrote outside of y",
-            describe(layers[0]).c_str(), count - 1, x.size[0], threads);
+    require(code == 0, "%s: run gives %d: %s", what.c_str(), code, dcgan_error());
+    require(y.guards_intact(), "%s, %ld images, %d threads: wrote outside of y", what.c_str(), x.size[0],
+            threads);
 }
 
 void run(const Layer& layer, const Tensor& x, const Tensor& y, int threads) {

@@ -94,6 +94,6 @@ std::string describe(const dcgan_layer& l);
 std::vector<double> naive(const Layer& layer, const Tensor& x);
 double activated(int act, double x);
 
-// Runs one layer, which must succeed and write y's elements alone.
+// Runs a chain, or one layer, which must succeed and write no float but y's elements.
 void run(const dcgan_layer* layers, int count, const Tensor& x, const Tensor& y, int threads);
 void run(const Layer& layer, const Tensor& x, const Tensor& y, int threads);
