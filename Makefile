@@ -3,27 +3,38 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-slow bench peers lint format gpu clean
+.PHONY: setup demo test test-slow bench peers lint format gpu clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	@echo "== Setting up $(VENV): PyTorch and the rest are installed once; this takes a few minutes =="
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.native
+
+# The native engine, built anew where its sources have changed since.
+CSRC := $(wildcard csrc/*.h csrc/*.cpp)
+$(VENV)/.native: $(CSRC) | $(VENV)/.installed
+	@echo "== Building the native engine =="
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-demo: $(VENV)/.installed
+setup: $(VENV)/.installed $(VENV)/.native
+
+demo: setup
 	@echo "== Training a small DCGAN on real digits, then the drop-in on its checkpoint =="
 	$(PY) -m dcgan.demo --out runs/demo
 	@echo "== Generation, beside what one would use instead =="
 	$(PY) -m bench generate --batch 1 64 --seconds 1.5
 
-test: $(VENV)/.installed
+test: setup
+	@echo "== The native engine's own tests, under AddressSanitizer and UBSan too =="
+	$(MAKE) --no-print-directory -C csrc/tests
 	@echo "== The Triton kernels in Triton's interpreter =="
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 	@echo "== Everything else =="
 	$(PY) -m pytest -m "not slow"
 
-test-slow: $(VENV)/.installed
+test-slow: setup
 	@echo "== Exhaustive tests =="
 	$(PY) -m pytest -m slow
 
@@ -31,23 +42,27 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install -q --disable-pip-version-check -e '.[peers]'
 	@touch $@
 
-peers: $(VENV)/.peers
+peers: $(VENV)/.peers setup
 
-bench: $(VENV)/.installed
+bench: setup
 	@echo "== Generation, every provider checked, then timed (\`make peers\` installs the rival runtimes) =="
 	$(PY) -m bench generate --batch 1 8 64 256 --json bench/results/cpu.jsonl
 	@echo "== Single ops =="
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
+CPP = $(shell git ls-files '*.h' '*.cpp')
+
 lint: $(VENV)/.installed
-	@echo "== ruff, mypy =="
+	@echo "== ruff, mypy, clang-format =="
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 # On a machine with an NVIDIA GPU: STAGE=test, tune, bench or all; the results go to OUT. Without a .venv it uses
 # the python3 it is given, with the PyTorch and Triton that it has.

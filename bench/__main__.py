@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 from bench.usage import UsageError
 
-COMMANDS = ("generate", "discriminate", "inspect", "gpu", "plot")
+COMMANDS = (
+    *("generate", "discriminate", "accuracy", "scale", "ladder", "profile"),
+    *("inspect", "gpu", "plot"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

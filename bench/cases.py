@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,16 @@ DTYPES: dict[str, torch.dtype] = {
 TOLERANCE = {"float32": 1e-5, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 
 INPUTS = 2  # one would let a provider pass that returns its first answer for ever
+PIECE = 64  # images that float64 computes at a time
+
+
+def threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
+def title(command: str, sizes: dict[str, int]) -> str:
+    """The network, with the sizes that are given."""
+    return " · ".join([command, *(f"{name} {size}" for name, size in sizes.items())])
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,8 @@ class Case:
 
     @property
     def title(self) -> str:
-        where = f"cpu, {self.threads} threads" if self.device == "cpu" else self.device
-        return f"{self.command} · batch {self.batch} · {self.dtype} · {where}"
+        where = f"cpu, {threads(self.threads)}" if self.device == "cpu" else self.device
+        return f"{title(self.command, self.sizes)} · batch {self.batch} · {self.dtype} · {where}"
 
     def skeleton(self) -> Network:
         """The reference network, without meaningful weights."""
@@ -105,27 +116,39 @@ class Case:
 
 
 def _randomise(network: nn.Module, input_shape: tuple[int, ...], seed: int) -> None:
-    """DCGAN's initial weights, with running statistics such as training would have left.
-
-    Without statistics of its own the signal shrinks by half each layer to nothing, and every provider would
-    be right about an image of zeros. They are those of one batch, shifted and scaled a little, so that a
-    provider that normalises with the batch's own is caught.
-    """
+    """DCGAN's initial weights, with running statistics such as training would have left."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.apply(weights_init)
-        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 1.0
-        with torch.no_grad():
-            network.train()(torch.randn(16, *input_shape))
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
-                norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.8, 1.25)
+        calibrate(network, input_shape)
+
+
+def calibrate(network: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Gives BatchNorms the statistics of a random batch; leaves the network in training mode.
+
+    Without statistics of its own the signal shrinks by half each layer to nothing, and every provider would
+    be right about an image of zeros. They are shifted and scaled a little, so that a provider that normalises
+    with the batch's own is caught.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(16, *input_shape))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+            norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.8, 1.25)
+
+
+def float64(network: nn.Module, x: Tensor) -> Tensor:
+    """What the network gives in float64; in pieces, so that a large batch's maps need not all be in memory."""
+    network = copy.deepcopy(network).double()
+    with torch.no_grad():
+        return torch.cat([network(piece.double()) for piece in x.split(PIECE)])
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -149,10 +172,14 @@ class Materials:
         network = case.network()
         state = {name: value.clone() for name, value in network.state_dict().items()}
         inputs = case.inputs()
-        network.double()
-        with torch.no_grad():
-            expected = [network(x.double()) for x in inputs]
+        expected = [float64(network, x) for x in inputs]
         return Materials(state, inputs, expected)
+
+    def first(self, batch: int) -> Materials:
+        """The same for the first ``batch`` images of each input."""
+        return Materials(
+            self.state, [x[:batch].clone() for x in self.inputs], [y[:batch].clone() for y in self.expected]
+        )
 
     def save(self, path: Path) -> None:
         torch.save({"state": self.state, "inputs": self.inputs, "expected": self.expected}, path)

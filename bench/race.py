@@ -122,34 +122,54 @@ def measure_ceiling(case: Case) -> Ceiling:
     return ceiling
 
 
+Entry = tuple[Case, Provider]
+
+
 def race(
     case: Case, providers: Sequence[Provider], settings: Settings, log: Callable[[str], None]
 ) -> list[Outcome]:
     """Checks and times ``providers`` on ``case``: one outcome each, in their order. ``log`` gets progress."""
-    outcomes: dict[str, Outcome] = {}
-    processes: dict[str, Process] = {}
+    return contest([(case, provider) for provider in providers], Materials.of, settings, log)
+
+
+def contest(
+    entries: Sequence[Entry],
+    materials: Callable[[Case], Materials],
+    settings: Settings,
+    log: Callable[[str], None],
+) -> list[Outcome]:
+    """Checks every entry, then times those that are right, in bursts taken in turn: one outcome each.
+
+    Each has a process of its own, and all of them live until the end. ``materials`` is asked once for a run of
+    entries of the same case.
+    """
+    outcomes: dict[int, Outcome] = {}
+    processes: dict[int, Process] = {}
     try:
-        for provider in providers:
+        for i, (case, provider) in enumerate(entries):
             if reason := provider.unavailable(case):
-                outcomes[provider.name] = Outcome(provider, "skipped", reason)
+                outcomes[i] = Outcome(provider, "skipped", reason)
             else:
-                processes[provider.name] = Process(case.threads)  # all import PyTorch at once
+                processes[i] = Process(case.threads)  # all import PyTorch at once
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "case.pt"
-            Materials.of(case).save(path)
-            for provider in providers:
-                if provider.name in processes:
-                    log(f"{provider.name}: building and checking")
-                    outcomes[provider.name] = _check(processes[provider.name], case, provider, path, settings)
-        running = {name: p for name, p in processes.items() if outcomes[name].status == "ok"}
-        for name in processes.keys() - running.keys():
-            processes.pop(name).close()
-        log(f"timing {len(running)} providers, {settings.seconds:g} s each")
-        _time(running, outcomes, settings, seed=case.seed)
+            path, written = Path(folder) / "case.pt", None
+            several = any(case != entries[0][0] for case, _ in entries)
+            for i, (case, provider) in enumerate(entries):
+                if i in processes:
+                    if case != written:
+                        materials(case).save(path)
+                        written = case
+                    log(f"{case.title if several else provider.name}: building and checking")
+                    outcomes[i] = _check(processes[i], case, provider, path, settings)
+        running = {i: p for i, p in processes.items() if outcomes[i].status == "ok"}
+        for i in processes.keys() - running.keys():
+            processes.pop(i).close()
+        log(f"timing {len(running)} {'cases' if several else 'providers'}, {settings.seconds:g} s each")
+        _time(running, outcomes, settings, seed=entries[0][0].seed if entries else 0)
     finally:
         for process in processes.values():
             process.close()
-    return [outcomes[provider.name] for provider in providers]
+    return [outcomes[i] for i in range(len(entries))]
 
 
 def _check(process: Process, case: Case, provider: Provider, path: Path, settings: Settings) -> Outcome:
@@ -162,20 +182,20 @@ def _check(process: Process, case: Case, provider: Provider, path: Path, setting
     return Outcome(provider, "ok", error=error)
 
 
-def _time(running: dict[str, Process], outcomes: dict[str, Outcome], settings: Settings, seed: int) -> None:
+def _time(running: dict[int, Process], outcomes: dict[int, Outcome], settings: Settings, seed: int) -> None:
     """Rounds of one burst each, in an order shuffled anew, so that drift of the machine is shared."""
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in running}
+    times: dict[int, dict[str, list[float]]] = {i: {} for i in running}
     burst = settings.seconds / settings.rounds
     order = list(running)
     shuffle = random.Random(seed).shuffle
     for _ in range(settings.rounds):
         shuffle(order)
-        for name in order:
-            if outcomes[name].status == "ok":
-                _burst(running[name], outcomes[name], burst, times[name])
-    for name, outcome in outcomes.items():
+        for i in order:
+            if outcomes[i].status == "ok":
+                _burst(running[i], outcomes[i], burst, times[i])
+    for i, outcome in outcomes.items():
         if outcome.status == "ok":
-            outcome.spreads = {column: summarise(values) for column, values in times[name].items()}
+            outcome.spreads = {column: summarise(values) for column, values in times[i].items()}
 
 
 def _burst(process: Process, outcome: Outcome, seconds: float, times: dict[str, list[float]]) -> None:

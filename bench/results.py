@@ -1,4 +1,4 @@
-"""Outcomes as data: one JSON object a provider and case, with the machine it ran on."""
+"""Outcomes as data: one JSON object a provider and case (or layer, or step), with the machine it ran on."""
 
 from __future__ import annotations
 
@@ -50,23 +50,35 @@ class Report:
         return sorted(self.outcomes, key=lambda o: -(self.images_per_s(o) or 0.0))
 
 
-def rows(reports: Iterable[Report], load: float | None = None) -> list[dict[str, Any]]:
-    """The JSON objects of ``reports``. Rates are images/s and FLOP/s, times seconds, memory bytes.
+def common(kind: str, load: float | None = None) -> dict[str, Any]:
+    """What every JSON object says besides its figures. ``kind`` is what they are: ``race`` or a command.
 
-    ``load`` is the machine's load before it was measured: how far the figures can be trusted.
+    ``load`` is the machine's load before it was measured: how far times can be trusted.
     """
-    common = {
+    return {
         "schema": SCHEMA,
+        "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": machine.commit(),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         "load": load,
     }
-    return [common | _row(report, outcome) for report in reports for outcome in report.ranked()]
 
 
-def _row(report: Report, outcome: Outcome) -> dict[str, Any]:
+def rows(reports: Iterable[Report], load: float | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of ``reports``. Rates are images/s and FLOP/s, times seconds, memory bytes."""
+    shared = common("race", load)
+    return [shared | row(report, outcome) for report in reports for outcome in report.ranked()]
+
+
+def kind(row: dict[str, Any]) -> str:
+    """What a row's figures are; only races were written before rows said so."""
+    return str(row.get("kind", "race"))
+
+
+def row(report: Report, outcome: Outcome) -> dict[str, Any]:
+    """One provider's figures in one case."""
     rate = report.images_per_s(outcome)
     baseline = report.fastest_baseline()
     return {

@@ -25,8 +25,18 @@ def console(stderr: bool = False) -> Console:
     return found
 
 
+def start(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """A table without rows: text in the columns ``left``, figures in ``right``."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def rate(value: float | None) -> str:
-    """images/s: three digits or more, thousands apart."""
+    """A figure (images/s, ms, MB): three digits or more, thousands apart."""
     if value is None:
         return NOTHING
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
@@ -43,13 +53,10 @@ def percent(share: float | None) -> str:
 def race_table(report: Report) -> Table:
     """One case: fastest first; who was not timed says why."""
     cuda = report.case.device == "cuda"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=report.case.title, title_justify="left")
-    table.add_column("provider", no_wrap=True)
     columns = ["images/s", "±"]
     columns += ["cold L2", "in a graph"] if cuda else []
     columns += ["GFLOP/s", "× baseline", "ceiling", "peak MB", "error"]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = start(report.case.title, ["provider"], columns)
     table.add_column("", no_wrap=True, max_width=NOTE_WIDTH)
     baseline = report.fastest_baseline()
     for outcome in report.ranked():
@@ -106,10 +113,7 @@ def ceiling_lines(report: Report) -> list[str]:
 
 def summary_table(reports: Sequence[Report]) -> Table:
     """images/s by provider and case, the providers in the order of their first case."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="images/s", title_justify="left")
-    table.add_column("provider", no_wrap=True)
-    for report in reports:
-        table.add_column(f"{report.case.batch} {report.case.dtype}", justify="right", no_wrap=True)
+    table = start("images/s", ["provider"], [f"{r.case.batch} {r.case.dtype}" for r in reports])
     names = [o.provider.name for o in reports[0].outcomes]
     by_case = [{o.provider.name: o for o in report.outcomes} for report in reports]
     for name in names:

@@ -1,13 +1,17 @@
-"""Timing one callable in short bursts: wall clock on the CPU, device events on CUDA."""
+"""Timing callables in short bursts: wall clock on the CPU, device events on CUDA."""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from bench.stats import Spread, summarise
 
 Runner = Callable[[Tensor], Tensor]
 Times = dict[str, list[float]]
@@ -50,6 +54,46 @@ class CpuSampler:
             now = time.perf_counter()
             times.append(now - start)
         return {"warm": times}
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch's threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Timed(NamedTuple):
+    """Something to be timed by :func:`in_turn`."""
+
+    run: Runner
+    x: Tensor
+    threads: int
+
+
+def in_turn(
+    contestants: Sequence[Timed], seconds: float, rounds: int, between: Callable[[], None] = lambda: None
+) -> list[Spread]:
+    """Times of a call of each, on the CPU, in this process.
+
+    Rounds of one burst each, in an order shuffled anew, so that drift of the machine is shared; ``between``
+    is called after every round. For what shares one pool of threads: rivals' would spin beside each other.
+    """
+    times: list[list[float]] = [[] for _ in contestants]
+    order = list(range(len(contestants)))
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for i in order:
+            run, x, threads = contestants[i]
+            with torch_threads(threads):
+                times[i] += CpuSampler(run, [x]).burst(seconds / rounds)["warm"]
+        between()
+    return [summarise(own) for own in times]
 
 
 class CudaSampler:

@@ -31,17 +31,17 @@ struct Direct {
     static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
         const Gemm g = shape(l);
         const long side = l.transposed ? 2 : 4;
-        parallel(groups(l) * g.panels(), threads, nullptr, 0, [&](long index, Scratch) {
-            const long group = index / g.panels(), panel = index % g.panels();
-            for (long k = 0; k < g.depth(); ++k) {
-                const long tap = k / l.c_in, c_in = k % l.c_in;
-                const long ky = kernel_row(l, group / 2, tap / side),
-                           kx = kernel_row(l, group % 2, tap % side);
-                float* const to = packed + group * g.size() + g.offset(k, panel);
-                for (long lane = 0; lane < PANEL; ++lane) {
-                    const long c_out = panel * PANEL + lane;
-                    to[lane] = c_out < l.c_out ? w(c_in, c_out, ky, kx) : 0;
-                }
+        parallel(g.panels(), threads, nullptr, 0, [&](long panel, Scratch) {
+            float taps[4][4][PANEL];
+            for (long c_in = 0; c_in < l.c_in; ++c_in) {
+                w.panel(c_in, panel * PANEL, l.c_out, taps);
+                for (long group = 0; group < groups(l); ++group)
+                    for (long tap = 0; tap < g.taps; ++tap) {
+                        const long ky = kernel_row(l, group / 2, tap / side);
+                        const long kx = kernel_row(l, group % 2, tap % side);
+                        std::memcpy(packed + group * g.size() + g.offset(tap * l.c_in + c_in, panel),
+                                    taps[ky][kx], sizeof taps[ky][kx]);
+                    }
             }
         });
     }

@@ -4,7 +4,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#include <stdlib.h>
 #include <time.h>
 
 #include "dense.h"
@@ -13,12 +12,6 @@
 #include "winograd.h"
 
 namespace dcgan::DCGAN_ISA {
-
-template <class F>
-long Winograd<F>::block_target(const dcgan_layer& l) {
-    static const char* e = getenv("T");
-    return e ? atol(e) : l.c_in > 0 ? 64 : 0;
-}
 
 template <class F>
 static auto with_algorithm(const dcgan_layer& l, const F& f) {

@@ -112,6 +112,16 @@ struct Weights {
     float operator()(long c_in, long c_out, long y, long x) const {
         return data[c_in * in + c_out * out + y * row + x * column];
     }
+
+    // All taps of a 4×4 kernel for PANEL output channels from c_out on, of which those below `end` exist.
+    void panel(long c_in, long c_out, long end, float (&taps)[4][4][PANEL]) const {
+        for (long lane = 0; lane < PANEL; ++lane) {
+            const float* const from = data + c_in * in + (c_out + lane) * out;
+            for (long y = 0; y < 4; ++y)
+                for (long x = 0; x < 4; ++x)
+                    taps[y][x][lane] = c_out + lane < end ? from[y * row + x * column] : 0.0f;
+        }
+    }
 };
 
 // The row of weights that parity `a` of a k4 s2 p1 convolution applies at tap i (0 or 1).

@@ -71,36 +71,35 @@ struct Winograd {
 
     static long packed_size(const dcgan_layer& l) { return groups(l) * POINTS * shape(l).size(); }
 
-    // U[parity][ξ] = G g Gᵀ, in double: the transform of the weights adds one rounding to the result.
+    // U[parity][ξ] = G g Gᵀ.
     static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
         const Gemm g = shape(l);
-        parallel(g.panels() * 4, threads, nullptr, 0, [&](long index, Scratch) {
-            const long panel = index / 4, a = index / 2 % 2, b = index % 2;
-            float* const base = packed + (l.transposed ? index % 4 * POINTS * g.size() : 0);
-            const long tap = l.transposed ? 0 : index % 4;
-            for (long c = 0; c < l.c_in; ++c) {
-                float taps[2][2][PANEL];
-                for (long lane = 0; lane < PANEL; ++lane) {
-                    const long c_out = panel * PANEL + lane;
-                    for (long i = 0; i < 2; ++i)
-                        for (long j = 0; j < 2; ++j)
-                            taps[i][j][lane] = c_out < l.c_out ? w(c, c_out, tap_row(l.transposed, a, i),
-                                                                   tap_row(l.transposed, b, j))
-                                                               : 0;
+        parallel(g.panels(), threads, nullptr, 0, [&](long panel, Scratch) {
+            float taps[4][4][PANEL];
+            for (long c_in = 0; c_in < l.c_in; ++c_in) {
+                w.panel(c_in, panel * PANEL, l.c_out, taps);
+                for (long parity = 0; parity < 4; ++parity) {
+                    const long a = parity / 2, b = parity % 2;
+                    const auto tap = [&](long i, long j) -> const float* {
+                        return taps[tap_row(l.transposed, a, i)][tap_row(l.transposed, b, j)];
+                    };
+                    // `down` has the parities one after the other in K, `up` as matrices of their own.
+                    float* const to = packed + (l.transposed ? parity * POINTS * g.size() : 0) +
+                                      g.offset((l.transposed ? 0 : parity * l.c_in) + c_in, panel);
+                    for (long lane = 0; lane < PANEL; lane += LANES)
+                        transform(load(tap(0, 0) + lane), load(tap(0, 1) + lane), load(tap(1, 0) + lane),
+                                  load(tap(1, 1) + lane), to + lane, g.size());
                 }
-                float* const to = base + g.offset(tap * l.c_in + c, panel);
-                for (long i = 0; i < F::IN; ++i)
-                    for (long j = 0; j < F::IN; ++j)
-                        for (long lane = 0; lane < PANEL; ++lane) {
-                            const double left =
-                                double(F::G[i][0]) * taps[0][0][lane] + double(F::G[i][1]) * taps[1][0][lane];
-                            const double right =
-                                double(F::G[i][0]) * taps[0][1][lane] + double(F::G[i][1]) * taps[1][1][lane];
-                            to[(i * F::IN + j) * g.size() + lane] =
-                                float(F::G[j][0] * left + F::G[j][1] * right);
-                        }
             }
         });
+    }
+
+    static DCGAN_INLINE void transform(vec g00, vec g01, vec g10, vec g11, float* to, long plane) {
+        for (long i = 0; i < F::IN; ++i) {
+            const vec left = F::G[i][0] * g00 + F::G[i][1] * g10, right = F::G[i][0] * g01 + F::G[i][1] * g11;
+            for (long j = 0; j < F::IN; ++j)
+                store(to + (i * F::IN + j) * plane, F::G[j][0] * left + F::G[j][1] * right);
+        }
     }
 
     struct Tiles {
@@ -118,7 +117,11 @@ struct Winograd {
                      groups(*job.layer), threads);
     }
 
-    static long block_target(const dcgan_layer& l);
+    // Tiles of a block. Few leave more of L2 to V; many read the weights, from L3 or memory, less often.
+    static long block_target(const dcgan_layer& l) {
+        const bool beyond_l3 = packed_size(l) > (4L << 20);
+        return F::OUT == 2 ? (beyond_l3 ? 96 : 64) : (beyond_l3 ? 64 : 32);
+    }
 
     struct Strides {
         long v_row, v_plane, s_row, s_plane;

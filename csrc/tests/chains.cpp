@@ -16,10 +16,10 @@ struct Chain {
     Layout from, to;
 
     void add(Random& random, int algorithm, bool up, int kernel, long c_in, long c_out, long side, int act,
-             bool scale = false, bool shift = false) {
+             bool scale = false, bool shift = false, bool statistics = false) {
         const bool dense = algorithm == DCGAN_DENSE;
         layers.emplace_back(random, up, kernel, dense ? 1 : 2, dense ? 0 : 1, c_in, c_out, side, side);
-        layers.back().affine(random, scale, shift).activation(act);
+        layers.back().affine(random, scale, shift, statistics).activation(act);
         algorithms.push_back(algorithm);
     }
     // For the instruction set in use.
@@ -58,9 +58,9 @@ struct Chain {
 static Chain generator(Random& random) {
     Chain chain{{}, {}, Layout::NHWC, Layout::NCHW};
     chain.add(random, DCGAN_DENSE, true, 4, 10, 33, 1, DCGAN_RELU, true, true);
-    chain.add(random, DCGAN_F4, true, 4, 33, 17, 4, DCGAN_RELU, true, true);
+    chain.add(random, DCGAN_F4, true, 4, 33, 17, 4, DCGAN_RELU, true, true, true);
     chain.add(random, DCGAN_F2, true, 4, 17, 12, 8, DCGAN_LEAKY_RELU, false, true);
-    chain.add(random, DCGAN_DIRECT, true, 4, 12, 9, 16, DCGAN_RELU, true, false);
+    chain.add(random, DCGAN_DIRECT, true, 4, 12, 9, 16, DCGAN_RELU, true, false, true);
     chain.add(random, DCGAN_NARROW, true, 4, 9, 3, 32, DCGAN_TANH);
     return chain;
 }
@@ -69,9 +69,9 @@ static Chain generator(Random& random) {
 static Chain discriminator(Random& random) {
     Chain chain{{}, {}, Layout::NCHW, Layout::NHWC};
     chain.add(random, DCGAN_NARROW, false, 4, 3, 9, 64, DCGAN_LEAKY_RELU);
-    chain.add(random, DCGAN_DIRECT, false, 4, 9, 12, 32, DCGAN_LEAKY_RELU, true, true);
+    chain.add(random, DCGAN_DIRECT, false, 4, 9, 12, 32, DCGAN_LEAKY_RELU, true, true, true);
     chain.add(random, DCGAN_F2, false, 4, 12, 17, 16, DCGAN_LEAKY_RELU, true, true);
-    chain.add(random, DCGAN_F4, false, 4, 17, 33, 8, DCGAN_LEAKY_RELU, true, true);
+    chain.add(random, DCGAN_F4, false, 4, 17, 33, 8, DCGAN_LEAKY_RELU, false, false, true);
     chain.add(random, DCGAN_DENSE, false, 4, 33, 1, 4, DCGAN_SIGMOID);
     return chain;
 }

@@ -71,13 +71,13 @@ constexpr float SLOPE = 0.2f;
 struct Layer {
     dcgan_layer l{};
     Tensor weight;
-    std::unique_ptr<float[]> packed, scale, shift;
+    std::unique_ptr<float[]> packed, scale, shift, mean, variance;
 
     // Weights of about 1/√K, so that sums are near 1 and no activation saturates.
     Layer(Random& random, bool transposed, int kernel, int stride, int padding, long c_in, long c_out,
           long height, long width, Layout weights = Layout::NCHW);
 
-    Layer& affine(Random& random, bool with_scale, bool with_shift);
+    Layer& affine(Random& random, bool with_scale, bool with_shift, bool with_statistics = false);
     Layer& activation(int act);
     // For the instruction set in use.
     Layer& pack(int algorithm, int threads = 1);
@@ -90,7 +90,7 @@ const char* algorithm_name(int algorithm);
 const char* activation_name(int act);
 std::string describe(const dcgan_layer& l);
 
-// sums·scale + shift of the layer by its definition, in double, as [N, H, W, C].
+// The layer by its definition up to its activation, in double, as [N, H, W, C].
 std::vector<double> naive(const Layer& layer, const Tensor& x);
 double activated(int act, double x);
 

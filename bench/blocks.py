@@ -1,0 +1,102 @@
+"""A network cut into blocks: a convolution with the BatchNorm and the activation that follow it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from bench.cases import Network
+from bench.flops import count
+from dcgan.kernels.call import Stage
+from dcgan.kernels.cpu import Geometry
+from dcgan.kernels.cpu.run import geometry
+from dcgan.models import Generator
+
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+class Block(NamedTuple):
+    """One layer of a network, as eager runs it and as the native engine does."""
+
+    name: str
+    modules: nn.Sequential
+    """The convolution first."""
+    input_shape: tuple[int, int, int]
+    """Of one image."""
+
+    @property
+    def convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
+        convolution = self.modules[0]
+        assert isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
+        return convolution
+
+    @property
+    def stage(self) -> Stage:
+        """The modules as the kernels take them; it shares their tensors."""
+        convolution, *rest = self.modules
+        assert isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
+        norm = next((module for module in rest if isinstance(module, nn.BatchNorm2d)), None)
+        act = next((module for module in rest if type(module) in ACTIVATIONS), None)
+        padding = convolution.padding[0]
+        assert isinstance(padding, int)
+        return Stage(
+            isinstance(convolution, nn.ConvTranspose2d),
+            convolution.weight,
+            scale=None if norm is None else norm.weight,
+            shift=None if norm is None else norm.bias,
+            mean=None if norm is None else norm.running_mean,
+            var=None if norm is None else norm.running_var,
+            eps=0.0 if norm is None else norm.eps,
+            act="none" if act is None else ACTIVATIONS[type(act)],
+            slope=act.negative_slope if isinstance(act, nn.LeakyReLU) else 0.0,
+            stride=convolution.stride[0],
+            padding=padding,
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        stage = self.stage
+        _, height, width = self.input_shape
+        return geometry(stage.transposed, stage.weight.shape, height, width, stage.stride, stage.padding)
+
+    @property
+    def input_floats(self) -> int:
+        """Of one image."""
+        return math.prod(self.input_shape)
+
+    @property
+    def flops(self) -> int:
+        """Of the direct convolution, one image."""
+        return count(self.modules, self.input_shape).flops
+
+
+def blocks(network: Network) -> list[Block]:
+    """The network's layers in their order; they are its own modules."""
+    if isinstance(network, Generator):
+        x = torch.zeros(1, network.latent_dim, 1, 1)
+    else:
+        x = torch.zeros(1, network.channels, network.image_size, network.image_size)
+    x = x.to(next(network.parameters()))
+    found: list[Block] = []
+    modules = list(network.main)
+    while modules:
+        taken = [modules.pop(0)]
+        while modules and not isinstance(modules[0], nn.Conv2d | nn.ConvTranspose2d):
+            taken.append(modules.pop(0))
+        sequence = nn.Sequential(*taken)
+        sequence.training = network.training
+        with torch.no_grad():
+            y = taken[0](x)  # the convolution alone: BatchNorm would count this as a batch
+        channels, height, width = x.shape[1:]
+        name = f"{channels}→{y.shape[1]} @{height}→{y.shape[2]}"
+        found.append(Block(name, sequence, (channels, height, width)))
+        x = y
+    return found

@@ -1,0 +1,187 @@
+"""Any layer, and any chain of them, that the native engine covers: shapes, strides, alignment, threads, all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import native
+import pytest
+import torch
+from conftest import THREADS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native import SPATIAL, allowed, assert_right, forced, instruction_set
+from statement import Problem, state
+from tolerance import relative
+from torch import Tensor
+
+from dcgan.kernels import chain, ops
+from dcgan.kernels.call import Stage
+from dcgan.kernels.reference import ACTIVATIONS
+
+pytestmark = native.NEEDED
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIDES = st.integers(1, 9)
+CHANNELS = st.one_of(st.integers(1, 5), st.integers(1, 40))
+SEEDS = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True)
+def _nan_and_threads() -> Iterator[None]:
+    with native.fresh_memory_is_nan():
+        yield
+    torch.set_num_threads(THREADS)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    transposed = draw(st.booleans())
+    if draw(st.booleans()):
+        size, kernel = (draw(SIDES) + (not transposed), draw(SIDES) + (not transposed)), (4, 4)
+        stride, padding = 2, 1
+    else:
+        k = draw(st.integers(1, 6))
+        size, kernel = (1, 1) if transposed else (k, k), (k, k)
+        stride, padding = draw(st.integers(1, 3)), 0
+    return Problem(
+        transposed,
+        draw(st.integers(1, 5)),
+        draw(CHANNELS),
+        draw(CHANNELS),
+        size,
+        kernel,
+        stride,
+        padding,
+        out_scale=draw(st.booleans()),
+        out_shift=draw(st.booleans()),
+        out_act=draw(st.sampled_from(ACTIVATIONS)),
+        slope=draw(st.sampled_from((0.0, 0.2, 2.0))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        channels_last=draw(st.booleans()),
+        seed=draw(SEEDS),
+    )
+
+
+@st.composite
+def layouts(draw: st.DrawFn, ndim: int) -> tuple[list[int], list[int], int]:
+    """The dimensions from the outermost to the innermost, each one's gap, and an offset in elements."""
+    order = draw(st.permutations(range(ndim)))
+    return order, draw(st.lists(st.integers(0, 3), min_size=ndim, max_size=ndim)), draw(st.integers(0, 17))
+
+
+def laid_out(t: Tensor, layout: tuple[list[int], list[int], int]) -> Tensor:
+    """A copy of ``t`` in that layout, with NaN in all gaps."""
+    order, gaps, start = layout
+    strides, step = [0] * t.ndim, 1
+    for dim, gap in zip(reversed(order), gaps, strict=True):
+        strides[dim], step = step, step * (t.shape[dim] + gap)
+    room = torch.full((start + step + 1,), float("nan"), dtype=t.dtype)
+    return room.as_strided(t.shape, strides, start).copy_(t)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    problem=problems(),
+    x_layout=layouts(4),
+    weight_layout=layouts(4),
+    algorithm=st.sampled_from(SPATIAL),
+    isa=st.sampled_from(native.ISAS),
+    threads=st.integers(1, 4),
+)
+def test_any_layer(
+    problem: Problem,
+    x_layout: tuple[list[int], list[int], int],
+    weight_layout: tuple[list[int], list[int], int],
+    algorithm: str,
+    isa: str,
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    call = problem.call()
+    odd = call._replace(x=laid_out(call.x, x_layout), weight=laid_out(call.weight, weight_layout))
+    assert torch.equal(odd.x, call.x)
+    with instruction_set(isa), forced(algorithm):
+        assert_right(problem, odd)
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[Tensor, list[Stage]]:
+    """Layers that fit one on another, each with or without a BatchNorm, some without its affine map."""
+    torch.manual_seed(draw(SEEDS))
+    channels, height, width = draw(CHANNELS), draw(SIDES), draw(SIDES)
+    if draw(st.booleans()):
+        height = width = 1
+    x = torch.randn(draw(st.integers(1, 4)), channels, height, width)
+    stages: list[Stage] = []
+    for _ in range(draw(st.integers(1, 4))):
+        transposed = height * width < 40 if height == 1 or width == 1 else draw(st.booleans())
+        stride, padding, kernel = 2, 1, 4
+        if height == width and height <= 5 and draw(st.booleans()):
+            kernel = draw(st.integers(1, 4)) if height == 1 and transposed else height
+            transposed, stride, padding = transposed and height == 1, draw(st.integers(1, 2)), 0
+        if height * width > 200:
+            transposed = False
+        c_out = draw(CHANNELS)
+        weight = torch.randn((channels, c_out) if transposed else (c_out, channels), dtype=torch.float64)
+        weight = weight[:, :, None, None] * torch.randn(kernel, kernel) / (channels * kernel**2) ** 0.5
+        normed, affine = draw(st.booleans()), draw(st.booleans())
+        stages.append(
+            Stage(
+                transposed,
+                weight.float(),
+                scale=torch.randn(c_out) if affine else None,
+                shift=torch.randn(c_out) if affine else None,
+                mean=torch.randn(c_out) if normed else None,
+                var=torch.rand(c_out) + 0.5 if normed else None,
+                eps=1e-5,
+                act=draw(st.sampled_from(ACTIVATIONS)),
+                slope=0.2,
+                stride=stride,
+                padding=padding,
+            )
+        )
+        shape = (1, *stages[-1].weight.shape)
+        assert shape
+        channels = c_out
+        if transposed:
+            height, width = ((s - 1) * stride - 2 * padding + kernel for s in (height, width))
+        else:
+            height, width = ((s + 2 * padding - kernel) // stride + 1 for s in (height, width))
+    return x, stages
+
+
+def exact(x: Tensor, stages: list[Stage]) -> Tensor:
+    """The chain by its definition, in float64."""
+    y = x.double()
+    for stage in stages:
+        scale, shift = chain.folded(stage, torch.float64)
+        call = ops.Call(y, stage.weight, out_scale=scale, out_shift=shift, out_act=stage.act)
+        call = call._replace(slope=stage.slope, stride=stage.stride, padding=stage.padding)
+        y = state(call, stage.transposed)[0]
+    return y
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    layers=chains(),
+    layout=layouts(4),
+    algorithm=st.sampled_from(SPATIAL),
+    isa=st.sampled_from(native.ISAS),
+    threads=st.integers(1, 4),
+    channels_last=st.booleans(),
+)
+def test_any_chain(
+    layers: tuple[Tensor, list[Stage]],
+    layout: tuple[list[int], list[int], int],
+    algorithm: str,
+    isa: str,
+    threads: int,
+    channels_last: bool,
+) -> None:
+    torch.set_num_threads(threads)
+    x, stages = layers
+    with instruction_set(isa), forced(algorithm), ops.use_engine("native"):
+        y = chain.conv_chain(laid_out(x, layout), stages, channels_last)
+    expected = exact(x, stages)
+    assert y.shape == expected.shape
+    assert relative(y, expected) <= len(stages) * allowed(torch.float32)

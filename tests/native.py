@@ -1,0 +1,141 @@
+"""The native engine on trial: skipped where it is not built, one algorithm at a time, memory that starts as NaN."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from statement import Problem, op, state
+from tolerance import relative, unit
+from torch import Tensor, nn
+
+from dcgan import models
+from dcgan.kernels import ops, weights
+from dcgan.kernels.cpu import library, select
+
+run = importlib.import_module("dcgan.kernels.cpu.run")  # the package has a function of that name
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    MISSING = library.problem()
+NEEDED = pytest.mark.skipif(MISSING is not None, reason=f"no native engine: {MISSING}")
+ISAS = ("none",) if MISSING is not None else library.isas()
+SPATIAL = ("direct", "f2", "f4", "narrow")  # of a 4×4 kernel with stride 2 and padding 1; all else is dense
+
+# Relative L2 errors in float32, from its unit roundoff u = 6e-8. A sum of K products of independent signs is
+# wrong by some u·√K of one product's size, which is u of the sum; the transforms of F4, the largest, come to
+# about 10 u. 5e-6 is 80 u: above all that, and below one wrong element among the 1e5 of the largest map here.
+LAYER = 5e-6
+NETWORK = 1e-5
+
+
+def allowed(dtype: torch.dtype, float32: float = LAYER) -> float:
+    """What a result in ``dtype`` may be wrong by, that was rounded to it once."""
+    return float32 if dtype == torch.float32 else float32 + unit(dtype)
+
+
+@contextlib.contextmanager
+def forced(algorithm: str) -> Iterator[None]:
+    """Layers of 4×4, stride 2, padding 1 run by ``algorithm``, whatever it costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "algorithm", lambda g, *rest: "dense" if g.dense else algorithm)
+        run._plan.cache_clear()
+        yield
+    run._plan.cache_clear()
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    before = library.isa()
+    library.use_isa(name)
+    try:
+        yield
+    finally:
+        library.use_isa(before)
+
+
+@contextlib.contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Every torch.empty is full of NaN, packed weights and outputs too: what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert bool(torch.empty(1).isnan())
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def small(algorithm: str, transposed: bool, **changes: Any) -> Problem:
+    """A layer that ``algorithm`` is for, of odd sizes, with everything an epilogue has."""
+    sizes: dict[str, Any] = {"c_in": 9, "c_out": 6, "size": (5, 4) if transposed else (7, 10)}
+    if algorithm == "narrow":
+        sizes |= {"c_out": 3} if transposed else {"c_in": 3}
+    if algorithm == "dense":
+        sizes |= {"size": (1, 1) if transposed else (4, 4), "stride": 1, "padding": 0}
+    sizes |= {"out_scale": True, "out_shift": True, "out_act": "leaky_relu", "dtype": torch.float32}
+    return Problem(transposed, 3, **{**sizes, **changes})
+
+
+def native(call: ops.Call, transposed: bool) -> Tensor:
+    """y by the native engine, or an error."""
+    with ops.use_engine("native"):
+        y, mean, var = op(transposed)(*call)
+    assert (mean.shape, var.shape) == ((0,), (0,))
+    return y  # type: ignore[no-any-return]
+
+
+def assert_right(problem: Problem, call: ops.Call | None = None) -> Tensor:
+    """The native y of the call (by default the problem's own) is the statement's, in the reference's strides."""
+    call = problem.call() if call is None else call
+    y, expected = native(call, problem.transposed), state(call, problem.transposed)[0]
+    assert y.dtype == call.x.dtype
+    assert y.shape == expected.shape
+    error = relative(y, expected)
+    assert error <= allowed(call.x.dtype), f"relative error {error:.2e}"  # a NaN fails too
+    with ops.use_engine("reference"):
+        assert y.stride() == op(problem.transposed)(*call)[0].stride()
+    return y
+
+
+def eager64(model: Any, x: Tensor) -> Tensor:
+    """What the reference network makes of x with the model's present modules and values, in float64."""
+    wide = copy.deepcopy(model).double()
+    base = models.Generator if isinstance(wide, models.Generator) else models.Discriminator
+    with torch.no_grad():
+        return base.forward(wide, x.double())
+
+
+def packed() -> int:
+    """How many packed weights the cache holds."""
+    keys = [key for entry in list(weights._entries.values()) for key in entry.derived]
+    return sum(isinstance(key, tuple) and key[0] == "native" for key in keys)
+
+
+def engines(model: nn.Module, x: Tensor) -> list[str]:
+    """The engine of each op that ``model(x)`` runs."""
+    with torch.no_grad(), ops.recording() as choices:
+        model(x)
+    return [choice.engine for choice in choices]
+
+
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a fresh interpreter, without what this one's environment says of engines."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("DCGAN_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
