@@ -4,7 +4,7 @@
 a wheel and mypy all see the one package ``dcgan.kernels``.
 
 csrc is a plain shared library without Python or PyTorch headers, built here in seconds: engine.cpp once for
-each instruction set, abi.cpp once. A failing compiler does not fail the installation: the package then runs on
+each instruction set, the rest once. A failing compiler does not fail the installation: the package then runs on
 the reference, and says why once.
 """
 
@@ -65,7 +65,10 @@ class BuildNative(build_ext):
         isas = ISAS if x86 else {"portable": ISAS["portable"]}
         temporary.mkdir(parents=True, exist_ok=True)
         with_isas = [f"-DDCGAN_WITH_{isa.upper()}" for isa in isas]
-        units = [("csrc/abi.cpp", temporary / "abi.o", with_isas)]
+        units = [
+            ("csrc/abi.cpp", temporary / "abi.o", with_isas),
+            ("csrc/chain.cpp", temporary / "chain.o", []),
+        ]
         for isa, (lanes, flags) in isas.items():
             defines = [f"-DDCGAN_ISA={isa}", f"-DDCGAN_LANES={lanes}"]
             units.append(("csrc/engine.cpp", temporary / f"engine-{isa}.o", [*flags, *defines]))
@@ -88,7 +91,7 @@ setup(
     ext_modules=[
         Extension(
             "dcgan.kernels.cpu.libdcgan",
-            ["csrc/abi.cpp", "csrc/engine.cpp"],
+            ["csrc/abi.cpp", "csrc/chain.cpp", "csrc/engine.cpp"],
             depends=[str(path) for path in Path("csrc").glob("*.h")],
         )
     ],

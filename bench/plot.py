@@ -1,4 +1,8 @@
-"""``python -m bench plot FILE --out FILE.png``: results of ``--json`` as grouped bars under the ceiling."""
+"""``python -m bench plot FILE --out FILE.png``: results of ``--json`` as a picture.
+
+Races as grouped bars under the ceiling; ``scale`` as curves (:mod:`bench.plot_scale`), ``ladder`` as one bar
+below the other (:mod:`bench.plot_ladder`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import plot_ladder, plot_scale, results
+from bench.cases import title
+from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
 from bench.providers import PROVIDERS
 from bench.usage import UsageError
 
@@ -14,10 +20,7 @@ HELP = "draw results written by --json"
 
 Row = dict[str, Any]
 Panel = tuple[str, str, str]
-"""Command, device's name, dtype: what shares one set of axes."""
-
-OURS = ("#c2410c", "#ea580c", "#fb923c")
-RIVALS = ("#1e293b", "#334155", "#475569", "#64748b", "#7d8ca3", "#94a3b8", "#b4c0cf", "#cbd5e1")
+"""Network with its sizes, device's name, dtype: what shares one set of axes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +33,19 @@ def run(args: argparse.Namespace) -> int:
         rows = [row for file in args.files for row in results.read(file)]
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
-    panels = arrange(rows)
-    if not panels:
-        raise UsageError("no timed result in " + ", ".join(map(str, args.files)))
-    draw(panels, args.out)
-    print(args.out)
-    return 0
+    kinds = {results.kind(row) for row in rows}
+    if len(kinds) > 1:
+        raise UsageError(f"results of one command at a time, not of {', '.join(sorted(kinds))}")
+    arranged = {"race": arrange, "scale": plot_scale.arrange, "ladder": plot_ladder.arrange}
+    drawn = {"race": draw, "scale": plot_scale.draw, "ladder": plot_ladder.draw}
+    for kind in kinds:
+        if kind not in drawn:
+            raise UsageError(f"there is no picture of {kind} results, only of {', '.join(drawn)}")
+        if panels := arranged[kind](rows):
+            drawn[kind](panels, args.out)
+            print(args.out)
+            return 0
+    raise UsageError("no timed result in " + ", ".join(map(str, args.files)))
 
 
 def arrange(rows: list[Row]) -> dict[Panel, dict[int, dict[str, Row]]]:
@@ -48,30 +58,21 @@ def arrange(rows: list[Row]) -> dict[Panel, dict[int, dict[str, Row]]]:
         device = (
             hardware["gpu"] if case["device"] == "cuda" else f"{hardware['cpu']}, {case['threads']} threads"
         )
-        batches = panels.setdefault((case["command"], device, case["dtype"]), {})
+        network = title(case["command"], case["sizes"])
+        batches = panels.setdefault((network, device, case["dtype"]), {})
         batches.setdefault(case["batch"], {})[row["provider"]] = row
     return panels
 
 
 def draw(panels: dict[Panel, dict[int, dict[str, Row]]], out: Path) -> None:
     """One set of axes a panel: a group of bars a batch, a bar a provider, ceilings as dashed lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(10, 4.2 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for (panel, batches), ax in zip(panels.items(), axes[:, 0], strict=True):
-        _draw_panel(ax, panel, batches)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    with figure(out, len(panels), 4.2) as axes:
+        for (panel, batches), ax in zip(panels.items(), axes[:, 0], strict=True):
+            _draw_panel(ax, panel, batches)
 
 
 def _draw_panel(ax: Any, panel: Panel, batches: dict[int, dict[str, Row]]) -> None:
-    command, device, dtype = panel
+    network, device, dtype = panel
     names = _order(batches)
     width = 0.84 / len(names)
     for index, (name, color) in enumerate(names.items()):
@@ -92,14 +93,12 @@ def _draw_panel(ax: Any, panel: Panel, batches: dict[int, dict[str, Row]]) -> No
         ceiling = next(iter(batches[batch].values()))["ceiling"]
         label = f"direct convolution at {ceiling['measure']}" if group == 0 else None
         ax.hlines(
-            ceiling["images_per_s"], group - 0.46, group + 0.46, color="#0f766e", ls="--", lw=1.4, label=label
+            ceiling["images_per_s"], group - 0.46, group + 0.46, color=CEILING, ls="--", lw=1.4, label=label
         )
     ax.set_xticks(range(len(batches)), [f"batch {batch}" for batch in sorted(batches)])
     ax.set_ylabel("images/s")
-    ax.set_title(f"{command} · {dtype} · {device}", loc="left", fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#e2e8f0", lw=0.8)
-    ax.set_axisbelow(True)
+    ax.set_title(f"{network} · {dtype} · {device}", loc="left", fontsize=11)
+    plain(ax, grid="y")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 

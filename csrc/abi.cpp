@@ -1,18 +1,16 @@
 // The C ABI: checks of what it is given, choice of the instruction set, workspace, and the chain of layers.
 #include <pthread.h>
-#include <sys/mman.h>
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
+#include "chain.h"
 #include "dcgan.h"
 #include "engine.h"
+#include "workspace.h"
 
 namespace dcgan {
 namespace {
@@ -27,8 +25,7 @@ thread_local char message[256] = "";
     return code;
 }
 
-// --- instruction sets
-// ---------------------------------------------------------------------------------------
+// --- instruction sets ------------------------------------------------------------------------------------
 
 struct Candidate {
     const Engine* engine;
@@ -79,8 +76,7 @@ const char* names(bool here) {
     return list;
 }
 
-// --- threads
-// ------------------------------------------------------------------------------------------------
+// --- threads ---------------------------------------------------------------------------------------------
 
 // An OpenMP pool does not survive fork(): a child that enters it waits for ever for threads that it lacks.
 std::atomic<bool> forked{false};
@@ -90,16 +86,9 @@ void watch_forks() {
     std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forked.store(true); }); });
 }
 
-// --- checks
-// -------------------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------
 
-constexpr int MAX_LAYERS = 64;
 constexpr int64_t MAX_CHANNELS = 1 << 16, MAX_SIDE = 1 << 14, MAX_IMAGES = 1 << 28;
-
-int64_t out_side(const dcgan_layer& l, int64_t in) {
-    if (l.transposed) return (in - 1) * l.stride - 2 * l.padding + l.kernel;
-    return (in + 2 * l.padding - l.kernel) / l.stride + 1;
-}
 
 int check_geometry(const dcgan_layer* layer) {
     if (layer == nullptr) return fail(DCGAN_EARGUMENT, "layer is null");
@@ -179,117 +168,7 @@ int check_tensor(const char* name, const dcgan_tensor* t, bool any_strides, int6
     return 0;
 }
 
-// --- workspace
-// ----------------------------------------------------------------------------------------------
-
-constexpr size_t HUGE_PAGE = size_t{2} << 20;
-
-// Asks for huge pages where whole ones lie in [data, data + bytes): megabytes that are read from end to end
-// miss the TLB every 4 KB otherwise.
-void huge_pages(void* data, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    static_cast<void>(data), static_cast<void>(bytes);
-#endif
-}
-
-// Memory of the calling thread, kept from call to call: fresh pages cost more than the arithmetic of a small
-// layer.
-class Workspace {
- public:
-    ~Workspace() { release(); }
-
-    float* get(size_t bytes) {
-        if (bytes <= size_) return data_;
-        release();
-        const size_t rounded = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        void* const p = std::aligned_alloc(HUGE_PAGE, rounded);
-        if (p == nullptr) return nullptr;
-        huge_pages(p, rounded);
-        data_ = static_cast<float*>(p);
-        size_ = rounded;
-        return data_;
-    }
-
-    void release() {
-        std::free(data_);
-        data_ = nullptr;
-        size_ = 0;
-    }
-
- private:
-    float* data_ = nullptr;
-    size_t size_ = 0;
-};
-
 thread_local Workspace workspace;
-
-// --- the chain
-// ----------------------------------------------------------------------------------------------
-
-// What is between two layers is made for as many images as this holds, twice: one layer's input and its
-// output.
-constexpr int64_t BETWEEN_BYTES = 32 << 20;
-
-struct Plan {
-    int64_t block;      // images
-    size_t scratch;     // floats a thread
-    size_t between[2];  // floats of the two buffers
-    size_t folded;      // floats of a layer's scale, and of its shift
-    int count;          // layers
-    size_t bytes(int threads) const {
-        const size_t affine = 2 * folded * static_cast<size_t>(count);
-        return (scratch * static_cast<size_t>(threads) + between[0] + between[1] + affine) * sizeof(float);
-    }
-};
-
-int64_t out_floats(const dcgan_layer& l) {
-    return l.c_out * out_side(l, l.height) * out_side(l, l.width);
-}
-
-Plan plan(const dcgan_layer* layers, int count, int64_t images, int threads) {
-    int64_t largest[2] = {0, 0};
-    for (int i = 0; i + 1 < count; ++i) largest[i % 2] = std::max(largest[i % 2], out_floats(layers[i]));
-    Plan p{images, 0, {0, 0}, 0, count};
-    if (count > 1) {
-        const int64_t fit = std::max<int64_t>(1, BETWEEN_BYTES / 4 / (largest[0] + largest[1]));
-        const int64_t blocks = (images + fit - 1) / fit;
-        p.block = (images + blocks - 1) / blocks;
-    }
-    for (int i = 0; i < 2; ++i) p.between[i] = static_cast<size_t>((largest[i] * p.block + 15) / 16 * 16);
-    for (int i = 0; i < count; ++i) {
-        const Job job{layers + i, {}, {}, static_cast<long>(p.block)};
-        const size_t floats = static_cast<size_t>(engine().scratch_size(job, threads));
-        p.scratch = std::max(p.scratch, (floats + 15) / 16 * 16);
-        p.folded = std::max(p.folded, static_cast<size_t>((layers[i].c_out + 15) / 16 * 16));
-    }
-    return p;
-}
-
-// The layer with its BatchNorm as a scale and a shift, which go to `affine` (2·folded floats).
-dcgan_layer fold(const dcgan_layer& l, float* affine, size_t folded) {
-    if (l.mean == nullptr) return l;
-    float *const scale = affine, *const shift = affine + folded;
-    for (int c = 0; c < l.c_out; ++c) {
-        scale[c] = (l.scale == nullptr ? 1.0f : l.scale[c]) / std::sqrt(l.variance[c] + l.epsilon);
-        shift[c] = (l.shift == nullptr ? 0.0f : l.shift[c]) - l.mean[c] * scale[c];
-    }
-    dcgan_layer result = l;
-    result.scale = scale;
-    result.shift = shift;
-    return result;
-}
-
-View view(const dcgan_tensor& t) {
-    return {const_cast<float*>(t.data), t.strides[0], t.strides[1], t.strides[2], t.strides[3]};
-}
-
-View channels_last(float* data, int64_t channels, int64_t height, int64_t width) {
-    return {data, channels * height * width, 1, channels * width, channels};
-}
 
 }  // namespace
 }  // namespace dcgan
@@ -362,39 +241,18 @@ int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_
 
     watch_forks();
     if (forked) threads = 1;
-    const Plan p = plan(layers, count, images, threads);
-    float* const scratch = workspace.get(p.bytes(threads));
-    if (scratch == nullptr)
-        return fail(DCGAN_EMEMORY, "no memory for a workspace of %zu bytes", p.bytes(threads));
-    float* const even = scratch + p.scratch * static_cast<size_t>(threads);
-    float* const between[2] = {even, even + p.between[0]};
-    float* const affine = between[1] + p.between[1];
-    dcgan_layer folded[MAX_LAYERS];
-    for (int i = 0; i < count; ++i)
-        folded[i] = fold(layers[i], affine + 2 * p.folded * static_cast<size_t>(i), p.folded);
-
-    for (int64_t begin = 0; begin < images; begin += p.block) {
-        const int64_t block = std::min(p.block, images - begin);
-        View from = view(*x);
-        from.data += begin * from.n;
-        for (int i = 0; i < count; ++i) {
-            const dcgan_layer& l = folded[i];
-            View to = i + 1 < count ? channels_last(between[i % 2], l.c_out, out_side(l, l.height),
-                                                    out_side(l, l.width))
-                                    : view(*y);
-            if (i + 1 == count) to.data += begin * to.n;
-            engine().run(Job{&l, from, to, static_cast<long>(block)}, threads, scratch,
-                         static_cast<long>(p.scratch));
-            from = to;
-        }
-    }
+    const Chain chain(engine(), layers, count, images, threads);
+    float* const memory = workspace.get(chain.bytes());
+    if (memory == nullptr)
+        return fail(DCGAN_EMEMORY, "no memory for a workspace of %zu bytes", chain.bytes());
+    chain.run(*x, *y, memory);
     return 0;
 }
 
 int64_t dcgan_workspace(const dcgan_layer* layers, int count, int64_t images, int threads) {
     if (const int code = check_chain(layers, count, images, threads)) return code;
     if (images == 0) return 0;
-    return static_cast<int64_t>(plan(layers, count, images, threads).bytes(threads));
+    return static_cast<int64_t>(Chain(engine(), layers, count, images, threads).bytes());
 }
 
 void dcgan_release(void) {

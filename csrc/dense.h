@@ -44,8 +44,7 @@ struct Dense {
 
     static long scratch_size(const Job& job, int threads) {
         const Split s = plan(job, threads);
-        return round_up(2 * s.block_rows() * shape(*job.layer).taps, 16) +
-               s.block_rows() * odd_lines(PASS * PANEL);
+        return round_up(2 * s.most_rows * shape(*job.layer).taps, 16) + s.most_rows * odd_lines(PASS * PANEL);
     }
 
     static void run(const Job& job, int threads, float* scratch, long scratch_stride) {

@@ -53,8 +53,8 @@ struct Direct {
 
     static long scratch_size(const Job& job, int threads) {
         const Split s = plan(job, threads);
-        return round_up(job.layer->c_in, 16) + round_up(2 * s.block_rows() * shape(*job.layer).taps, 16) +
-               s.block_rows() * odd_lines(s.part_panels() * PANEL);
+        return round_up(job.layer->c_in, 16) + round_up(2 * s.most_rows * shape(*job.layer).taps, 16) +
+               s.most_rows * odd_lines(s.panels * PANEL);
     }
 
     static void run(const Job& job, int threads, float* scratch, long scratch_stride) {

@@ -47,11 +47,9 @@ struct Narrow {
         const long floats =
             size.width * (job.layer->transposed ? shape(*job.layer).columns : job.layer->c_out);
         const long target = least(size.height, most(4, 32768 / floats));  // 128 KB: a quarter of a common L2
-        long blocks = ceil_div(size.height, target);
-        const long wanted = threads > 1 ? 2L * threads : 1;
-        if (blocks * job.images < wanted)
-            blocks = least(ceil_div(wanted, job.images), ceil_div(size.height, 4));
-        return {size.height, blocks, 1, 1, job.images};
+        Split s{size.height, ceil_div(size.height, target), 1, 1, job.images, target};
+        while (!balanced(s.units(), threads) && s.blocks < ceil_div(size.height, 4)) ++s.blocks;
+        return s;
     }
 
     static long scratch_size(const Job& job, int threads) {
@@ -59,12 +57,12 @@ struct Narrow {
         const Split s = plan(job, threads);
         const Size size = parity_map(l);
         if (l.transposed) {
-            const long pixels = (s.block_rows() + 2) * size.width;
+            const long pixels = (s.most_rows + 2) * size.width;
             return round_up(2 * pixels, 16) + round_up(pixels * shape(l).columns, 16) +
                    round_up(2 * size.width + LANES, 16);
         }
-        const long pixels = s.block_rows() * size.width;
-        return round_up((2 * s.block_rows() + 2) * (2 * size.width + 2) * l.c_in, 16) +
+        const long pixels = s.most_rows * size.width;
+        return round_up((2 * s.most_rows + 2) * (2 * size.width + 2) * l.c_in, 16) +
                round_up(8 * pixels, 16) + pixels * odd_lines(shape(l).columns);
     }
 

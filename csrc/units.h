@@ -37,6 +37,7 @@ inline long out_size(const dcgan_layer& l, long in) {
 // (parities).
 struct Split {
     long rows, blocks, panels, parts, groups;
+    long most_rows;  // of a block, for this many rows or fewer: what scratch memory is made for
 
     long units() const { return blocks * parts * groups; }
     long block_rows() const { return ceil_div(rows, blocks); }
@@ -65,14 +66,17 @@ struct Unit {
     long group;
 };
 
-// Blocks of at most `target` rows, more and smaller ones (and then parts of the columns) until every thread
-// has work.
+// Whether this many equal units keep the threads busy for three quarters of the time.
+inline bool balanced(long units, int threads) {
+    return 4 * units >= 3 * round_up(units, threads);
+}
+
+// Blocks of at most `target` rows; more and smaller ones, and then parts of the columns, where threads would
+// wait.
 inline Split split(long rows, long target, long panels, long groups, int threads) {
-    Split s{rows, most(1, ceil_div(rows, target)), panels, 1, groups};
-    const long wanted = threads > 1 ? 2L * threads : 1;
-    if (s.units() < wanted)
-        s.blocks = most(s.blocks, least(ceil_div(wanted, groups), ceil_div(rows, 4 * ROWS)));
-    if (s.units() < wanted) s.parts = most(1, least(ceil_div(wanted, s.blocks * groups), panels));
+    Split s{rows, most(1, ceil_div(rows, target)), panels, 1, groups, least(rows, target)};
+    while (!balanced(s.units(), threads) && s.blocks < ceil_div(rows, 2 * ROWS)) ++s.blocks;
+    while (!balanced(s.units(), threads) && s.parts < panels) ++s.parts;
     return s;
 }
 

@@ -127,18 +127,18 @@ struct Winograd {
         long v_row, v_plane, s_row, s_plane;
     };
 
-    static Strides strides(const dcgan_layer& l, const Split& s) {
+    static Strides strides(const dcgan_layer& l, long tiles, long panels) {
         const long v_row = odd_lines((l.transposed ? 1 : 4) * round_up(l.c_in, LANES));
-        const long s_row = odd_lines(s.part_panels() * PANEL);
-        return {v_row, odd_lines(s.block_rows() * v_row), s_row, odd_lines(s.block_rows() * s_row)};
+        const long s_row = odd_lines(panels * PANEL);
+        return {v_row, odd_lines(tiles * v_row), s_row, odd_lines(tiles * s_row)};
     }
 
     static long scratch_size(const Job& job, int threads) {
         const dcgan_layer& l = *job.layer;
         const Split s = plan(job, threads);
-        const Strides st = strides(l, s);
-        return round_up(l.c_in + LANES, 16) + round_up(2 * s.block_rows() * shape(l).taps, 16) +
-               POINTS * (st.v_plane + st.s_plane);
+        const Strides st = strides(l, s.most_rows, s.panels);
+        return round_up(l.c_in + LANES, 16) + round_up(2 * s.most_rows * shape(l).taps, 16) +
+               round_up(POINTS * st.v_plane, 16) + round_up(POINTS * st.s_plane, 16);
     }
 
     // V of one tile and parity: window[i][j] points to the channels of its pixel (i, j).
@@ -200,7 +200,7 @@ struct Winograd {
         const dcgan_layer& l = *job.layer;
         const Gemm g = shape(l);
         const Split s = plan(job, threads);
-        const Strides st = strides(l, s);
+        const Strides st = strides(l, s.block_rows(), s.part_panels());
         const Tiles grid = tiles(job);
         const Size size = parity_map(l);
         const long parities = l.transposed ? 1 : 4, step = l.transposed ? 2 : 1;

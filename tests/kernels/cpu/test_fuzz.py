@@ -10,9 +10,8 @@ import torch
 from conftest import THREADS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import SPATIAL, allowed, assert_right, forced, instruction_set
+from native import LAYER, SPATIAL, assert_right, forced, instruction_set
 from statement import Problem, state
-from tolerance import relative
 from torch import Tensor
 
 from dcgan.kernels import chain, ops
@@ -140,8 +139,6 @@ def chains(draw: st.DrawFn) -> tuple[Tensor, list[Stage]]:
                 padding=padding,
             )
         )
-        shape = (1, *stages[-1].weight.shape)
-        assert shape
         channels = c_out
         if transposed:
             height, width = ((s - 1) * stride - 2 * padding + kernel for s in (height, width))
@@ -184,4 +181,6 @@ def test_any_chain(
         y = chain.conv_chain(laid_out(x, layout), stages, channels_last)
     expected = exact(x, stages)
     assert y.shape == expected.shape
-    assert relative(y, expected) <= len(stages) * allowed(torch.float32)
+    # Weights, norms and inputs are such that y's elements are of order 1, unless its activation says otherwise.
+    size = max(float(expected.norm()), expected.numel() ** 0.5)
+    assert float((y.double() - expected).norm()) <= len(stages) * LAYER * size

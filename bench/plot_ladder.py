@@ -1,0 +1,59 @@
+"""The picture of ``python -m bench ladder``: a bar a step, the ceiling across it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.cases import threads, title
+from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
+
+Row = dict[str, Any]
+Panel = tuple[str, str, int, str]
+"""Layer, network with its sizes, batch, CPU."""
+Bars = dict[tuple[str, int], Row]
+"""By step and threads, in the ladder's order."""
+
+
+def arrange(rows: list[Row]) -> dict[Panel, Bars]:
+    """The last of several measurements counts."""
+    panels: dict[Panel, Bars] = {}
+    for row in rows:
+        case = row["case"]
+        network = title(case["command"], case["sizes"])
+        panel = (row["layer"], network, case["batch"], row["hardware"]["cpu"])
+        panels.setdefault(panel, {})[row["step"], row["threads"]] = row
+    return panels
+
+
+def draw(panels: dict[Panel, Bars], out: Path) -> None:
+    """Steps above, marks below; each bar with its GFLOP/s and their share of the ceiling of its threads."""
+    longest = max(map(len, panels.values()))
+    with figure(out, len(panels), 1.2 + 0.36 * longest) as axes:
+        for (panel, bars), ax in zip(panels.items(), axes[:, 0], strict=True):
+            _draw(ax, panel, list(bars.values()))
+
+
+def _draw(ax: Any, panel: Panel, rows: list[Row]) -> None:
+    layer, network, batch, cpu = panel
+    names = []
+    for at, row in enumerate(rows):
+        rate, roof = row["flops_per_s"] / 1e9, row["ceiling"]["flops"] / 1e9
+        ax.barh(at, rate, height=0.72, color=RIVALS[5] if row["mark"] else OURS[1])
+        ax.vlines(
+            roof, at - 0.46, at + 0.46, color=CEILING, ls="--", lw=1.4,
+            label=row["ceiling"]["measure"] if at == 0 else None,
+        )  # fmt: skip
+        ax.annotate(
+            f"{rate:#.3g} · {rate / roof:.0%}", (max(rate, roof if rate > 0.6 * roof else 0), at), (5, 0),
+            textcoords="offset points", va="center", fontsize=8,
+        )  # fmt: skip
+        number = "" if row["mark"] else f"{at + 1}  "
+        names.append(f"{number}{row['step']}, {threads(row['threads'])}")
+    ax.set_yticks(range(len(rows)), names, fontsize=9)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel("GFLOP/s of the direct convolution")
+    ax.set_title(f"{layer} of {network} · batch {batch} · float32 · {cpu}", loc="left", fontsize=11)
+    plain(ax, grid="x")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
