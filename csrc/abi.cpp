@@ -5,7 +5,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <mutex>
 
 #include "chain.h"
 #include "dcgan.h"
@@ -66,7 +65,8 @@ const Engine& engine() {
 }
 
 const char* names(bool here) {
-    thread_local char list[64];
+    thread_local char lists[2][64];
+    char* const list = lists[here];
     list[0] = '\0';
     for (const Candidate& candidate : candidates) {
         if (here && !candidate.runs_here()) continue;
@@ -81,9 +81,9 @@ const char* names(bool here) {
 // An OpenMP pool does not survive fork(): a child that enters it waits for ever for threads that it lacks.
 std::atomic<bool> forked{false};
 
-void watch_forks() {
-    static std::once_flag once;
-    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forked.store(true); }); });
+// At load: the pool may be made by others of the process, before the first call.
+[[gnu::constructor]] void watch_forks() {
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 }
 
 // --- checks ----------------------------------------------------------------------------------------------
@@ -217,7 +217,6 @@ int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t stri
     if (const int code = check_chain(layer, 1, 1, threads)) return code;
     if (weight == nullptr || strides == nullptr || packed == nullptr)
         return fail(DCGAN_EARGUMENT, "weight, strides and packed must not be null");
-    watch_forks();
     huge_pages(packed, static_cast<size_t>(engine().packed_size(*layer)) * sizeof(float));
     engine().pack(*layer, weight, strides, packed, forked ? 1 : threads);
     return 0;
@@ -239,7 +238,6 @@ int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_
     }
     if (images == 0) return 0;
 
-    watch_forks();
     if (forked) threads = 1;
     const Chain chain(engine(), layers, count, images, threads);
     float* const memory = workspace.get(chain.bytes());
@@ -262,5 +260,6 @@ void dcgan_release(void) {
 double dcgan_peak(int threads, double seconds) {
     if (threads < 1 || threads > 1024)
         return fail(DCGAN_EARGUMENT, "threads must be from 1 to 1024, got %d", threads);
+    if (!(seconds > 0.0)) return fail(DCGAN_EARGUMENT, "seconds must be positive, got %g", seconds);
     return engine().peak(forked ? 1 : threads, seconds);
 }

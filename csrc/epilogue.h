@@ -6,7 +6,7 @@
 
 namespace dcgan::DCGAN_ISA {
 
-// e^x for x ≤ 0, to 1e-7 of it; 0 below -87. NaN stays NaN.
+// e^x for x ≤ 0, to 1e-7 of it; e^-87 (2e-38) below -87. NaN stays NaN.
 DCGAN_INLINE vec exp_of_negative(vec x) {
     const vec low = splat(-87.0f);
     const vec clamped = choose(x < low, low, x);
@@ -48,12 +48,12 @@ DCGAN_INLINE vec tanh(vec x) {
     p = p * s - splat(17.0f / 315);
     p = p * s + splat(2.0f / 15);
     p = p * s - splat(1.0f / 3);
-    const vec near = x + x * s * p;
+    const vec near = size + size * s * p;
     const vec e = exp_of_negative(-2.0f * size);
     const vec far = (1.0f - e) / (1.0f + e);
     const ivec sign = reinterpret_cast<ivec>(x) & static_cast<int32_t>(0x80000000);
-    const vec signed_far = reinterpret_cast<vec>(reinterpret_cast<ivec>(far) | sign);
-    return choose(size < splat(0.35f), near, signed_far);
+    const ivec magnitude = reinterpret_cast<ivec>(choose(size < splat(0.35f), near, far));
+    return reinterpret_cast<vec>(magnitude | sign);
 }
 
 // NaN passes every activation, as in eager: the comparisons are false for it.

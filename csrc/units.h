@@ -139,7 +139,8 @@ template <class F>
 inline void parallel(long count, int threads, float* scratch, long scratch_stride, const F& f) {
 #ifdef _OPENMP
     if (threads > 1 && count > 1) {
-#pragma omp parallel num_threads(threads)
+        const int useful = static_cast<int>(least(threads, count));
+#pragma omp parallel num_threads(useful)
         {
             float* const own = scratch + omp_get_thread_num() * scratch_stride;
 #pragma omp for schedule(dynamic)

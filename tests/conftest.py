@@ -1,13 +1,16 @@
-"""What every test has in common: seeds, two threads, and no gpu tests where there is no GPU."""
+"""What every test has in common: seeds, two threads, no gpu tests where there is no GPU, and what ran natively."""
 
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+from dcgan.kernels.cpu import library
 
 _deselected_gpu_tests = 0
 
@@ -30,8 +33,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+def native_engine() -> str:
+    """The instruction sets that are tested here, and those that are not; '' where there is no library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if library.problem() is not None:
+            return ""
+    line = f"native engine: {', '.join(library.isas())}"
+    elsewhere = [isa for isa in library.built_isas() if isa not in library.isas()]
+    return f"{line}; built but not run here: {', '.join(elsewhere)}" if elsewhere else line
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [line] if (line := native_engine()) else []
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # In the summary, since -q prints no header.
+    if not terminalreporter.showheader and (line := native_engine()):
+        terminalreporter.write_line(line)
     if _deselected_gpu_tests:
         terminalreporter.write_line(f"no GPU here: {_deselected_gpu_tests} gpu tests deselected")
 

@@ -115,37 +115,57 @@ void test_chains() {
     report("chains: %ld runs, the same bits layer by layer, image by image, on 1, 2 and 7 threads", runs);
 }
 
-// A first layer whose maps are so large that the engine takes 193 images in two blocks, of 97 and of 96.
-// Scratch memory that would do for 97 images may not for 96, whose 384 tiles are cut into fewer and so larger
-// units of work than 388.
+// Chains of which one call takes several blocks of images, the last of them smaller. Scratch memory that does
+// for a whole block need not do for a smaller one, which is cut into other units of work.
 void test_blocks() {
     Random random(6);
-    const long images = 193;
-    Chain chain{{}, {}, Layout::NHWC, Layout::NHWC};
-    chain.add(random, DCGAN_DENSE, true, 16, 3, 256, 1, DCGAN_RELU, true, true);
-    chain.add(random, DCGAN_F4, false, 4, 256, 3, 16, DCGAN_TANH);
-    const Tensor x = chain.input(random, images);
-    for (const std::string& isa : isas()) {
-        dcgan_use_isa(isa.c_str());
-        const std::vector<dcgan_layer> layers = chain.pack();
-        require(dcgan_workspace(layers.data(), 2, images, 1) < images * 256 * 16 * 16 * 4,
-                "%s: %ld images are one block; this test is of several", chain.describe().c_str(), images);
-        const std::vector<uint32_t> want = chain.one_by_one(x);
-        for (const int threads : {1, 2, 7}) {
-            const Tensor y = chain.output(images);
-            run(layers.data(), 2, x, y, threads);
-            const std::vector<uint32_t> got = y.bits();
-            const auto differs = std::mismatch(got.begin(), got.end(), want.begin()).first;
-            require(differs == got.end(), "%s: %ld images in blocks on %d threads: image %td differs",
-                    chain.describe().c_str(), images, threads,
-                    (differs - got.begin()) / static_cast<long>(got.size() / images));
+    struct {
+        Chain chain;
+        std::vector<long> images;  // rising
+        int64_t between;           // floats an image takes between two layers
+    } cases[] = {
+        // Large maps between two layers of small weights. By the number of images and of threads, each thread
+        // has blocks of its own, or all threads share every block.
+        {{{}, {}, Layout::NHWC, Layout::NHWC}, {25, 26, 49, 97}, 256 * 16 * 16},
+        // In the middle a layer of 17 MB of weights, for which blocks are larger and all threads share them.
+        {{{}, {}, Layout::NHWC, Layout::NHWC}, {33}, 132 * 32 * 32},
+    };
+    cases[0].chain.add(random, DCGAN_DENSE, true, 16, 3, 256, 1, DCGAN_RELU, true, true, true);
+    cases[0].chain.add(random, DCGAN_F4, false, 4, 256, 3, 16, DCGAN_TANH);
+    cases[1].chain.add(random, DCGAN_DIRECT, true, 4, 2, 132, 16, DCGAN_RELU);
+    cases[1].chain.add(random, DCGAN_DENSE, false, 32, 132, 32, 32, DCGAN_LEAKY_RELU, true, true, true);
+    cases[1].chain.add(random, DCGAN_DENSE, true, 2, 32, 3, 1, DCGAN_TANH);
+    for (auto& c : cases) {
+        const long most = c.images.back();
+        const Tensor all = c.chain.input(random, most);
+        for (const std::string& isa : isas()) {
+            dcgan_use_isa(isa.c_str());
+            const std::vector<dcgan_layer> layers = c.chain.pack();
+            const int count = static_cast<int>(layers.size());
+            const int64_t workspace = dcgan_workspace(layers.data(), count, most, 1);
+            require(workspace < most * c.between * 4, "%s: %ld images are one block; this test is of several",
+                    c.chain.describe().c_str(), most);
+            const std::vector<uint32_t> want = c.chain.one_by_one(all);
+            const size_t per_image = want.size() / static_cast<size_t>(most);
+            for (const long images : c.images)
+                for (const int threads : {1, 2, 7}) {
+                    const Tensor y = c.chain.output(images);
+                    const dcgan_tensor from = all.view(), to = y.view();
+                    const int code = dcgan_run(layers.data(), count, images, &from, &to, threads);
+                    const std::vector<uint32_t> got = y.bits();
+                    const auto differs = std::mismatch(got.begin(), got.end(), want.begin()).first;
+                    require(code == 0 && y.guards_intact() && differs == got.end(),
+                            "%s: %ld images in blocks on %d threads: code %d, image %td differs",
+                            c.chain.describe().c_str(), images, threads, code,
+                            (differs - got.begin()) / static_cast<long>(per_image));
+                }
+            const Tensor y = c.chain.output(most);
+            for (long i = 0; i < most; ++i) run_image(layers, all, y, i, 1);
+            require(y.bits() == want, "%s: image by image gives other bits", c.chain.describe().c_str());
         }
-        const Tensor y = chain.output(images);
-        for (long i = 0; i < images; ++i) run_image(layers, x, y, i, 1);
-        require(y.bits() == want, "%s: image by image gives other bits", chain.describe().c_str());
     }
     dcgan_release();
-    report("blocks: %ld images in several, the same bits as layer by layer and image by image", images);
+    report("blocks: several in a call, the same bits as layer by layer and image by image");
 }
 
 void test_concurrency() {

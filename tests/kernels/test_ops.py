@@ -609,13 +609,13 @@ def test_a_refused_call_under_autocast_and_with_gradients() -> None:
 
 def test_the_choice_is_recorded() -> None:
     with ops.recording() as choices:
-        ops.conv2d_fused(X, W)
-        ops.conv_transpose2d_fused(X, W)
-    assert [(c.op, c.engine) for c in choices] == [
-        ("conv2d_fused", "reference"),
-        ("conv_transpose2d_fused", "reference"),
+        ops.conv2d_fused(X.double(), W.double())
+        ops.conv_transpose2d_fused(X.double(), W.double())
+    reason = "native: the kernels have no float64"
+    assert choices == [
+        ops.Choice("conv2d_fused", "reference", reason),
+        ops.Choice("conv_transpose2d_fused", "reference", reason),
     ]
-    assert "cpu" in choices[0].reason
     with ops.use_engine("reference"), ops.recording() as choices:
         ops.conv2d_fused(X, W)
     assert choices == [ops.Choice("conv2d_fused", "reference", "engine 'reference' was asked for")]

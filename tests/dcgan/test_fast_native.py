@@ -1,0 +1,450 @@
+"""The drop-ins in eval on a CPU run natively: their accuracy, what explain says of them, and what stays eager."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import native
+import pytest
+import torch
+from native import NETWORK, allowed, eager64, engines, forced
+from networks import drop_in, norms, reference, sample
+from tolerance import relative, unit
+from torch import Tensor, nn
+
+from dcgan import fast, models
+from dcgan.kernels import ops, weights
+
+pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
+NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
+NATIVE = ["native"] * 4
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def network(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    return drop_in(reference(kind, dtype=dtype, **sizes)).eval()
+
+
+# --- accuracy ----------------------------------------------------------------------------------------------
+
+
+@NETWORKS
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_size", [32, 64, 128])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_whole_network(kind: str, channels: int, image_size: int, batch: int) -> None:
+    """By the algorithms that are chosen, in memory that starts as NaN; eager's strides."""
+    model = network(kind, channels=channels, image_size=image_size, features=3)
+    x = sample(model, batch)
+    with native.fresh_memory_is_nan():
+        assert engines(model, x) == ["native"] * (image_size.bit_length() - 2)
+        y = model(x)
+    assert relative(y, eager64(model, x)) <= NETWORK
+    eager = models.Generator.forward if kind == "G" else models.Discriminator.forward
+    assert y.stride() == eager(model, x).stride()
+
+
+@pytest.mark.parametrize("algorithm", native.SPATIAL[:3])
+def test_the_default_generator(algorithm: str) -> None:
+    """1024 channels and less, by each algorithm: the longest sums there are."""
+    model = drop_in(models.Generator(100, 3, 64, 64)).eval()
+    model.apply(models.weights_init)
+    z = torch.randn(1, 100)
+    with forced(algorithm):
+        assert relative(model(z), eager64(model, z)) <= NETWORK
+
+
+@NETWORKS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_16_bit_network(kind: str, dtype: torch.dtype, channels: int) -> None:
+    """Of its own rounded values: natively the result alone is rounded to 16 bits, once, as eager rounds more."""
+    model = network(kind, dtype, channels=channels)
+    x = sample(model)
+    assert engines(model, x) == NATIVE
+    assert [row.engine for row in fast.explain(model, x)] == NATIVE
+    y, exact = model(x), eager64(model, x)
+    assert y.dtype == dtype
+    assert relative(y, exact) <= allowed(dtype, NETWORK)
+    with ops.use_engine("reference"):
+        assert relative(model(x), exact) <= 4 * 4 * unit(dtype)  # four layers, each rounded
+        assert model(x).stride() == y.stride()
+
+
+@NETWORKS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(kind: str, dtype: torch.dtype) -> None:
+    """Weights and input are rounded, which is more than the result's own rounding."""
+    model = network(kind)
+    x = sample(model)
+    rounded = copy.deepcopy(model)
+    for m in rounded.main:
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+            m.weight.copy_(m.weight.to(dtype))
+    with torch.autocast("cpu", dtype=dtype):
+        assert engines(model, x) == NATIVE
+        y = model(x)
+        assert native.packed() >= 4
+        assert torch.equal(model(x), y)
+    assert y.dtype == dtype
+    assert relative(y, eager64(rounded, x.to(dtype))) <= allowed(dtype, NETWORK)
+
+
+@NETWORKS
+def test_images_and_latents_of_any_strides(kind: str) -> None:
+    model = network(kind)
+    x = sample(model)
+    views: list[Tensor] = [
+        x.expand(2, *x.shape)[1],
+        torch.stack([x, x], -1)[..., 0],
+        x[:1].expand_as(x),
+        x.flip(0),
+        torch._neg_view(x),
+        torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+    ]
+    if kind == "D":
+        views += [x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)]
+    for view in views:
+        assert engines(model, view) == NATIVE
+        assert relative(model(view), eager64(model, view)) <= NETWORK
+
+
+@NETWORKS
+def test_the_model_in_either_memory_format(kind: str) -> None:
+    model = network(kind).to(memory_format=torch.channels_last)
+    x = sample(model)
+    assert relative(model(x), eager64(model, x)) <= NETWORK
+    eager = models.Generator.forward if kind == "G" else models.Discriminator.forward
+    assert model(x).stride() == eager(model, x).stride()
+
+
+def test_more_latents_than_the_library_takes() -> None:
+    """A network larger than the native engine's limits runs all the same."""
+    model = drop_in(models.Generator(70_000, 1, 1, 32)).eval()
+    z = torch.randn(1, 70_000)
+    assert relative(model(z), eager64(model, z)) <= NETWORK
+
+
+# --- explain, and who runs what ----------------------------------------------------------------------------
+
+
+@NETWORKS
+def test_explain_in_eval(kind: str) -> None:
+    model = network(kind)
+    rows = fast.explain(model, sample(model))
+    op = "conv_transpose2d_fused" if kind == "G" else "conv2d_fused"
+    assert [row.modules for row in rows] == (
+        ["0-2", "3-5", "6-8", "9-10"] if kind == "G" else ["0-1", "2-4", "5-7", "8-9"]
+    )
+    assert {row[1:] for row in rows} == {(op, "native", "")}
+    assert torch.equal(model(sample(model)[:0]), model(sample(model)[:0]))
+
+
+@NETWORKS
+def test_explain_in_training(kind: str) -> None:
+    model = network(kind).train()
+    rows = fast.explain(model, sample(model))
+    if kind == "D":
+        rows.pop(0)  # no BatchNorm, no prologue: native where its batch outweighs packing for one call
+    assert {row.engine for row in rows} == {"reference"}
+    *hidden, last = [row.reason for row in rows]
+    assert set(hidden) == {"native: the inference kernels gather no statistics"}
+    assert last == "native: the inference kernels have no prologue"
+
+
+@NETWORKS
+def test_explain_in_float64(kind: str) -> None:
+    model = network(kind, torch.float64)
+    rows = fast.explain(model, sample(model))
+    assert {row[2:] for row in rows} == {("reference", "native: the kernels have no float64")}
+
+
+def five_by_five(model: Any) -> None:
+    old = model.main[3]
+    model.main[3] = nn.ConvTranspose2d(old.in_channels, old.out_channels, 5, 2, 2, 1, bias=False)
+
+
+def three_by_three(model: Any) -> None:
+    old = model.main[0]
+    model.main[0] = nn.Conv2d(old.in_channels, old.out_channels, 3, 2, 1, bias=False)
+
+
+def not_square(model: Any) -> None:
+    old = model.main[0]
+    model.main[0] = nn.Conv2d(old.in_channels, old.out_channels, (4, 3), 2, 1, bias=False)
+
+
+def four_by_four_unpadded(model: Any) -> None:
+    """A 3×3 map to 4×4 by stride 1 and no padding: of the right size, but by another geometry."""
+    old = model.main[0]
+    model.main[0] = nn.ConvTranspose2d(old.in_channels, old.out_channels, 2, 1, 0, bias=False)
+    after = model.main[3]
+    model.main[3] = nn.ConvTranspose2d(after.in_channels, after.out_channels, 4, 2, 0, bias=False)
+
+
+OTHERS: dict[str, tuple[str, Callable[[Any], None], str]] = {
+    "3×3": ("D", three_by_three, "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"),
+    "4×3": ("D", not_square, "the kernel is not square"),
+    "padding 0": (
+        "G",
+        four_by_four_unpadded,
+        "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_layer_of_another_geometry(name: str) -> None:
+    """Runs on the reference, and says why; the others remain native."""
+    kind, change, reason = OTHERS[name]
+    model = network(kind)
+    change(model)
+    x = sample(model)
+    rows = fast.explain(model, x)
+    odd = {row[2:] for row in rows if row.engine != "native"}
+    assert odd == {("reference", f"native: {reason}")}
+    assert sum(row.engine == "native" for row in rows) == 3
+    assert relative(model(x), eager64(model, x)) <= NETWORK
+    with (
+        ops.use_engine("native"),
+        pytest.raises(RuntimeError, match=f"engine 'native' was asked for, but does not cover .*: {reason}"),
+    ):
+        model(x)
+
+
+def test_a_layer_with_an_output_padding_is_eager() -> None:
+    model = network("G")
+    five_by_five(model)
+    z = sample(model)
+    rows = {row.modules: row for row in fast.explain(model, z)}
+    assert rows["3"].reason == "the transposed convolution has an output padding"
+    assert relative(model(z), eager64(model, z)) <= NETWORK
+
+
+@NETWORKS
+def test_weights_that_are_not_kept(kind: str) -> None:
+    """A single op of a few products is left to the reference, unless the native engine is forced."""
+    model = network(kind)
+    op = ops.conv_transpose2d_fused if kind == "G" else ops.conv2d_fused
+    conv = model.main[3 if kind == "G" else 2]
+    x = torch.randn(1, conv.in_channels, 4, 4)
+    weights.thaw(model)
+    with ops.recording() as choices:
+        op(x, conv.weight)
+        model.eval()  # freezes them
+        op(x, conv.weight)
+        with ops.use_engine("native"):
+            op(x, conv.weight.clone())
+    assert [c.engine for c in choices] == ["reference", "native", "native"]
+    assert choices[0].reason.startswith(
+        "native: the weights are not kept, and transforming them for one call"
+    )
+
+
+def test_weights_that_are_not_kept_but_much_used() -> None:
+    """A batch whose work outweighs the packing is served natively, kept or not."""
+    x, weight = torch.randn(64, 64, 16, 16), torch.randn(64, 32, 4, 4)
+    with ops.recording() as choices:
+        y = ops.conv_transpose2d_fused(x[:1].expand_as(x), weight)[0]
+    assert choices[0] == ops.Choice("conv_transpose2d_fused", "native", "")
+    expected = torch.nn.functional.conv_transpose2d(x[:1].double(), weight.double(), None, 2, 1)
+    assert relative(y[63:], expected) <= native.LAYER
+
+
+@NETWORKS
+def test_forced_engines(kind: str) -> None:
+    model = network(kind)
+    x = sample(model)
+    with ops.use_engine("reference"):
+        assert engines(model, x) == ["reference"] * 4
+        assert {row.reason for row in fast.explain(model, x)} == {"engine 'reference' was asked for"}
+        assert relative(model(x), eager64(model, x)) <= NETWORK
+    with ops.use_engine("native"):
+        assert engines(model, x) == NATIVE
+        for wrong in (model.double(), model.float().train()):
+            with pytest.raises(RuntimeError, match="engine 'native' was asked for, but does not cover this"):
+                wrong(sample(wrong))
+
+
+def test_forced_by_the_environment() -> None:
+    code = """
+import torch
+from dcgan import fast
+model = fast.Generator(4, 1, 2, 32).eval()
+z = torch.ones(2, 4)
+print(*{row.engine for row in fast.explain(model, z)})
+with torch.no_grad():
+    model(z)
+try:
+    model.train()(z)
+except RuntimeError as error:
+    print(error)
+"""
+    lines = native.in_a_new_process(code, DCGAN_ENGINE="native").stdout.splitlines()
+    assert lines[0] == "native"
+    assert lines[1].startswith(
+        "engine 'native' was asked for, but does not cover this conv_transpose2d_fused: "
+    )
+    assert lines[1].endswith("the inference kernels gather no statistics")
+
+
+# --- other ways of running it ------------------------------------------------------------------------------
+
+
+@NETWORKS
+def test_with_gradients_it_is_the_composition(kind: str) -> None:
+    """In eval with gradients: natively forward, layer by layer, and the reference's derivatives."""
+    model = network(kind)
+    x = sample(model)
+    expected = model(x)
+    with torch.enable_grad(), ops.recording() as choices:
+        y = model(x)
+        y.sum().backward()
+    assert [c.engine for c in choices] == NATIVE
+    assert relative(y, expected) < 1e-6
+    exact = copy.deepcopy(model).double()
+    exact.zero_grad()
+    base = models.Generator if kind == "G" else models.Discriminator
+    with torch.enable_grad():
+        base.forward(exact, x.double()).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert relative(p.grad, q.grad) < 1e-4, name
+
+
+@NETWORKS
+def test_a_network_that_wants_no_gradients(kind: str) -> None:
+    """With gradients on, but nothing to differentiate: a chain through the dispatcher, the same bits."""
+    model = network(kind).requires_grad_(False)
+    x = sample(model)
+    expected = model(x)
+    with torch.enable_grad():
+        assert torch.equal(model(x), expected)
+        assert engines(model, x) == NATIVE
+        x = x.requires_grad_()
+        assert relative(model(x), expected) < 1e-6
+        assert model(x).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+@NETWORKS
+def test_compiled(kind: str) -> None:
+    """One operator in the graph, whole; the compiled network's weights are kept as well."""
+    model = network(kind)
+    x = sample(model)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    with ops.recording() as choices, torch.compiler.set_stance("fail_on_recompile"):
+        y = compiled(x)
+    assert [c.engine for c in choices] == NATIVE
+    assert torch.equal(y, expected)
+    assert y.stride() == expected.stride()
+    torch._dynamo.reset()
+
+
+@NETWORKS
+def test_exported(kind: str) -> None:
+    model = network(kind)
+    x = sample(model)
+    exported = torch.export.export(model, (x,))
+    assert relative(exported.module()(x), eager64(model, x)) <= NETWORK
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_traced() -> None:
+    """torch.jit.trace either records the network or refuses: what it must not do is record an empty tensor."""
+    model = network("G")
+    z = sample(model)
+    try:
+        traced = torch.jit.trace(model, z, check_trace=False)
+    except RuntimeError:
+        return
+    z = sample(model)
+    assert relative(traced(z), eager64(model, z)) <= NETWORK
+
+
+@NETWORKS
+def test_under_another_default_dtype_and_device(kind: str) -> None:
+    model = network(kind)
+    x = sample(model)
+    expected = model(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model(x), expected)
+        model.refresh()
+        assert torch.equal(model(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(model(x), expected)
+        model.refresh()
+        assert torch.equal(model(x), expected)
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own, which stands for another: as quantized or sharded weights do."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return cls(result) if func is torch.ops.aten.detach.default else result
+
+
+@NETWORKS
+def test_a_weight_without_memory_of_its_own(kind: str) -> None:
+    model = network(kind)
+    x = sample(model)
+    expected = eager64(model, x)
+    conv = model.main[3 if kind == "G" else 2]
+    conv.weight = nn.Parameter(Wrapped(conv.weight.detach()), requires_grad=False)
+    for _ in range(2):
+        assert relative(model(x), expected) <= NETWORK
+
+
+def test_two_norms_of_one_network_with_odd_settings() -> None:
+    """No affine map, another eps, and statistics of zero variance: the formula of nn.BatchNorm2d, all the same."""
+    model = network("G")
+    (_, first), (i, second), *_ = norms(model)
+    first.eps = 0.3
+    first.running_var.zero_()
+    model.main[i] = nn.BatchNorm2d(second.num_features, affine=False).eval()
+    model.main[i].running_mean.normal_()
+    z = sample(model)
+    assert engines(model, z) == NATIVE
+    assert relative(model(z), eager64(model, z)) <= NETWORK
+
+
+@NETWORKS
+def test_nan_and_infinity_come_out_where_eagers_do(kind: str) -> None:
+    model = network(kind)
+    x = sample(model, 6)
+    expected = model(x)
+    for i, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+        x[2 * i].view(-1)[5] = value
+    base = models.Generator if kind == "G" else models.Discriminator
+    eager, y = base.forward(model, x), model(x)
+    assert not bool((y.isfinite() & ~eager.isfinite()).any())
+    assert bool(y[0].isnan().any())
+    assert torch.equal(y[1::2], expected[1::2])

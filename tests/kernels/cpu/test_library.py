@@ -1,0 +1,242 @@
+"""Which instruction set runs, what is said where there is no library, and how setup.py takes a failing compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import native
+import pytest
+import torch
+
+from dcgan.kernels import ops
+from dcgan.kernels.cpu import library
+
+ROOT = Path(__file__).parents[3]
+CALL = ops.Call(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))
+RUN = """
+import warnings
+import torch
+from pathlib import Path
+from dcgan import fast, models
+from dcgan.kernels.cpu import library
+
+def check():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = fast.Generator(6, 3, 8, 32).eval()
+    z = torch.randn(3, 6)
+    rows = fast.explain(model, z)
+    with torch.no_grad():
+        y = model(z)
+        exact = models.Generator.forward(model.double(), z.double())
+    assert float((y.double() - exact).norm() / exact.norm()) < 1e-5
+    print(*{row.engine for row in rows}, *{row.reason for row in rows})
+"""
+
+
+@pytest.fixture
+def unopened(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if nothing had asked for the library yet; afterwards it is as it was."""
+    before = None if native.MISSING else library.isa()
+    with monkeypatch.context() as patch:
+        for name in ("_library", "_problem", "_isa"):
+            patch.setattr(library, name, None)
+        yield
+    if before is not None:
+        library.use_isa(before)
+
+
+# --- instruction sets --------------------------------------------------------------------------------------
+
+
+@native.NEEDED
+def test_the_best_one_is_taken() -> None:
+    assert library.isas()[-1] == "portable"
+    assert set(library.isas()) <= set(library.built_isas())
+    if "DCGAN_ISA" not in os.environ:
+        assert library.isa() == library.isas()[0]
+
+
+@native.NEEDED
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.usefixtures("unopened")
+def test_each_by_the_environment(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCGAN_ISA", isa)
+    for transposed in (False, True):
+        for algorithm in (*native.SPATIAL, "dense"):
+            with native.forced(algorithm):
+                native.assert_right(native.small(algorithm, transposed))
+    assert library.isa() == isa
+
+
+@native.NEEDED
+def test_the_last_one_in_a_process_of_its_own() -> None:
+    done = native.in_a_new_process(f"{RUN}\ncheck()\nprint(library.isa())", DCGAN_ISA=native.ISAS[-1])
+    assert done.stdout.split() == ["native", native.ISAS[-1]], done.stderr
+
+
+@native.NEEDED
+@pytest.mark.usefixtures("unopened")
+def test_an_unknown_one_is_an_error_that_names_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And remains one: the second call does not go on with another."""
+    monkeypatch.setenv("DCGAN_ISA", "sse9")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^DCGAN_ISA: .*must be one of: .*; got sse9$") as raised:
+            ops.conv2d_fused(*CALL)
+    assert f"must be one of: {' '.join(native.ISAS)};" in str(raised.value)
+    with ops.use_engine("reference"):
+        assert ops.conv2d_fused(*CALL)[0].shape == (1, 1, 2, 2)
+
+
+@native.NEEDED
+@pytest.mark.usefixtures("unopened")
+def test_one_that_is_built_but_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in set(library.built_isas()) - set(native.ISAS):
+        for name in ("_library", "_isa"):
+            monkeypatch.setattr(library, name, None)
+        monkeypatch.setenv("DCGAN_ISA", isa)
+        with pytest.raises(ValueError, match=f"DCGAN_ISA: this machine does not run {isa}, but: "):
+            ops.conv2d_fused(*CALL)
+
+
+@native.NEEDED
+def test_one_in_use_may_be_changed() -> None:
+    before = library.isa()
+    for isa in native.ISAS:
+        with native.instruction_set(isa):
+            assert library.isa() == isa
+    assert library.isa() == before
+    with pytest.raises(library.NativeError, match=rf"must be one of: {' '.join(native.ISAS)}; got sse9"):
+        library.use_isa("sse9")
+    assert library.isa() == before
+
+
+@native.NEEDED
+def test_the_library_says_what_it_was_given_wrong() -> None:
+    with pytest.raises(library.NativeError, match="layer is null"):
+        library.checked(library.library().dcgan_supports(None))
+
+
+@native.NEEDED
+def test_a_workspace_is_given_back_and_made_anew() -> None:
+    call = native.small("f4", True).call()
+    y = native.native(call, True)
+    for _ in range(2):
+        library.release()
+        assert torch.equal(native.native(call, True), y)
+
+
+# --- no library --------------------------------------------------------------------------------------------
+
+
+def test_without_a_library_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The network runs on the reference, and one warning says why, with what the compiler said."""
+    error = tmp_path / "build-error.txt"
+    error.write_text("No such file or directory: 'c++'\nat line 2 of it\n")
+    code = f"""{RUN}
+library.PATH, library.BUILD_ERROR = Path({str(tmp_path / "libdcgan.so")!r}), Path({str(error)!r})
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    check()
+    check()
+for warning in caught:
+    if "native" in str(warning.message):
+        print(warning.category.__name__, warning.message)
+"""
+    done = native.in_a_new_process(code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    reason = "csrc was not built: No such file or directory: 'c++'"
+    assert lines[:2] == [f"reference native: {reason}"] * 2
+    assert lines[2].startswith("UserWarning dcgan's native CPU engine is missing, and everything runs on ")
+    assert lines[2].endswith(reason)
+    assert lines[3] == "at line 2 of it"
+    assert sum("Warning" in line for line in lines) == 1
+
+
+def broken(folder: Path) -> str:
+    (folder / "libdcgan.so").write_bytes(b"\x7fELF, but no more of it")
+    return "libdcgan.so does not load: "
+
+
+def of_something_else(folder: Path) -> str:
+    source = next(Path(torch.__file__).parent.glob("lib/libc10.so"))
+    (folder / "libdcgan.so").symlink_to(source)
+    return "libdcgan.so does not load: .*dcgan_abi"
+
+
+@pytest.mark.parametrize("make", [lambda folder: "csrc was not built$", broken, of_something_else])
+@pytest.mark.usefixtures("unopened")
+def test_no_library(make: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absent or unfit: warned of once, told by every choice, an error where it is forced."""
+    monkeypatch.setattr(library, "PATH", tmp_path / "libdcgan.so")
+    monkeypatch.setattr(library, "BUILD_ERROR", tmp_path / "build-error.txt")
+    reason = make(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="native CPU engine is missing") as warned,
+        ops.recording() as choices,
+    ):
+        for _ in range(3):
+            y = ops.conv2d_fused(*CALL)[0]
+    assert len([w for w in warned if "native" in str(w.message)]) == 1
+    assert y[0, 0, 0, 0] == 9
+    assert {c.engine for c in choices} == {"reference"}
+    assert all(re.search(f"native: {reason}", c.reason) for c in choices)
+    with (
+        ops.use_engine("native"),
+        pytest.raises(RuntimeError, match=f"does not cover this conv2d_fused: {reason}"),
+    ):
+        ops.conv2d_fused(*CALL)
+    with pytest.raises(library.NativeError, match=reason):
+        library.library()
+
+
+# --- setup.py ----------------------------------------------------------------------------------------------
+
+
+def build(compiler: str, to: Path) -> subprocess.CompletedProcess[str]:
+    arguments = ["build_ext", "--build-lib", str(to / "lib"), "--build-temp", str(to / "temporary")]
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CXX": compiler},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout")
+@pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/c++ --std=c++17"])
+def test_a_failing_compiler_fails_no_installation(compiler: str, tmp_path: Path) -> None:
+    ours = Path(library.PATH)
+    before = ours.read_bytes() if ours.exists() else None
+    folder = tmp_path / "lib/dcgan/kernels/cpu"
+    folder.mkdir(parents=True)
+    (folder / "libdcgan.so").write_bytes(b"of an earlier build")
+    done = build(compiler, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the native engine was not built: " in done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == ["build-error.txt"]
+    why = (folder / "build-error.txt").read_text()
+    assert compiler.split()[0] in why
+    assert (ours.read_bytes() if ours.exists() else None) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout")
+def test_a_build_replaces_an_earlier_error(tmp_path: Path) -> None:
+    folder = tmp_path / "lib/dcgan/kernels/cpu"
+    folder.mkdir(parents=True)
+    (folder / "build-error.txt").write_text("no compiler")
+    done = build(os.environ.get("CXX", "c++"), tmp_path)
+    if (folder / "build-error.txt").exists():
+        pytest.skip("no C++ compiler here")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in folder.iterdir()] == ["libdcgan.so"]

@@ -1,0 +1,266 @@
+"""Threads inside a call, threads that call, and processes forked from either: the same bits, and no hanging."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import native
+import pytest
+import torch
+from conftest import THREADS
+from networks import drop_in, reference, sample
+from torch import Tensor
+
+from dcgan.kernels import chain, ops
+from dcgan.kernels.call import Stage
+
+pytestmark = native.NEEDED
+NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    """Gradients are off in each thread by itself; the number of threads is the last that any has set."""
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(THREADS)
+
+
+def network(kind: str, features: int = 8) -> torch.nn.Module:
+    return drop_in(reference(kind, image_size=64, dtype=torch.float32, features=features)).eval()  # type: ignore[no-any-return]
+
+
+# --- how many threads --------------------------------------------------------------------------------------
+
+
+@NETWORKS
+@pytest.mark.parametrize("batch", [1, 2, 17])
+def test_the_same_bits_on_any_number_of_threads(kind: str, batch: int) -> None:
+    model = network(kind)
+    x = sample(model, batch)
+    torch.set_num_threads(1)
+    expected = model(x)
+    for threads in (2, 7, 3, 1):
+        torch.set_num_threads(threads)
+        assert torch.equal(model(x), expected)
+        model.refresh()  # packed on that many threads, too
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("algorithm", [*native.SPATIAL, "dense"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
+def test_a_layer_has_the_same_bits_on_any_number_of_threads(transposed: bool, algorithm: str) -> None:
+    """Of whichever algorithm, and where there is less to do than there are threads."""
+    for sizes in ({}, {"batch": 1, "c_out": 1, "c_in": 40}, {"c_in": 33, "c_out": 70}):
+        call = native.small(algorithm, transposed).with_(**sizes).call()
+        found = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            with native.forced(algorithm):
+                found.append(native.native(call, transposed))
+        assert all(torch.equal(y, found[0]) for y in found)
+
+
+def in_a_thread(f: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(f).result()
+
+
+def test_the_number_of_threads_is_each_threads_own() -> None:
+    """What PyTorch does, and what a network run by several threads is therefore told: each one's own number.
+
+    A new thread starts with what was last set, wherever that was.
+    """
+    torch.set_num_threads(3)
+    assert in_a_thread(torch.get_num_threads) == 3
+
+    def set_here() -> int:
+        torch.set_num_threads(2)
+        return torch.get_num_threads()
+
+    assert in_a_thread(set_here) == 2
+    assert torch.get_num_threads() == 3
+    assert in_a_thread(torch.get_num_threads) == 2
+
+
+# --- several callers ---------------------------------------------------------------------------------------
+
+
+@NETWORKS
+def test_many_threads_at_once(kind: str) -> None:
+    """One network, packed by whoever comes first, and batches of several sizes; each thread has its number."""
+    model = network(kind)
+    torch.set_num_threads(1)
+    batches = [sample(model, n) for n in (1, 3, 8, 2)]
+    expected = [model(x) for x in batches]
+    model.refresh()
+    start = threading.Barrier(4)
+
+    def work(own: int) -> list[bool]:
+        torch.set_num_threads(own)
+        start.wait(60)
+        right = []
+        with torch.no_grad():
+            for i in range(12):
+                j = (i + own) % len(batches)
+                right.append(torch.equal(model(batches[j]), expected[j]))
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        for right in pool.map(work, (1, 2, 3, 4)):
+            assert right == [True] * 12
+
+
+def test_threads_with_networks_of_their_own() -> None:
+    """Each has a workspace of its own, which is freed with it."""
+
+    def work(seed: int) -> bool:
+        with torch.no_grad():
+            model = network("GD"[seed % 2], 4 + seed)
+            x = sample(model, 4)
+            expected = model(x)
+            return all(torch.equal(model(x), expected) for _ in range(5))
+
+    torch.set_num_threads(2)
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(work, range(6)))
+
+
+def test_others_run_during_a_call() -> None:
+    """The interpreter's lock is released: a thread that ticks does so in the very middle of a long call."""
+    stages = [Stage(True, torch.randn(64, 64, 4, 4), act="relu") for _ in range(2)]
+    x = torch.randn(24, 64, 32, 32)
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    torch.set_num_threads(1)
+    ticking = threading.Thread(target=tick)
+    with ops.use_engine("native"):
+        chain.conv_chain(x[:1], stages)
+        ticking.start()
+        begin = time.perf_counter()
+        chain.conv_chain(x, stages)
+        end = time.perf_counter()
+    done.set()
+    ticking.join()
+    assert end - begin > 0.05, "the call is too short to tell"
+    # With the lock held there is none at all: the call is one foreign function but for its first moments.
+    within = [t for t in ticks if begin + 0.25 * (end - begin) < t < end - 0.25 * (end - begin)]
+    assert len(within) >= 2
+
+
+# --- forked children ---------------------------------------------------------------------------------------
+
+
+def in_a_child(f: Callable[[], bytes], seconds: int = 30) -> bytes:
+    """What ``f`` gives in a forked child; AssertionError if it hangs or dies."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)
+            signal.alarm(seconds)
+            result = f()
+            while result:
+                result = result[os.write(writing, result) :]
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    received = b""
+    try:
+        while select.select([reading], [], [], seconds + 5)[0]:
+            piece = os.read(reading, 1 << 16)
+            if not piece:
+                break
+            received += piece
+    finally:
+        os.close(reading)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFEXITED(status), f"the child was ended by signal {os.WTERMSIG(status)}: it hung"
+    assert os.WEXITSTATUS(status) == 0
+    return received
+
+
+def as_bytes(y: Tensor) -> bytes:
+    return bytes(y.contiguous().numpy().tobytes())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@NETWORKS
+def test_in_a_forked_child(kind: str) -> None:
+    """The pool of threads does not survive the fork: the child runs on one, whatever number is set."""
+    torch.set_num_threads(2)
+    model = network(kind)
+    x = sample(model, 8)
+    expected = as_bytes(model(x))
+
+    def packed_anew() -> bytes:
+        model.refresh()
+        return as_bytes(model(x))
+
+    assert in_a_child(lambda: as_bytes(model(x))) == expected
+    assert in_a_child(packed_anew) == expected
+    assert in_a_child(lambda: in_a_child(lambda: as_bytes(model(x)))) == expected
+    assert as_bytes(model(x)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_forked_while_another_thread_runs() -> None:
+    torch.set_num_threads(2)
+    model = network("G")
+    x = sample(model, 8)
+    expected = as_bytes(model(x))
+    done = threading.Event()
+
+    def busy() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                model(x)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert in_a_child(lambda: as_bytes(model(x))) == expected
+    finally:
+        done.set()
+        thread.join()
+
+
+FIRST_USE = """
+import os, signal, torch
+from dcgan import fast
+from dcgan.kernels.cpu import library
+torch.set_num_threads(2)
+torch.randn(1 << 20).exp()  # PyTorch's own pool of threads, which the library shares
+assert library.problem() is None
+model = fast.Generator(8, 3, 16, 64).eval()
+with torch.no_grad():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(15)
+        model(torch.ones(8, 8))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    model(torch.ones(8, 8))
+print("exited" if status == 0 else f"ended by signal {status & 127}")
+"""
+
+
+def test_first_used_in_a_forked_child() -> None:
+    """The parent had threads of PyTorch's, and had loaded the library, but had run nothing by it."""
+    done = native.in_a_new_process(FIRST_USE)
+    assert done.stdout.strip() == "exited", done.stdout + done.stderr
