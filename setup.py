@@ -4,8 +4,8 @@
 a wheel and mypy all see the one package ``dcgan.kernels``.
 
 csrc is a plain shared library without Python or PyTorch headers, built here in seconds: engine.cpp once for
-each instruction set, the rest once. A failing compiler does not fail the installation: the package then runs on
-the reference, and says why once.
+each instruction set, the rest once. A failing compiler does not fail the installation: the package then runs
+on the reference, and says why once.
 """
 
 import os

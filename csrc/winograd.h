@@ -120,7 +120,7 @@ struct Winograd {
     // Tiles of a block. Few leave more of L2 to V; many read the weights, from L3 or memory, less often.
     static long block_target(const dcgan_layer& l) {
         const bool beyond_l3 = packed_size(l) > (4L << 20);
-        return F::OUT == 2 ? (beyond_l3 ? 96 : 64) : (beyond_l3 ? 64 : 32);
+        return F::OUT == 2 ? (beyond_l3 ? 96 : 64) : 32;
     }
 
     struct Strides {

@@ -1,4 +1,4 @@
-"""What every test has in common: seeds, two threads, no gpu tests where there is no GPU, and what ran natively."""
+"""What every test has in common: seeds, two threads, no gpu tests without a GPU, and a line on what ran."""
 
 from __future__ import annotations
 

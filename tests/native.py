@@ -1,4 +1,4 @@
-"""The native engine on trial: skipped where it is not built, one algorithm at a time, memory that starts as NaN."""
+"""The native engine on trial: one algorithm at a time, in memory that starts as NaN."""
 
 from __future__ import annotations
 

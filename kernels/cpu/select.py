@@ -12,8 +12,16 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 NARROW = 4  # channels of an image that the narrow form is for
+
+# Multiply-adds a cycle that the products reach; without FMA a multiply and an add are two instructions.
+RATE = {"avx512": 29.0, "avx2": 14.5, "portable": 3.6}
+LIBRARY_RATE = 0.72  # of that, by a library's direct convolution
+BANDWIDTH = 6.5  # bytes a cycle a thread of packed weights, from L3 or memory
+PACKING = 0.5  # bytes a cycle a thread that packing makes
+LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+TRANSFORM = {"f2": 25.0, "f4": 70.0}  # cycles for a vector of channels of one tile, in or out
+EPILOGUE = 3.0  # cycles for a vector of channels of one pixel
 
 
 class Geometry(NamedTuple):
@@ -29,11 +37,6 @@ class Geometry(NamedTuple):
     padding: int
 
     @property
-    def pixels(self) -> int:
-        """Output pixels (of one parity, for a transposed convolution of stride 2)."""
-        return self.height * self.width if self.transposed else (self.height // 2) * (self.width // 2)
-
-    @property
     def output(self) -> tuple[int, int]:
         """The output map's height and width."""
         k, s, p = self.kernel, self.stride, self.padding
@@ -44,9 +47,8 @@ class Geometry(NamedTuple):
     @property
     def macs(self) -> int:
         """Multiply-adds of the direct form, one image."""
-        if self.dense:
-            return self.c_in * self.c_out * self.kernel**2
-        return 16 * self.c_in * self.c_out * self.pixels
+        height, width = (self.height, self.width) if self.transposed else self.output
+        return self.kernel**2 * self.c_in * self.c_out * height * width
 
     @property
     def dense(self) -> bool:
@@ -81,32 +83,29 @@ def packed_bytes(g: Geometry, algorithm: str) -> int:
 def costs(g: Geometry, images: int, threads: int, isa: str, kept: bool) -> dict[str, float]:
     """Cycles that each candidate takes for the batch, on ``threads`` threads."""
     result = {}
-    lanes = LANES.get(isa, 4)
-    rate = (
-        2 * lanes * 0.9 * (1 if isa != "portable" else 0.5)
-    )  # multiply-adds a cycle; without FMA half of it
     for algorithm in candidates(g):
         packed = packed_bytes(g, algorithm)
-        weights = packed / 6.5  # bytes a cycle a thread, from L3 or memory
-        if not kept:
-            weights += packed / PACKING
-        if algorithm in ("f2", "f4"):
-            out = 2 if algorithm == "f2" else 4
-            points = (out + 1) ** 2
-            height, width = (g.height, g.width) if g.transposed else (g.height // 2, g.width // 2)
-            tiles = images * -(-height // out) * -(-width // out)
-            products = 4 * points * tiles * g.c_in * g.c_out / rate
-            channels = 4 * (g.c_in + (g.c_out if g.transposed else g.c_out / 4))
-            transforms = tiles * channels / lanes * TRANSFORM[algorithm]
+        weights = packed / BANDWIDTH + (0 if kept else packed / PACKING)
+        if algorithm in TRANSFORM:
+            multiplies, vectors = _winograd(g, 2 if algorithm == "f2" else 4)
+            epilogue = vectors / LANES[isa] * TRANSFORM[algorithm]
         else:
-            products = images * g.macs / rate
-            transforms = images * g.pixels * (4 * g.c_out if g.transposed else g.c_out) / lanes * 3
-        result[algorithm] = (products + weights + transforms) / threads
+            multiplies = g.macs
+            epilogue = g.output[0] * g.output[1] * g.c_out / LANES[isa] * EPILOGUE
+        result[algorithm] = (images * (multiplies / RATE[isa] + epilogue) + weights) / threads
     return result
 
 
-PACKING = 1.0  # bytes a cycle a thread that packing makes
-TRANSFORM = {"f2": 25.0, "f4": 70.0}  # cycles for a vector of channels of one tile, in or out
+def _winograd(g: Geometry, out: int) -> tuple[int, float]:
+    """Multiply-adds of one image by F(out×out, 2×2), and the channels of its tiles that are transformed.
+
+    A transposed convolution transforms each parity's input and output, a convolution its four parities'
+    inputs and their one sum.
+    """
+    height, width = (g.height, g.width) if g.transposed else g.output
+    tiles = -(-height // out) * -(-width // out)
+    outputs = 4 if g.transposed else 1
+    return 4 * (out + 1) ** 2 * tiles * g.c_in * g.c_out, tiles * (4 * g.c_in + outputs * g.c_out)
 
 
 def algorithm(g: Geometry, images: int, threads: int, isa: str, kept: bool) -> str:
@@ -116,7 +115,6 @@ def algorithm(g: Geometry, images: int, threads: int, isa: str, kept: bool) -> s
 
 
 def worthwhile(g: Geometry, images: int, threads: int, isa: str) -> bool:
-    """Whether the fastest candidate, packing included, beats a library's direct convolution."""
-    rate = 2 * LANES.get(isa, 4) * 0.65
-    library = (images * g.macs / rate + 2 * packed_bytes(g, "direct") / 6.5) / threads
-    return min(costs(g, images, threads, isa, False).values()) < library
+    """Whether the fastest candidate, packing included, beats a library, which reads the weights twice."""
+    library = images * g.macs / (RATE[isa] * LIBRARY_RATE) + 2 * packed_bytes(g, "direct") / BANDWIDTH
+    return min(costs(g, images, threads, isa, False).values()) < library / threads

@@ -107,17 +107,20 @@ def test_weights_changed_in_eval_are_seen_without_recompiling() -> None:
 def test_under_autocast(training: bool) -> None:
     """The autocast rule is traced: nothing fake enters the cache of weights.
 
-    One engine for both: the cast is in the graph, and so its result is not kept, which is what the choice of the
-    native engine depends on.
+    One engine for both: the graph casts anew at each call, and whether the native engine is chosen depends on
+    whether the cast weights are kept.
     """
     eager = drop_in(reference("G", features=2, dtype=torch.float32)).train(training)
     fast = compiled(copy.deepcopy(eager), "aot_eager")
     z = sample(eager)
 
     def run(model: Any) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
-            with ops.use_engine("reference"):
-                y: Tensor = model(z)
+        with (
+            ops.use_engine("reference"),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.set_grad_enabled(training),
+        ):
+            y: Tensor = model(z)
         return y
 
     for _ in range(2):

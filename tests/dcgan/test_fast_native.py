@@ -1,4 +1,4 @@
-"""The drop-ins in eval on a CPU run natively: their accuracy, what explain says of them, and what stays eager."""
+"""The drop-ins in eval on a CPU run natively: their accuracy, what explain says, and what stays eager."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_default_generator(algorithm: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_16_bit_network(kind: str, dtype: torch.dtype, channels: int) -> None:
-    """Of its own rounded values: natively the result alone is rounded to 16 bits, once, as eager rounds more."""
+    """Of its own rounded values: natively the result alone is rounded again; eager rounds every layer."""
     model = network(kind, dtype, channels=channels)
     x = sample(model)
     assert engines(model, x) == NATIVE
@@ -362,7 +362,7 @@ def test_exported(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_traced() -> None:
-    """torch.jit.trace either records the network or refuses: what it must not do is record an empty tensor."""
+    """torch.jit.trace records the network or refuses: what it must not record is an empty tensor."""
     model = network("G")
     z = sample(model)
     try:
@@ -424,7 +424,7 @@ def test_a_weight_without_memory_of_its_own(kind: str) -> None:
 
 
 def test_two_norms_of_one_network_with_odd_settings() -> None:
-    """No affine map, another eps, and statistics of zero variance: the formula of nn.BatchNorm2d, all the same."""
+    """No affine map, another eps, no variance: the formula of nn.BatchNorm2d, all the same."""
     model = network("G")
     (_, first), (i, second), *_ = norms(model)
     first.eps = 0.3

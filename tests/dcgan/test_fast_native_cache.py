@@ -180,7 +180,7 @@ def one_norm_in_training_a_while(model: Any) -> None:
 
 
 def smaller_first_map(model: Any) -> None:
-    """The Generator's first layer to 2×2 and not 4×4, the Discriminator's last with a border: still native."""
+    """The Generator's first layer gives 2×2 and not 4×4, the Discriminator's last too: still native."""
     conv = model.main[0] if isinstance(model, models.Generator) else model.main[-2]
     other = conv.stride == (1, 1)
     conv.stride, conv.padding = ((2, 2), (1, 1)) if other else ((1, 1), (0, 0))
@@ -280,7 +280,7 @@ ONCE = {
 @NETWORKS
 @pytest.mark.parametrize("name", CHANGES)
 def test_never_stale(kind: str, name: str) -> None:
-    """The very next result is the changed network's, of several batch sizes, each with packings of its own."""
+    """The very next result is the changed network's, for batches of two sizes, each with its own plan."""
     model = network(kind)
     batches = [sample(model, n) for n in (1, 6)]
     assert engines(model, batches[0]) == ["native"] * 4

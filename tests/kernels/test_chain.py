@@ -1,4 +1,4 @@
-"""conv_chain is its ops one after the other: values, derivatives, transforms, refusals, and what a Chain keeps."""
+"""conv_chain is its ops one after the other: values, derivatives, transforms; and what a Chain keeps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stage(transposed: bool, c_in: int, c_out: int, kernel: int = 4, given: str = "", **options: Any) -> Stage:
-    """A layer with weights of about 1/√K and the vectors that are ``given``: their names' first letters, smv."""
+    """A layer with weights of about 1/√K and the vectors ``given``: s scale, b shift, n mean and var."""
     order = (c_in, c_out) if transposed else (c_out, c_in)
     dtype = options.pop("dtype", torch.float32)
     weight = torch.randn(*order, kernel, kernel) / (c_in * kernel**2 / (4 if transposed else 1)) ** 0.5
@@ -48,7 +48,7 @@ def stage(transposed: bool, c_in: int, c_out: int, kernel: int = 4, given: str =
 
 
 def made(kind: str, dtype: torch.dtype = torch.float32, batch: int = 3) -> tuple[Tensor, list[Stage]]:
-    """A small network: BatchNorms with and without their affine map, layers with only a part of an epilogue."""
+    """A small network: BatchNorms with and without their affine map, layers with a part of an epilogue."""
     wide = {"stride": 1, "padding": 0, "dtype": dtype}
     if kind == "up":
         x = torch.randn(batch, 6, 1, 1)
@@ -493,12 +493,15 @@ def test_function_transforms(kind: str) -> None:
 
         return function
 
+    def gradients(f: Callable[..., Tensor]) -> Callable[..., Any]:
+        return torch.func.grad(lambda x, weight: f(x, weight).square().sum(), argnums=(0, 1))
+
     both = torch.stack([first, -2 * first])
     for transform, given in (
         (lambda f: torch.func.vmap(f, (0, None)), (x, first)),
         (lambda f: torch.func.vmap(f, (None, 0)), (x, both)),
-        (lambda f: torch.func.grad(lambda *a: f(*a).square().sum(), argnums=(0, 1)), (x, first)),
-        (lambda f: lambda *a: torch.func.jvp(f, a, a), (x, first)),
+        (gradients, (x, first)),
+        (lambda f: lambda x, weight: torch.func.jvp(f, (x, weight), (x, -weight)), (x, first)),
     ):
         got, want = (transform(run(f))(*given) for f in (conv_chain, stated))
         got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))

@@ -1,4 +1,4 @@
-"""Any layer, and any chain of them, that the native engine covers: shapes, strides, alignment, threads, all."""
+"""Any layer, and any chain of them, that the native engine covers: shapes, strides, alignment, threads."""
 
 from __future__ import annotations
 
@@ -181,6 +181,6 @@ def test_any_chain(
         y = chain.conv_chain(laid_out(x, layout), stages, channels_last)
     expected = exact(x, stages)
     assert y.shape == expected.shape
-    # Weights, norms and inputs are such that y's elements are of order 1, unless its activation says otherwise.
+    # The weights are such that y's elements are of order 1, unless an activation says otherwise.
     size = max(float(expected.norm()), expected.numel() ** 0.5)
     assert float((y.double() - expected).norm()) <= len(stages) * LAYER * size

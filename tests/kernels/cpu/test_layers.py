@@ -26,8 +26,7 @@ def _nan() -> Iterator[None]:
         yield
 
 
-# Channels on both sides of every vector's and panel's width; maps of one pixel, odd ones, and ones that are no
-# multiple of a tile.
+# Channels on both sides of every vector's and panel's width; maps of one pixel, odd ones, and others.
 CHANNELS = [(1, 1), (3, 5), (5, 3), (16, 8), (17, 33), (9, 20), (64, 40), (6, 130), (40, 4)]
 MAPS = [(1, 1), (2, 2), (2, 3), (4, 4), (5, 7), (3, 9), (8, 8), (7, 1), (11, 10)]
 EPILOGUES: list[dict[str, Any]] = [
@@ -58,7 +57,7 @@ DENSE: dict[str, list[Any]] = {
 
 
 def build(rows: list[dict[str, Any]]) -> list[tuple[str, str, Problem]]:
-    """(instruction set, algorithm, problem) of each row; a convolution's map is twice its output's, at least."""
+    """(instruction set, algorithm, problem) of each row; a convolution's map is about twice as large."""
     cases = []
     for seed, row in enumerate(rows):
         rest = {k: v for k, v in row.items() if k not in ("isa", "algorithm", "channels", "epilogue")}
@@ -104,7 +103,7 @@ def test_as_float64_over_the_product(algorithm: str, channels: tuple[int, int], 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("c_in", "c_out"), [(100, 1024), (1024, 512), (512, 256), (256, 128), (128, 64)])
 def test_sums_as_long_as_the_networks(c_in: int, c_out: int, isa: str) -> None:
-    """The channels of the Generator for 64×64 images, a few of each layer's outputs; its maps are 4×4 and up."""
+    """The channels of the Generator for 64×64 images, and a few of each layer's outputs."""
     problem = Problem(True, 1, c_in, min(c_out, 24), dtype=torch.float32)
     if c_in == 100:
         problem = problem.with_(size=(1, 1), stride=1, padding=0)

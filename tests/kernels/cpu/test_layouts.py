@@ -1,4 +1,4 @@
-"""x, weight and vectors in any strides and alignment; what lies between their elements is NaN and is not read."""
+"""x, weight and vectors in any strides and alignment; what lies between elements is NaN, and not read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 def channel_slice(t: Tensor) -> Tensor:
-    """Of a channels_last tensor with more channels: adjacent, but pixels are no multiple of a vector apart."""
+    """Of a channels_last tensor with more channels: adjacent, but pixels no multiple of a vector apart."""
     dim = 1 if t.ndim == 4 else 0
     sides = torch.full_like(t, float("nan")).narrow(dim, 0, 1)
     return channels_last(torch.cat([sides, t, sides], dim)).narrow(dim, 1, t.shape[dim])

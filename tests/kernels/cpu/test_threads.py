@@ -1,4 +1,4 @@
-"""Threads inside a call, threads that call, and processes forked from either: the same bits, and no hanging."""
+"""Threads inside a call, threads that call, and processes forked from them: the same bits, and no hanging."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_number_of_threads_is_each_threads_own() -> None:
 
 @NETWORKS
 def test_many_threads_at_once(kind: str) -> None:
-    """One network, packed by whoever comes first, and batches of several sizes; each thread has its number."""
+    """One network, packed by whoever comes first; batches of several sizes; each thread's own number."""
     model = network(kind)
     torch.set_num_threads(1)
     batches = [sample(model, n) for n in (1, 3, 8, 2)]
