@@ -292,7 +292,9 @@ def _layer(scenario: Scenario, batches: list[int], threads: int) -> Iterator[Fin
 
     eager = {
         "eager": errors(block.modules(x.clone())),
-        "channels_last": errors(_nhwc(block.modules)(x.contiguous(memory_format=torch.channels_last).clone())),
+        "channels_last": errors(
+            _nhwc(block.modules)(x.contiguous(memory_format=torch.channels_last).clone())
+        ),
     }
     for algorithm, found in eager.items():
         yield Finding(block.name, algorithm, name, found, None)

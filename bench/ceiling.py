@@ -55,16 +55,17 @@ def measure(device: str, dtype: str) -> Ceiling:
     if device == "cuda":
         rates = [_gemm(device, DTYPES[dtype], n) for n in (4096, 8192)]
         return Ceiling(max(rates), _copy(device, 1 << 30), f"{dtype} GEMM peak")
-    threads = torch.get_num_threads()
-    # A CPU without 16-bit arithmetic converts to float32, which is then the ceiling.
-    dtypes = {torch.float32, DTYPES[dtype]}
-    rated = []
     if library.problem() is None:
-        rated.append((fma(threads), "float32 FMA peak"))
-        dtypes.discard(torch.float32)
-    for d in dtypes:
-        rated += [(_gemm(device, d, n), f"{str(d).removeprefix('torch.')} GEMM peak") for n in (1024, 2048)]
-    flops, name = max(rated)
+        flops, name = fma(torch.get_num_threads()), "float32 FMA peak"
+    else:
+        flops, name = max(_gemm(device, torch.float32, n) for n in (1024, 2048)), "float32 GEMM peak"
+    # A CPU without 16-bit arithmetic converts to float32, which is then the ceiling, and takes a minute for a
+    # large product: a small one tells.
+    other = DTYPES[dtype]
+    if other != torch.float32 and 4 * _gemm(device, other, 256) > flops:
+        flops, name = max(
+            (flops, name), *((_gemm(device, other, n), f"{dtype} GEMM peak") for n in (1024, 2048))
+        )
     return Ceiling(flops, _copy(device, 256 << 20), name)
 
 

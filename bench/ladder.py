@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         out.print(f"WRONG: {line}", style="bold red", markup=False)
     if args.json is not None:
         about = {"case": case.to_json(), "layer": block.name, "transposed": block.stage.transposed}
+        about["isa"] = library.isa()
         results.append(args.json, rows(measured, roofs, results.common("ladder", load) | about))
     return int(bool(wrong))
 
@@ -281,7 +282,9 @@ def ceiling_lines(block: Block, batch: int, roofs: dict[int, float]) -> list[str
     return lines
 
 
-def rows(measured: Sequence[Measured], roofs: dict[int, float], common: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(
+    measured: Sequence[Measured], roofs: dict[int, float], common: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The JSON objects, in the ladder's order: FLOP/s of the direct convolution, times in seconds."""
     return [
         common

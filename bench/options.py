@@ -39,7 +39,9 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the results, one JSON object a line")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the results, one JSON object a line"
+    )
 
 
 def sizes(args: argparse.Namespace, command: str, checkpoint: Path | None = None) -> dict[str, int]:

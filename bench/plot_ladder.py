@@ -10,7 +10,7 @@ from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
 
 Row = dict[str, Any]
 Panel = tuple[str, str, int, str]
-"""Layer, network with its sizes, batch, CPU."""
+"""Layer, network with its sizes, batch, CPU with its instruction set."""
 Bars = dict[tuple[str, int], Row]
 """By step and threads, in the ladder's order."""
 
@@ -21,7 +21,8 @@ def arrange(rows: list[Row]) -> dict[Panel, Bars]:
     for row in rows:
         case = row["case"]
         network = title(case["command"], case["sizes"])
-        panel = (row["layer"], network, case["batch"], row["hardware"]["cpu"])
+        cpu = f"{row['hardware']['cpu']}, {row['isa']}"
+        panel = (row["layer"], network, case["batch"], cpu)
         panels.setdefault(panel, {})[row["step"], row["threads"]] = row
     return panels
 
@@ -45,14 +46,14 @@ def _draw(ax: Any, panel: Panel, rows: list[Row]) -> None:
             label=row["ceiling"]["measure"] if at == 0 else None,
         )  # fmt: skip
         ax.annotate(
-            f"{rate:#.3g} · {rate / roof:.0%}", (max(rate, roof if rate > 0.6 * roof else 0), at), (5, 0),
+            f"{rate:#.3g} GFLOP/s · {rate / roof:.0%}", (max(rate, roof if rate > 0.6 * roof else 0), at), (5, 0),
             textcoords="offset points", va="center", fontsize=8,
         )  # fmt: skip
         number = "" if row["mark"] else f"{at + 1}  "
         names.append(f"{number}{row['step']}, {threads(row['threads'])}")
     ax.set_yticks(range(len(rows)), names, fontsize=9)
     ax.invert_yaxis()
-    ax.margins(x=0.12)
+    ax.margins(x=0.2)
     ax.set_xlabel("GFLOP/s of the direct convolution")
     ax.set_title(f"{layer} of {network} · batch {batch} · float32 · {cpu}", loc="left", fontsize=11)
     plain(ax, grid="x")

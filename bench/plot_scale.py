@@ -69,6 +69,9 @@ def _memory(ax: Any, curves: Curves) -> None:
     for key, label, color, style in lines:
         sizes = [points[n][key] for n in batches]
         if None not in sizes:
-            ax.plot(batches, [size / 1e6 for size in sizes], color=color, ls=style, marker="o", ms=3, label=label)
+            ax.plot(
+                batches, [size / 1e6 for size in sizes], color=color, ls=style, marker="o", ms=3, label=label
+            )
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_ylabel("MB")

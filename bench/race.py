@@ -49,6 +49,8 @@ class Outcome:
     spreads: dict[str, Spread] = field(default_factory=dict)
     """Times of a call, by column: ``warm``; on CUDA ``cold`` and ``graph``."""
     peak_bytes: int | None = None
+    note: str = ""
+    """What ran it, where there is something to say."""
 
 
 class WorkerFailed(Exception):
@@ -174,12 +176,12 @@ def contest(
 
 def _check(process: Process, case: Case, provider: Provider, path: Path, settings: Settings) -> Outcome:
     try:
-        error = process.ask(settings.prepare_seconds, "prepare", case, provider.name, str(path))
+        error, note = process.ask(settings.prepare_seconds, "prepare", case, provider.name, str(path))
     except WorkerFailed as failure:
         return Outcome(provider, "failed", str(failure))
     if not error <= case.tolerance:
         return Outcome(provider, "wrong", f"error {error:.1e} > {case.tolerance:.0e}", error)
-    return Outcome(provider, "ok", error=error)
+    return Outcome(provider, "ok", error=error, note=note)
 
 
 def _time(running: dict[int, Process], outcomes: dict[int, Outcome], settings: Settings, seed: int) -> None:

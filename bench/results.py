@@ -87,6 +87,7 @@ def row(report: Report, outcome: Outcome) -> dict[str, Any]:
         "ours": outcome.provider.ours,
         "status": outcome.status,
         "reason": outcome.reason or None,
+        "note": outcome.note or None,
         # JSON knows no infinity: an answer of the wrong shape or not finite has no error to name.
         "error": None if outcome.error in (None, float("inf")) else outcome.error,
         "tolerance": report.case.tolerance,

@@ -27,7 +27,17 @@ from bench.usage import positive
 
 HELP = "images/s and memory by batch and threads"
 BATCHES = [1 << i for i in range(11)]
-COLUMNS = ["images/s", "±", "× 1 thread", "GFLOP/s", "ceiling", "workspace MB", "weights MB", "peak MB", "error"]
+COLUMNS = [
+    "images/s",
+    "±",
+    "× 1 thread",
+    "GFLOP/s",
+    "ceiling",
+    "workspace MB",
+    "weights MB",
+    "peak MB",
+    "error",
+]
 
 
 def default_threads() -> list[int]:

@@ -88,9 +88,9 @@ def _cells(report: Report, outcome: Outcome, baseline: float | None, cuda: bool)
 
 
 def explanation(outcome: Outcome) -> str:
-    """Why there are no times; empty if there are."""
+    """Why there are no times, or what ran where there are."""
     word = {"wrong": "WRONG: ", "failed": "FAILED: "}.get(outcome.status, "")
-    return word + outcome.reason
+    return word + (outcome.reason or outcome.note)
 
 
 def failures(report: Report) -> list[str]:

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import ceiling
 from bench.cases import Case, Materials, relative_error
 from bench.providers import find
 from bench.timing import CpuSampler, CudaSampler, Sampler, Times
+from dcgan.kernels.cpu import library
 
 SETTLE_SECONDS = 2.0
 
@@ -39,8 +41,11 @@ class Worker:
         self._sampler: Sampler | None = None
         self._device = "cpu"
 
-    def prepare(self, case: Case, provider_name: str, materials_path: str) -> float:
-        """Builds the provider, runs it and returns its error against float64: the worst over the inputs."""
+    def prepare(self, case: Case, provider_name: str, materials_path: str) -> tuple[float, str]:
+        """Builds the provider, runs it and returns its error against float64: the worst over the inputs.
+
+        And the engines that run it, for a network of :mod:`dcgan.fast`; '' for any other.
+        """
         provider = find(provider_name)
         materials = Materials.load(Path(materials_path))
         self._device = case.device
@@ -58,12 +63,13 @@ class Worker:
             for x, expected in zip(inputs, materials.expected, strict=True)
         ]
         del materials
+        note = engines(run, inputs[0])
         if case.device == "cuda":
             self._sampler = CudaSampler(run, inputs, capture=not provider.replays)
         else:
             self._sampler = CpuSampler(run, inputs)
         self._reset_peak()
-        return max(errors)
+        return max(errors), note
 
     def burst(self, seconds: float) -> tuple[Times, int]:
         """Seconds a call, by column, and the most memory used by any burst so far, in bytes.
@@ -91,6 +97,17 @@ class Worker:
             ctypes.CDLL(None).malloc_trim(0)  # what a compiler has freed is not the network's
             with contextlib.suppress(OSError):  # a sandbox may forbid it: then the peak includes building
                 Path("/proc/self/clear_refs").write_text("5")
+
+
+def engines(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    """What a drop-in's layers run on, and why not on something faster; '' for what is no drop-in."""
+    fast = sys.modules.get("dcgan.fast")  # a rival has not imported it, and its memory is not to have it
+    if fast is None or not isinstance(run, fast.Generator | fast.Discriminator):
+        return ""
+    found = {(row.engine, row.reason): None for row in fast.explain(run, x)}
+    native = f"native {library.isa()}" if ("native", "") in found else ""
+    others = [f"{engine}: {reason}" if reason else engine for engine, reason in found if engine != "native"]
+    return "; ".join(filter(None, [native, *others]))
 
 
 def set_precision(device: str, dtype: str) -> None:

@@ -6,7 +6,8 @@
 cached weights are never stale, the hooks through which weights change). A convolution, its BatchNorm and its
 activation are one op, :mod:`dcgan.kernels.ops`:
 
-* eval: BatchNorm folded into the op's epilogue, from the live parameters and running statistics;
+* eval: BatchNorm folded into the op's epilogue, from the live parameters and running statistics; on a CPU,
+  where nothing is to be differentiated, all layers are one call (:mod:`dcgan.kernels.chain`);
 * train: the op returns its raw output with its mean and variance, and BatchNorm and activation are the next
   op's prologue, so that a layer keeps one tensor for the backward. Running statistics and
   ``num_batches_tracked`` are updated as ``nn.BatchNorm2d`` does.
