@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from bench.cases import (
     Network,
     calibrate,
     float64,
+    load,
     relative_error,
     title,
 )
@@ -42,6 +44,8 @@ LAYER_BOUND = 5e-6
 """‖out - ref‖₂/‖ref‖₂ of a layer; a network's bound is bench.cases.TOLERANCE's."""
 CANCELLING_BOUND = 10.0
 """Where float32 itself loses digits to cancellation: times the error of eager, the worse of its formats."""
+
+TINY = 1e-300  # instead of a sum that is 0
 
 WHOLE = "the network"
 CANCELLING = "cancelling"
@@ -126,8 +130,7 @@ def run(args: argparse.Namespace) -> int:
     over: list[str] = []
     for command in dict.fromkeys(args.network):
         path, state = trained.get(command, (None, None))
-        sizes = NETWORKS[command].sizes_of(state) if state is not None else options.sizes(args, command)
-        _agree(args, sizes, path)
+        sizes = options.sizes(args, command, path, state)
         findings = examine(command, sizes, state, args.images, args.batch, args.threads)
         heading = f"{title(command, sizes)} · float32 · {library.isa()}"
         for measure in dict.fromkeys(args.measure):
@@ -154,9 +157,9 @@ def _trained(paths: list[Path]) -> Iterator[tuple[str, tuple[Path, Mapping[str, 
     """The state dicts in the files, by their networks' commands. Raises UsageError for a file without any."""
     for path in paths:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UsageError(f"argument --checkpoint: {path}: {error}") from error
+            content = load(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"argument --checkpoint: {error}") from error
         found = [(command, (path, state)) for state in _states(content) for command in _commands(state)]
         if not found:
             raise UsageError(f"argument --checkpoint: {path} holds no state dict of either network")
@@ -181,14 +184,6 @@ def _commands(state: Mapping[str, Tensor]) -> Iterator[str]:
         except (RuntimeError, ValueError):
             continue
         yield command
-
-
-def _agree(args: argparse.Namespace, sizes: dict[str, int], path: Path | None) -> None:
-    """Raises UsageError if a size was asked for that the checkpoint has not."""
-    for name, size in sizes.items():
-        given = vars(args).get(name)
-        if given is not None and given != size:
-            raise UsageError(f"argument --checkpoint: {path} has {name} {size}, not {given}")
 
 
 # --- what is run --------------------------------------------------------------------------------------------
@@ -287,7 +282,8 @@ def _layer(scenario: Scenario, batches: list[int], threads: int) -> Iterator[Fin
 
     def errors(output: Tensor) -> Errors:
         found = _errors(output, expected)
-        componentwise = ((output.double() - expected).abs() / sums).nan_to_num(0.0).max().item()
+        difference = (output.double() - expected).abs()
+        componentwise = (difference / sums.clamp_min(TINY)).max().item()
         return found._replace(componentwise=componentwise)
 
     eager = {
@@ -324,8 +320,10 @@ def _sums(block: Block, x: Tensor) -> Tensor:
     An activation is no steeper than 1, so that an error of the sum is no smaller than its output's.
     """
     modules = copy.deepcopy(block.modules).double()
-    modules[0].weight.abs_()  # type: ignore[union-attr, operator]
-    sums = modules[0](x.double().abs())
+    convolution = modules[0]
+    assert isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
+    convolution.weight.abs_()
+    sums: Tensor = convolution(x.double().abs())
     for norm in modules:
         if isinstance(norm, nn.BatchNorm2d):
             assert norm.running_mean is not None
@@ -353,7 +351,7 @@ def _network(
     outputs: dict[str, Callable[[], Tensor]] = {
         "eager": lambda: network(inputs),
         "channels_last": lambda: _nhwc(network)(inputs),
-        **{algorithm: lambda algorithm=algorithm: by(algorithm) for algorithm in ("direct", "f2", "f4")},
+        **{algorithm: functools.partial(by, algorithm) for algorithm in ("direct", "f2", "f4")},
     }
     for algorithm, output in outputs.items():
         yield Finding(WHOLE, algorithm, name, _errors(output(), expected), None)

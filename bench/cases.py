@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,15 +146,23 @@ def calibrate(network: nn.Module, input_shape: tuple[int, ...]) -> None:
 
 
 def float64(network: nn.Module, x: Tensor) -> Tensor:
-    """What the network gives in float64; in pieces, so that a large batch's maps need not all be in memory."""
+    """What the network gives in float64; in pieces, so that a large batch's maps need little memory."""
     network = copy.deepcopy(network).double()
     with torch.no_grad():
         return torch.cat([network(piece.double()) for piece in x.split(PIECE)])
 
 
+def load(path: Path) -> Any:
+    """What a file holds, on the CPU. Raises OSError, or ValueError if it is no checkpoint."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+
+
 def load_state(path: Path) -> dict[str, Tensor]:
     """A state dict from a file, on the CPU. Raises ValueError if the file holds something else."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load(path)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict")
     return state

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from bench import machine
 from bench.cases import NETWORKS, load_state
@@ -44,8 +47,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sizes(args: argparse.Namespace, command: str, checkpoint: Path | None = None) -> dict[str, int]:
-    """The constructor's arguments that were given, or all of the checkpoint's.
+def sizes(
+    args: argparse.Namespace,
+    command: str,
+    checkpoint: Path | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> dict[str, int]:
+    """The constructor's arguments that were given, or all of the checkpoint's; ``state`` is what it holds.
 
     Raises:
         UsageError: sizes that are not allowed, or not the checkpoint's; a file that is no such checkpoint.
@@ -57,7 +65,7 @@ def sizes(args: argparse.Namespace, command: str, checkpoint: Path | None = None
         if checkpoint is None:
             network(**given)  # refuses sizes that are not allowed
             return given
-        found = network.sizes_of(load_state(checkpoint))
+        found = network.sizes_of(load_state(checkpoint) if state is None else state)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     wrong = [f"{name} {found[name]}, not {value}" for name, value in given.items() if found[name] != value]

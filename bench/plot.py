@@ -7,6 +7,7 @@ below the other (:mod:`bench.plot_ladder`).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,12 @@ def run(args: argparse.Namespace) -> int:
     kinds = {results.kind(row) for row in rows}
     if len(kinds) > 1:
         raise UsageError(f"results of one command at a time, not of {', '.join(sorted(kinds))}")
-    arranged = {"race": arrange, "scale": plot_scale.arrange, "ladder": plot_ladder.arrange}
-    drawn = {"race": draw, "scale": plot_scale.draw, "ladder": plot_ladder.draw}
     for kind in kinds:
-        if kind not in drawn:
-            raise UsageError(f"there is no picture of {kind} results, only of {', '.join(drawn)}")
-        if panels := arranged[kind](rows):
-            drawn[kind](panels, args.out)
+        if kind not in DRAWN:
+            raise UsageError(f"there is no picture of {kind} results, only of {', '.join(DRAWN)}")
+        arranged, drawn = DRAWN[kind]
+        if panels := arranged(rows):
+            drawn(panels, args.out)
             print(args.out)
             return 0
     raise UsageError("no timed result in " + ", ".join(map(str, args.files)))
@@ -115,3 +115,11 @@ def _order(batches: dict[int, dict[str, Row]]) -> dict[str, str]:
     ours = [name for name in names if found[name]]
     colors = {name: RIVALS[i % len(RIVALS)] for i, name in enumerate(rivals)}
     return colors | {name: OURS[i % len(OURS)] for i, name in enumerate(ours)}
+
+
+DRAWN: dict[str, tuple[Callable[[list[Row]], Any], Callable[[Any, Path], None]]] = {
+    "race": (arrange, draw),
+    "scale": (plot_scale.arrange, plot_scale.draw),
+    "ladder": (plot_ladder.arrange, plot_ladder.draw),
+}
+"""By the kind of result: rows into panels, panels into a file."""

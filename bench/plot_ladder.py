@@ -45,10 +45,9 @@ def _draw(ax: Any, panel: Panel, rows: list[Row]) -> None:
             roof, at - 0.46, at + 0.46, color=CEILING, ls="--", lw=1.4,
             label=row["ceiling"]["measure"] if at == 0 else None,
         )  # fmt: skip
-        ax.annotate(
-            f"{rate:#.3g} GFLOP/s · {rate / roof:.0%}", (max(rate, roof if rate > 0.6 * roof else 0), at), (5, 0),
-            textcoords="offset points", va="center", fontsize=8,
-        )  # fmt: skip
+        end = roof if 0.6 * roof < rate < roof else rate  # text would lie across the line
+        text = f"{rate:#.3g} GFLOP/s · {rate / roof:.0%}"
+        ax.annotate(text, (end, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
         number = "" if row["mark"] else f"{at + 1}  "
         names.append(f"{number}{row['step']}, {threads(row['threads'])}")
     ax.set_yticks(range(len(rows)), names, fontsize=9)

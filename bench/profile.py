@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
-from bench import cases, ceiling, machine, native, options, results, table
+from bench import ceiling, machine, native, options, results, table
 from bench.blocks import blocks
 from bench.cases import Case
 from bench.stats import Spread
@@ -84,7 +83,8 @@ def measure(case: Case, seconds: float, rounds: int) -> tuple[list[Part], float]
     for block in blocks(network):
         chain = native.Chain([block.stage], x.shape, threads=case.threads)
         contestants.append(Timed(chain, x, case.threads))
-        about.append((block.name, *chain.algorithms, case.batch * block.flops, chain.packed_bytes))
+        (algorithm,) = chain.algorithms
+        about.append((block.name, algorithm, case.batch * block.flops, chain.packed_bytes))
         x = chain(x)
     ours = fast.convert(network)
     contestants.append(Timed(ours, inputs, case.threads))

@@ -142,8 +142,8 @@ def contest(
 ) -> list[Outcome]:
     """Checks every entry, then times those that are right, in bursts taken in turn: one outcome each.
 
-    Each has a process of its own, and all of them live until the end. ``materials`` is asked once for a run of
-    entries of the same case.
+    Each has a process of its own, and all of them live until the end. ``materials`` is asked once for a
+    run of entries of the same case.
     """
     outcomes: dict[int, Outcome] = {}
     processes: dict[int, Process] = {}

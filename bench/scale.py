@@ -9,6 +9,7 @@ many images there are.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,11 +119,9 @@ def chain(case: Case) -> native.Chain:
 
 
 def maps(case: Case) -> int:
-    """Bytes of the largest input and output of a layer together: what a forward layer by layer holds."""
-    found = blocks(case.skeleton().eval())
-    sizes = [block.input_floats for block in found]
-    pairs = [before + after for before, after in zip(sizes, sizes[1:], strict=False)]
-    return 4 * case.batch * max(pairs)
+    """Bytes of the largest two adjacent maps: what a forward layer by layer has to hold."""
+    sizes = [block.input_floats for block in blocks(case.skeleton().eval())]
+    return 4 * case.batch * max(a + b for a, b in itertools.pairwise(sizes))
 
 
 def scale_table(reports: Sequence[Report], all_reports: Sequence[Report]) -> Table:
@@ -162,8 +161,8 @@ def workspace_lines(report: Report) -> list[str]:
     """What the workspace of the largest batch spares."""
     case = report.case
     return [
-        f"workspace: {chain(case).workspace / 1e6:,.0f} MB at batch {case.batch}; the two largest adjacent maps of "
-        f"such a batch would take {maps(case) / 1e6:,.0f} MB"
+        f"workspace: {chain(case).workspace / 1e6:,.0f} MB at batch {case.batch}; "
+        f"the two largest adjacent maps of such a batch would take {maps(case) / 1e6:,.0f} MB"
     ]
 
 

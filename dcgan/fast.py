@@ -271,12 +271,15 @@ _ATTRIBUTES = (
 
 
 def _facts(sequence: nn.Sequential) -> list[Any]:
-    """All that :func:`_layers` and :func:`_stage` look at, to tell in microseconds whether it has changed."""
+    """All that :func:`_layers` and :func:`_stage` look at, to tell in microseconds whether it has changed.
+
+    It holds no module, which could refer to the network: what is kept by it must not keep the network.
+    """
     facts: list[Any] = []
     for name, module in sequence._modules.items():
         about = module.__dict__
         facts.append(name)
-        facts.append(module)
+        facts.append(type(module))
         facts.extend([about.get(attribute) for attribute in _ATTRIBUTES])
         facts.extend([bool(about[hooks]) for hooks in _HOOKS])
         facts.extend(map(id, about["_parameters"].values()))

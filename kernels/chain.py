@@ -83,9 +83,24 @@ def _public(call: Call, transposed: bool) -> ops.Outputs:
     return ops.conv_transpose2d_fused(*call) if transposed else ops.conv2d_fused(*call)
 
 
+def _check_vectors(x: Tensor, stage: Stage) -> None:
+    """What the ops cannot check: they see a scale and a shift, folded."""
+    if (stage.mean is None) != (stage.var is None):
+        raise ValueError("mean and var must be given together or not at all")
+    for name in ("scale", "shift", "mean", "var"):
+        vector: Tensor | None = getattr(stage, name)
+        if vector is None or stage.weight.ndim != 4:
+            continue
+        if vector.ndim != 1 or vector.shape[0] != stage.c_out:
+            raise ValueError(f"{name} must be [{stage.c_out}], one value a channel, got {list(vector.shape)}")
+        if vector.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}")
+
+
 def _one_by_one(x: Tensor, stages: Sequence[Stage], channels_last: bool, run: Run) -> Tensor:
     """The chain by its definition."""
     for i, stage in enumerate(stages):
+        _check_vectors(x, stage)
         scale, shift = folded(stage, accumulator_dtype(x.dtype))
         call = Call(
             x,
@@ -119,14 +134,19 @@ def _decide(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> tuple[Ch
     return tuple(choices)
 
 
-def _native(choices: Sequence[Choice]) -> bool:
-    return all(choice.engine == "native" for choice in choices)
+def _native(choices: Sequence[Choice], x: Tensor) -> bool:
+    """Whether one native call does it all."""
+    return (
+        all(choice.engine == "native" for choice in choices)
+        and len(choices) <= cpu.MAX_LAYERS
+        and x.numel() > 0
+    )
 
 
 def _implementation(x: Tensor, *columns: Any) -> Tensor:
     stages, channels_last = _arguments(columns)
     choices = _decide(x, stages, channels_last)
-    if not _native(choices) or x.numel() == 0:
+    if not _native(choices, x):
         return _one_by_one(x, stages, channels_last, ops.run)
     for choice in choices:
         ops.record(choice)
@@ -150,15 +170,17 @@ class Chain:
         """As :func:`conv_chain`."""
         if not ops.plain(x):
             return conv_chain(x, self.stages, channels_last)
-        key = (x.shape, x.dtype, x.device, channels_last, torch.get_num_threads(), ops.engine())
+        key = (x.shape, x.dtype, channels_last, torch.get_num_threads(), ops.engine())
         found = self._prepared.get(key)
-        if found is None or not found[1].current():
+        held = None if found is None else found[1].current()
+        if found is None or held is None:
             choices = _decide(x, self.stages, channels_last)
-            if not _native(choices) or x.numel() == 0:
+            if not _native(choices, x):
                 return conv_chain(x, self.stages, channels_last)
             if len(self._prepared) >= self._MOST:
                 self._prepared.clear()
             found = self._prepared[key] = choices, cpu.Prepared(x.shape, self.stages)
+            held = found[1].take()
         choices, prepared = found
         for choice in choices:
             ops.record(choice)

@@ -343,7 +343,9 @@ def plain(x: Tensor) -> bool:
     """
     return (
         type(x) is Tensor
+        and (x.is_cpu or x.is_cuda)
         and not torch.is_autocast_enabled(x.device.type)
+        and torch._C._get_tracing_state() is None
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()

@@ -6,6 +6,6 @@ converted at both ends.
 """
 
 from .run import Prepared, run, why_not
-from .select import Geometry
+from .select import MAX_LAYERS, Geometry
 
-__all__ = ["Geometry", "Prepared", "run", "why_not"]
+__all__ = ["MAX_LAYERS", "Geometry", "Prepared", "run", "why_not"]

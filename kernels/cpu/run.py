@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,8 @@ def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
     if weight.shape[2] != weight.shape[3]:
         return "the kernel is not square"
     g = geometry(transposed, weight.shape, x.shape[2], x.shape[3], call.stride, call.padding)
+    if not g.fits:
+        return "the layer is larger than the engine takes"
     if not select.candidates(g):
         return "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
     missing = library.problem()
@@ -90,10 +93,11 @@ def _plan(keys: tuple[_Key, ...], height: int, width: int, images: int, threads:
 
 def pack(weight: Tensor, g: Geometry, algorithm: str) -> Tensor:
     """The weights as ``algorithm`` reads them, on the instruction set in use: a flat float32 tensor."""
-    weight = weight.detach().to(torch.float32)
+    weight = weight.detach().to(torch.float32).resolve_neg()
     layer = library.Layer(g.transposed, library.ALGORITHMS.index(algorithm), *g[1:])
     address = ctypes.addressof(layer)
-    packed = torch.empty(library.checked(library.library().dcgan_packed_size(address)))
+    size = library.checked(library.library().dcgan_packed_size(address))
+    packed = torch.empty(size, dtype=torch.float32, device="cpu")
     strides = library.Strides(*weight.stride())
     library.checked(
         library.library().dcgan_pack(
@@ -107,12 +111,17 @@ def _channels_adjacent(t: Tensor) -> bool:
     return t.shape[1] == 1 or t.stride(1) == 1
 
 
+def _place(vector: Tensor) -> Any:
+    return vector.data_ptr(), vector.dtype, vector.shape, vector.stride()
+
+
 class Prepared:
     """A chain for batches of one shape, ready to run: plan, packed weights, and pointers to everything."""
 
     def __init__(self, shape: Sequence[int], stages: Sequence[Stage]) -> None:
         """``shape`` [N, C, H, W]; stages that :func:`why_not` has nothing against."""
         isa, self._threads, self._images = library.isa(), torch.get_num_threads(), shape[0]
+        self._isa = isa
         keys = tuple(
             (s.transposed, s.weight.shape, s.act, s.slope, s.stride, s.padding, weights.frozen(s.weight))
             for s in stages
@@ -120,8 +129,9 @@ class Prepared:
         plan = _plan(keys, shape[2], shape[3], self._images, self._threads, isa)
         self.algorithms = plan.algorithms
         self._layers = (library.Layer * len(stages)).from_buffer_copy(plan.layers)
-        self._packed: list[tuple[Tensor, Any, Tensor]] = []
-        self._vectors: list[tuple[Tensor, int]] = []
+        self.packed: list[Tensor] = []  # by take() handed over to their cache and the caller
+        self._packed: list[tuple[Tensor, Any, weakref.ref[Tensor]]] = []
+        self._vectors: list[tuple[Tensor, Any]] = []
         self._held: list[Any] = []
         for stage, layer, g, algorithm in zip(
             stages, self._layers, plan.geometries, plan.algorithms, strict=True
@@ -129,30 +139,48 @@ class Prepared:
             key = ("native", isa, algorithm, g.transposed)
             make = functools.partial(pack, g=g, algorithm=algorithm)
             packed = weights.transformed(stage.weight, key, make)
-            self._packed.append((stage.weight, key, packed))
+            self.packed.append(packed)
+            self._packed.append((stage.weight, key, weakref.ref(packed)))
             layer.weights, layer.epsilon = packed.data_ptr(), stage.eps
             layer.scale, layer.shift = self._address(stage.scale), self._address(stage.shift)
             layer.mean, layer.variance = self._address(stage.mean), self._address(stage.var)
         self._any_input = plan.algorithms[0] == "narrow" and not stages[0].transposed
-        self._any_output = plan.algorithms[-1] == "narrow" and stages[-1].transposed
         self._shape = (self._images, *plan.out)
+        # By whether channels_last is wanted: the library writes pixels, but planes too where both are one.
+        planes = plan.algorithms[-1] == "narrow" and stages[-1].transposed
+        planes = planes or plan.out[0] == 1 or plan.out[1] * plan.out[2] == 1
+        self._format = (memory_format(not planes), torch.channels_last)
 
     def _address(self, vector: Tensor | None) -> int | None:
         if vector is None:
             return None
-        ready = vector.detach().to(torch.float32).contiguous()
-        self._vectors.append((vector, vector.data_ptr() if ready.data_ptr() == vector.data_ptr() else -1))
+        ready = vector.detach().to(torch.float32).contiguous().resolve_neg()
+        in_place = ready.data_ptr() == vector.data_ptr()
+        self._vectors.append((vector, _place(vector) if in_place else None))
         self._held.append(ready.untyped_storage())
         return ready.data_ptr()
 
-    def current(self) -> bool:
-        """Whether it still is what a new one would be: weights unchanged, vectors where they were.
+    def take(self) -> list[Tensor]:
+        """The packed weights, to be held during a call; this no longer holds them, so that they can be freed."""
+        packed, self.packed = self.packed, []
+        return packed
+
+    def current(self) -> list[Tensor] | None:
+        """The packed weights after :meth:`take`, if this still is what a new one would be: else None.
 
         Vectors are read when the chain runs, so that their values are always those of now.
         """
-        return all(weights.current(*p) for p in self._packed) and all(
-            vector.data_ptr() == address for vector, address in self._vectors
-        )
+        if self._isa != library.isa():
+            return None
+        held = []
+        for weight, key, reference in self._packed:
+            packed = reference()
+            if packed is None or not weights.current(weight, key, packed):
+                return None
+            held.append(packed)
+        if all(_place(vector) == place for vector, place in self._vectors):
+            return held
+        return None
 
     def __call__(self, x: Tensor, channels_last: bool) -> Tensor:
         """The chain's result in x's dtype; x [N, C, H, W] of any strides."""
@@ -162,9 +190,7 @@ class Prepared:
         if not (self._any_input or _channels_adjacent(x)):
             x = x.contiguous(memory_format=torch.channels_last)
         y = torch.empty(
-            self._shape,
-            memory_format=memory_format(channels_last or not self._any_output),
-            dtype=torch.float32,
+            self._shape, dtype=torch.float32, device="cpu", memory_format=self._format[channels_last]
         )
         x_view, y_view = library.View.of(x), library.View.of(y)
         library.checked(
@@ -177,7 +203,7 @@ class Prepared:
                 self._threads,
             )
         )
-        if not (channels_last or self._any_output):
+        if self._format[channels_last] != memory_format(channels_last):
             y = y.contiguous()
         return y if dtype == torch.float32 else y.to(dtype)
 
@@ -195,4 +221,5 @@ def run(call: Call, transposed: bool) -> Outputs:
         padding=call.padding,
     )
     y = Prepared(call.x.shape, [stage])(call.x, call.channels_last)
-    return y, torch.empty(0), torch.empty(0)
+    nothing = y.new_empty(0, dtype=torch.float32)
+    return y, nothing, nothing.clone()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+# What csrc takes at most.
+MAX_LAYERS, MAX_CHANNELS, MAX_SIDE, MAX_KERNEL = 64, 1 << 16, 1 << 14, 64
 NARROW = 4  # channels of an image that the narrow form is for
 
 # Multiply-adds a cycle that the products reach; without FMA a multiply and an add are two instructions.
@@ -51,6 +53,12 @@ class Geometry(NamedTuple):
         return self.kernel**2 * self.c_in * self.c_out * height * width
 
     @property
+    def fits(self) -> bool:
+        """Whether it is within csrc's limits."""
+        sizes = max(self.c_in, self.c_out), max(self.height, self.width), self.kernel
+        return all(n <= most for n, most in zip(sizes, (MAX_CHANNELS, MAX_SIDE, MAX_KERNEL), strict=True))
+
+    @property
     def dense(self) -> bool:
         side = 1 if self.transposed else self.kernel
         return self.padding == 0 and (self.height, self.width) == (side, side)
@@ -65,6 +73,8 @@ class Geometry(NamedTuple):
 
 def candidates(g: Geometry) -> tuple[str, ...]:
     """The algorithms that compute this layer; none where the engine does not cover it."""
+    if not g.fits:
+        return ()
     if g.dense:
         return ("dense",)
     if not g.strided:

@@ -1,0 +1,170 @@
+"""``python -m bench accuracy``: what it finds, what it marks, what it lets pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native import NEEDED
+
+from bench import accuracy, native, results
+from bench.__main__ import main
+from bench.blocks import blocks
+from bench.cases import Case
+from dcgan.models import Discriminator, Generator
+
+pytestmark = NEEDED
+
+TINY = ["--features", "4", "--image-size", "32", "--latent-dim", "8"]
+QUICK = [*TINY, "--images", "2", "--batch", "4", "1", "--threads", "1"]
+
+
+@pytest.fixture
+def findings() -> list[accuracy.Finding]:
+    return accuracy.examine("generate", {"features": 4, "image_size": 32}, None, 2, [4, 1], 1)
+
+
+def test_every_algorithm_of_every_layer_in_every_scenario(findings: list[accuracy.Finding]) -> None:
+    scenarios = {"init", "init, noise", "lognormal", "channels", "pixels", "cancelling"}
+    layers = {f.layer for f in findings} - {accuracy.WHOLE}
+    assert len(layers) == 4
+    for layer in layers:
+        for scenario in scenarios:
+            found = [f.algorithm for f in findings if (f.layer, f.scenario) == (layer, scenario)]
+            own = ["dense"] if "@1→" in layer else ["narrow"] if "→1 @" in layer else ["direct", "f2", "f4"]
+            assert found == ["eager", "channels_last", *own]
+    picks = [f.picked for f in findings if f.scenario == "init" and f.layer in layers and f.picked]
+    assert sorted(n for picked in picks for n in picked) == [1, 1, 1, 1, 4, 4, 4, 4], "one a layer and batch"
+    whole = [(f.algorithm, f.scenario) for f in findings if f.layer == accuracy.WHOLE]
+    one = ["eager", "channels_last", "direct", "f2", "f4", "fast", "fast"]
+    assert whole == [(algorithm, scenario) for scenario in ("init", "lognormal") for algorithm in one]
+
+
+def test_the_figures_are_errors(findings: list[accuracy.Finding]) -> None:
+    """In float32's range where nothing cancels; larger by the element than by the norm."""
+    for f in findings:
+        if f.scenario != accuracy.CANCELLING:
+            assert 1e-9 < f.errors.norm < 1e-5
+        assert f.errors.largest > f.errors.norm
+        assert (f.errors.componentwise is None) == (f.layer == accuracy.WHOLE)
+    cancelling = [f for f in findings if f.scenario == accuracy.CANCELLING]
+    assert min(f.errors.norm for f in cancelling if "8→" in f.layer) > 1e-6
+    assert all(f.bound >= 1e-4 for f in cancelling if f.bound is not None and "8→16" in f.layer)
+
+
+def test_a_large_pixel_beside_small_ones(findings: list[accuracy.Finding]) -> None:
+    """What the norms do not show: F(4×4) shares the rounding of a tile's largest pixel among all of them."""
+    worst = {
+        f.algorithm: f.errors.componentwise
+        for f in findings
+        if f.scenario == "pixels" and f.layer == "8→4 @8→16"
+    }
+    assert worst["direct"] is not None
+    assert worst["f4"] is not None
+    assert worst["direct"] < 1e-5 < worst["f4"]
+
+
+def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "accuracy.jsonl"
+    assert main(["accuracy", *QUICK, "--measure", *accuracy.MEASURES, "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    for command in ("generate", "discriminate"):
+        assert out.count(f"{command} · features 4 · image_size 32") == 0 if command == "x" else True
+    assert out.count("‖out − ref‖₂ / ‖ref‖₂") == 2
+    assert out.count("each element by its own sum") == 2
+    assert "over its bound" not in out
+    assert max(map(len, out.splitlines())) <= 140
+    rows = results.read(file)
+    assert {row["command"] for row in rows} == {"generate", "discriminate"}
+    assert {tuple(sorted(row)) for row in rows} == {tuple(sorted(rows[0]))}
+    assert rows[0]["kind"] == "accuracy"
+    assert set(rows[0]["errors"]) == set(accuracy.MEASURES)
+
+
+def test_a_pick_over_its_bound(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "LAYER_BOUND", 1e-9)
+    assert main(["accuracy", "--network", "generate", *QUICK]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "over its bound: generate, 32→16 @4→8," in out.replace("\n", " ") or "over its bound: generate" in out
+    )
+    assert "e-07!" in out
+
+
+def test_what_is_not_finite_is_over() -> None:
+    errors = accuracy.Errors(float("inf"), float("nan"), None)
+    finding = accuracy.Finding("a", "f2", "init", errors, 5e-6, (1,))
+    assert finding.over
+    (row,) = accuracy.rows([finding], {})
+    assert row["errors"] == {"norm": None, "largest": None, "componentwise": None}
+
+
+def test_an_engine_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native.Chain.__call__
+    monkeypatch.setattr(native.Chain, "__call__", lambda self, x: right(self, x) * (1 + 1e-5))
+    case = Case("generate", 2, "float32", "cpu", 1, {"features": 4, "image_size": 32})
+    (block, *_) = blocks(case.network())
+    with torch.no_grad():
+        found = list(accuracy._layer(accuracy.Scenario("init", block, torch.randn(2, 100, 1, 1)), [1], 1))
+    assert [f.over for f in found] == [False, False, True]
+
+
+# --- trained weights ----------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, wrap: Any = lambda states: states) -> Path:
+    networks = {
+        "generator": Generator(latent_dim=8, features=2, image_size=32),
+        "discriminator": Discriminator(features=4, image_size=32),
+    }
+    file = folder / "checkpoint.pt"
+    torch.save(wrap({name: network.state_dict() for name, network in networks.items()}), file)
+    return file
+
+
+def scenarios(file: Path, *arguments: str) -> set[str]:
+    rows = file.with_suffix(".jsonl")
+    rows.unlink(missing_ok=True)
+    quick = ["--images", "2", "--batch", "1", "--threads", "1", "--json", str(rows)]
+    assert main(["accuracy", *quick, *arguments]) == 0
+    return {row["scenario"] for row in results.read(rows)}
+
+
+def test_a_state_dict(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path, lambda states: states["generator"])
+    assert {"init", "trained", "trained, noise"} <= scenarios(
+        file, "--network", "generate", "--checkpoint", str(file)
+    )
+    row = results.read(file.with_suffix(".jsonl"))[0]
+    assert row["sizes"] == {"latent_dim": 8, "channels": 1, "features": 2, "image_size": 32}
+    assert row["checkpoint"] == str(file)
+
+
+def test_a_training_checkpoint_with_both_networks(tmp_path: Path) -> None:
+    file = checkpoint(
+        tmp_path, lambda states: {"epoch": 3, "models": states, "optimizer": {"state": {0: {}}}}
+    )
+    found = scenarios(file, "--checkpoint", str(file))
+    assert "trained" in found
+    rows = results.read(file.with_suffix(".jsonl"))
+    assert {row["command"]: row["sizes"]["features"] for row in rows} == {"generate": 2, "discriminate": 4}
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ({"epoch": 3}, [], "holds no state dict of either network"),
+        (None, [], "is not a checkpoint"),
+        ("generator", ["--features", "5"], "has features 2, not 5"),
+    ],
+)
+def test_a_checkpoint_that_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: Any, arguments: list[str], message: str
+) -> None:
+    file = checkpoint(tmp_path, lambda states: states.get(content) if isinstance(content, str) else content)
+    if content is None:
+        file.write_text("no checkpoint")
+    with pytest.raises(SystemExit) as stop:
+        main(["accuracy", "--network", "generate", "--checkpoint", str(file), *arguments])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,89 @@
+"""``python -m bench scale`` and ``profile``: what they measure on tiny networks, print, write and draw."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from native import NEEDED
+
+from bench import profile, results, scale
+from bench.__main__ import main
+from bench.cases import Case
+
+pytestmark = NEEDED
+
+TINY = ["--features", "4", "--image-size", "32", "--seconds", "0.01", "--rounds", "1"]
+
+
+def test_the_workspace_is_a_blocks() -> None:
+    """It grows up to some batch and no further, whatever the batch's maps would take."""
+    sizes = [
+        (scale.chain(case).workspace, scale.maps(case))
+        for case in (Case("generate", batch, "float32", "cpu", 2) for batch in (1, 1024, 16384))
+    ]
+    assert sizes[0][0] < sizes[1][0] == pytest.approx(sizes[2][0], rel=0.1)
+    assert [maps / sizes[0][1] for _, maps in sizes] == [1, 1024, 16384]
+    assert sizes[0][1] == 4 * (128 * 16 * 16 + 64 * 32 * 32)
+
+
+def test_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    monkeypatch.setattr(scale.machine, "cores", lambda: 6)
+    assert scale.default_threads() == [1, 2, 4, 6]
+    monkeypatch.setattr(scale.machine, "cores", lambda: 2)
+    scale.add_arguments(parser)
+    args = parser.parse_args([])
+    assert args.threads == [1, 2]
+    assert args.batch[0] == 1
+    assert args.batch[-1] == 1024
+
+
+@pytest.mark.parametrize("network", ["generate", "discriminate"])
+def test_scale_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, network: str) -> None:
+    file = tmp_path / "scale.jsonl"
+    options = ["--network", network, "--batch", "3", "1", "--threads", "1", *TINY, "--json", str(file)]
+    assert main(["scale", *options]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][:5] == [network, "·", "features", "4", "·"]
+    points = [line for line in lines if line and line[0] in ("1", "3")]
+    assert [(line[0], line[3]) for line in points] == [("1", "1.00×"), ("3", "1.00×")]
+    assert "workspace: " in out
+    rows = results.read(file)
+    assert [(row["kind"], row["case"]["batch"]) for row in rows] == [("scale", 1), ("scale", 3)]
+    assert all(row["error"] < row["tolerance"] for row in rows)
+    assert all(row["workspace_bytes"] > 0 for row in rows)
+    assert all(0 < row["peak_bytes"] < 1 << 30 for row in rows)
+    assert all(row["note"].startswith("native ") for row in rows)
+
+    pytest.importorskip("matplotlib")
+    assert main(["plot", str(file), "--out", str(tmp_path / "scale.png")]) == 0
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "profile.jsonl"
+    options = ["--batch", "2", "--threads", "1", *TINY, "--json", str(file)]
+    assert main(["profile", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("generate · features 4 · image_size 32 · batch 2 · float32 · cpu, 1 thread")
+    names = ["100→16 @1→4", "16→8 @4→8", "8→4 @8→16", "4→1 @16→32", profile.TOGETHER, profile.WHOLE]
+    at = [out.index(name) for name in names]
+    assert at == sorted(at)
+    rows = results.read(file)
+    assert [row["layer"] for row in rows] == [name for name in names if name != profile.TOGETHER]
+    assert rows[0]["algorithm"] == "dense"
+    assert rows[-1]["flops"] == sum(row["flops"] for row in rows[:-1])
+    assert sum(row["share"] for row in rows[:-1]) == pytest.approx(1)
+
+
+def test_no_picture_of_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    results.append(file, [results.common("profile")])
+    with pytest.raises(SystemExit):
+        main(["plot", str(file)])
+    assert "there is no picture of profile results, only of race, scale, ladder" in capsys.readouterr().err
+    results.append(file, [results.common("scale")])
+    with pytest.raises(SystemExit):
+        main(["plot", str(file)])
+    assert "results of one command at a time, not of profile, scale" in capsys.readouterr().err
