@@ -172,7 +172,7 @@ class Chain:
             return conv_chain(x, self.stages, channels_last)
         key = (x.shape, x.dtype, channels_last, torch.get_num_threads(), ops.engine())
         found = self._prepared.get(key)
-        held = None if found is None else found[1].current()
+        held = None if found is None else found[1].current()  # until the call is over
         if found is None or held is None:
             choices = _decide(x, self.stages, channels_last)
             if not _native(choices, x):

@@ -161,7 +161,7 @@ class Prepared:
         return ready.data_ptr()
 
     def take(self) -> list[Tensor]:
-        """The packed weights, to be held during a call; this no longer holds them, so that they can be freed."""
+        """The packed weights, to be held during a call: not by this any more, so that they can be freed."""
         packed, self.packed = self.packed, []
         return packed
 
