@@ -54,7 +54,7 @@ DECADES = 6.0  # of magnitude, in what is made to be hard
 MEASURES = {
     "norm": "‖out − ref‖₂ / ‖ref‖₂",
     "largest": "max |out − ref| / rms(ref)",
-    "componentwise": "max |out − ref| / Σ|x·w|, each element by its own sum",
+    "componentwise": "max (|out − ref| / Σ|x·w|)",
 }
 
 

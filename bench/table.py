@@ -27,7 +27,8 @@ def console(stderr: bool = False) -> Console:
 
 def start(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """A table without rows: text in the columns ``left``, figures in ``right``."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    heading = Text(title, no_wrap=True, overflow="ignore")  # may be wider than the table
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=heading, title_justify="left")
     for column in left:
         table.add_column(column, no_wrap=True)
     for column in right:

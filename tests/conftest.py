@@ -9,13 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from native import THREADS
 
 from dcgan.kernels.cpu import library
 
 _deselected_gpu_tests = 0
-
-
-THREADS = 2
 
 
 def pytest_configure(config: pytest.Config) -> None:

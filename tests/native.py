@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     MISSING = library.problem()
 NEEDED = pytest.mark.skipif(MISSING is not None, reason=f"no native engine: {MISSING}")
 ISAS = ("none",) if MISSING is not None else library.isas()
+THREADS = 2  # of every test that does not say otherwise
 SPATIAL = ("direct", "f2", "f4", "narrow")  # of a 4×4 kernel with stride 2 and padding 1; all else is dense
 
 # Relative L2 errors in float32, from its unit roundoff u = 6e-8. A sum of K products of independent signs is

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import NEEDED
 
-from bench.cases import Case, Materials, relative_error
+from bench import cases, ceiling
+from bench.cases import Case, Materials, float64, load_state, relative_error
 from bench.ceiling import Ceiling
 from bench.flops import count
 from bench.stats import summarise
+from dcgan.kernels.cpu import library
 from dcgan.models import Discriminator, Generator
 
 
@@ -58,6 +61,43 @@ def test_the_better_of_two_ceilings() -> None:
     assert quiet.or_better(None) is quiet
 
 
+@NEEDED
+def test_a_cpus_ceiling_is_its_fma_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceiling, "SECONDS", 0.02)
+    used = library.isa()
+    found = ceiling.measure("cpu", "float32")
+    assert found.measure == "float32 FMA peak"
+    assert found.flops > 1e9
+    assert found.bandwidth > 1e8
+    assert library.isa() == used
+
+
+def test_without_the_engine_it_is_a_product_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "problem", lambda: "csrc was not built")
+    monkeypatch.setattr(ceiling, "_gemm", lambda device, dtype, n: float(n))
+    monkeypatch.setattr(ceiling, "_copy", lambda device, size: 1.0)
+    assert ceiling.measure("cpu", "float32") == Ceiling(2048.0, 1.0, "float32 GEMM peak")
+
+
+@pytest.mark.parametrize(("rate", "measure"), [(3e9, "bfloat16 GEMM peak"), (1e8, "float32 FMA peak")])
+def test_sixteen_bits_count_where_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch, rate: float, measure: str
+) -> None:
+    """A CPU that has to convert takes a minute for a large product: it is not asked for one."""
+    sizes: list[int] = []
+
+    def gemm(device: str, dtype: torch.dtype, n: int) -> float:
+        sizes.append(n)
+        return rate
+
+    monkeypatch.setattr(library, "problem", lambda: None)
+    monkeypatch.setattr(ceiling, "fma", lambda threads: 1e9)
+    monkeypatch.setattr(ceiling, "_gemm", gemm)
+    monkeypatch.setattr(ceiling, "_copy", lambda device, size: 1.0)
+    assert ceiling.measure("cpu", "bfloat16").measure == measure
+    assert sizes == ([256] if rate < 1e9 else [256, 1024, 2048])
+
+
 def test_errors_that_are_no_numbers_are_infinite() -> None:
     expected = torch.ones(2, 3, dtype=torch.float64)
     assert relative_error(torch.full((2, 3), 1.5), expected) == 0.5
@@ -98,3 +138,25 @@ def test_materials_survive_their_file(tmp_path: Path) -> None:
     assert loaded.inputs[0].dtype == torch.bfloat16
     assert torch.equal(loaded.expected[1], materials.expected[1])
     assert loaded.state.keys() == materials.state.keys()
+
+
+def test_the_first_images_of_materials() -> None:
+    materials = Materials.of(Case("generate", 5, "float32", "cpu", 1, {"features": 2, "image_size": 32}))
+    first = materials.first(2)
+    assert [len(x) for x in (*first.inputs, *first.expected)] == [2, 2, 2, 2]
+    assert torch.equal(first.expected[1], materials.expected[1][:2])
+
+
+def test_float64_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("generate", 5, "float32", "cpu", 1, {"features": 2, "image_size": 32})
+    network, x = case.network(), case.inputs()[0]
+    whole = float64(network, x)
+    monkeypatch.setattr(cases, "PIECE", 2)
+    assert relative_error(float64(network, x), whole) < 1e-14
+    assert next(network.parameters()).dtype == torch.float32, "the network is left as it was"
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"x\.pt is not a checkpoint"):
+        load_state(tmp_path / "x.pt")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from native import NEEDED
 
-from bench import ladder, plot, results
+from bench import ceiling, ladder, plot, results
 from bench.__main__ import main
 from bench.blocks import Block, blocks
 from bench.cases import Case, float64, relative_error
@@ -20,7 +20,12 @@ CASES = {
     "generate": Case("generate", 5, "float32", "cpu", 1, SIZES | {"channels": 3}),
     "discriminate": Case("discriminate", 5, "float32", "cpu", 1, SIZES),
 }
-QUICK = ["--features", "4", "--image-size", "32", "--batch", "5", "--seconds", "0.01", "--rounds", "1"]
+QUICK = ["--features", "8", "--image-size", "32", "--batch", "5", "--seconds", "0.01", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def short_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceiling, "SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +77,17 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "ladder.jsonl"
     assert main(["ladder", "--layer", "2", *QUICK, "--threads", "2", "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line]
-    assert lines[0].startswith(
-        "16→8 @4→8 transposed convolution · generate · features 4 · image_size 32 · batch 5"
-    )
-    numbered = [line.split()[0] for line in lines if line[0].isdigit()][1:]
+    lines = [line for line in out.splitlines() if line.strip()]
+    heading = "32→16 @4→8 transposed convolution · generate · features 8 · image_size 32 · batch 5"
+    assert lines[0].startswith(heading)
+    numbered = [line.split()[0] for line in lines if line.split()[0].isdigit()]
     assert numbered == ["1", "2", "3", "4", "5", "6"]
     assert "GFLOP/s on 1 thread and " in out
     assert "the seven loops ran on 4 of the 5 images" in out
     rows = results.read(file)
     assert [row["mark"] for row in rows] == [*6 * [False], *4 * [True]]
     assert all(row["error"] < ladder.TOLERANCE for row in rows)
-    assert rows[0]["times"]["median"] * rows[0]["flops_per_s"] == pytest.approx(2 * 16 * 16 * 8 * 16 * 4)
+    assert rows[0]["times"]["median"] * rows[0]["flops_per_s"] == pytest.approx(2 * 16 * 32 * 16 * 16 * 4)
 
     pytest.importorskip("matplotlib")
     assert main(["plot", str(file), "--out", str(tmp_path / "ladder.png")]) == 0
@@ -124,7 +128,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_a_layer_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "--layer", "9")
-    assert "the generate network has 1 100→16 @1→4, 2 16→8 @4→8, 3 8→4 @8→16, 4 4→1 @16→32; got 9" in error
+    assert "the generate network has 1 100→32 @1→4, 2 32→16 @4→8, 3 16→8 @8→16, 4 8→1 @16→32; got 9" in error
 
 
 def test_without_a_compiler(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +136,6 @@ def test_without_a_compiler(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "ladder.cpp needs a C++ compiler; CXX is 'no-such-compiler'" in refused(capsys)
 
 
-def test_with_a_compiler_that_fails(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_compiler(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "FLAGS", ("--no-such-flag",))
     assert "no-such-flag" in refused(capsys)

@@ -16,9 +16,7 @@ from dcgan.kernels.cpu import library, select
 
 SIZES = {"features": 6, "image_size": 32}
 CASES = [
-    pytest.param(
-        Case(command, 3, "float32", "cpu", 1, SIZES | {"channels": channels}), id=f"{command}-{channels}"
-    )
+    Case(command, 3, "float32", "cpu", 1, SIZES | {"channels": channels})
     for command, channels in itertools.product(("generate", "discriminate"), (1, 3))
 ]
 
@@ -27,7 +25,7 @@ def four(x: Tensor) -> Tensor:
     return x if x.ndim == 4 else x[:, :, None, None]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}-{case.sizes['channels']}")
 def test_blocks_in_turn_are_the_network(case: Case) -> None:
     network = case.network()
     found = blocks(network)
@@ -65,7 +63,7 @@ def test_blocks_of_a_network_in_training_count_no_batch() -> None:
 
 
 @NEEDED
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}-{case.sizes['channels']}")
 def test_the_engines_picks_are_the_drop_in(case: Case) -> None:
     network = case.network().requires_grad_(False)
     x = case.inputs()[0]
@@ -81,7 +79,7 @@ def test_the_engines_picks_are_the_drop_in(case: Case) -> None:
 
 
 @NEEDED
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}-{case.sizes['channels']}")
 def test_every_algorithm_of_every_block(case: Case) -> None:
     x = four(case.inputs()[0])
     with torch.no_grad():
@@ -100,8 +98,8 @@ def test_every_algorithm_of_every_block(case: Case) -> None:
 
 @NEEDED
 def test_sizes_are_told_without_running() -> None:
-    chain = native.Chain([block.stage for block in blocks(Case("generate", 1, "float32", "cpu", 1).skeleton())],
-                         (64, 100, 1, 1), ["dense", "f4", "f2", "direct", "narrow"])  # fmt: skip
+    stages = [block.stage for block in blocks(Case("generate", 1, "float32", "cpu", 1).skeleton())]
+    chain = native.Chain(stages, (64, 100, 1, 1), ["dense", "f4", "f2", "direct", "narrow"])
     assert chain.algorithms == ("dense", "f4", "f2", "direct", "narrow")
     weights = [100 * 512 * 16, 512 * 256 * 100, 256 * 128 * 36, 128 * 64 * 16, 64 * 16]
     assert chain.packed_bytes >= 4 * sum(weights)

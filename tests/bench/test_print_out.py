@@ -1,5 +1,6 @@
 """What is printed, written and drawn."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from bench.race import Outcome
 from bench.stats import Spread
 
 WORK = Work(flops=200_000_000, activations=200_000, weights=3_000_000)
-CEILING = Ceiling(flops=200e9, bandwidth=20e9, measure="float32 GEMM peak")
+CEILING = Ceiling(flops=200e9, bandwidth=20e9, measure="float32 FMA peak")
 
 
 def timed(name: str, seconds: float, columns: tuple[str, ...] = ("warm",)) -> Outcome:
@@ -61,13 +62,29 @@ def test_the_table_of_a_case() -> None:
     assert len(rows) == 7, "a row each, none wrapped"
 
 
+def test_a_heading_names_the_sizes_and_is_not_wrapped() -> None:
+    sizes = {"channels": 3, "features": 128, "image_size": 128}
+    case = Case("generate", 1, "float32", "cpu", 1, sizes)
+    lines = printed(table.race_table(results.Report(case, WORK, CEILING, [timed("eager", 1)])))
+    assert (
+        lines[0]
+        == "generate · channels 3 · features 128 · image_size 128 · batch 1 · float32 · cpu, 1 thread"
+    )
+
+
+def test_what_ran_stands_beside_the_figures() -> None:
+    noted = timed("fast", 0.04)
+    noted.note = "native avx2"
+    assert any(line.endswith("6.0e-07   native avx2") for line in printed(table.race_table(report(noted))))
+
+
 def test_a_failures_reason_is_printed_whole() -> None:
     assert table.failures(MIXED) == ["zentorch: FAILED: RuntimeError: " + 60 * "long "]
 
 
 def test_the_ceilings_lines() -> None:
     direct, memory = table.ceiling_lines(MIXED)
-    assert direct.startswith("ceiling: 1,000 images/s by direct convolution (200 GFLOP/s, float32 GEMM peak")
+    assert direct.startswith("ceiling: 1,000 images/s by direct convolution (200 GFLOP/s, float32 FMA peak")
     assert "0.2 GFLOP an image" in direct
     assert memory.startswith("memory:  20,253 images/s (20.0 GB/s, copy)")
 
@@ -137,6 +154,14 @@ def test_a_foreign_file_is_refused(tmp_path: Path, line: str) -> None:
     file.write_text(line + "\n")
     with pytest.raises(ValueError, match=r"x\.jsonl:1 is no"):
         results.read(file)
+
+
+def test_panels_are_of_one_network() -> None:
+    wide = results.Report(
+        Case("generate", 1, "float32", "cpu", 2, {"features": 128}), WORK, CEILING, [timed("eager", 1)]
+    )
+    panels = plot.arrange(results.rows([report(timed("eager", 1)), wide]))
+    assert [network for network, _, _ in panels] == ["generate", "generate · features 128"]
 
 
 def test_a_plot(tmp_path: Path) -> None:

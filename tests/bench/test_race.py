@@ -1,12 +1,16 @@
 """Races of a tiny network: who is timed, who is refused, and that one's fault is no other's."""
 
+import dataclasses
 import pathlib
 
 import pytest
 import torch
+from native import NEEDED
 
-from bench import providers, race
-from bench.cases import Case
+from bench import providers, race, worker
+from bench.cases import Case, Materials
+from dcgan import fast
+from dcgan.kernels import ops
 
 TINY = Case("generate", 2, "float32", "cpu", 1, {"features": 2, "image_size": 32, "latent_dim": 8})
 QUICK = race.Settings(seconds=0.02, rounds=2)
@@ -33,7 +37,7 @@ def mixed() -> dict[str, race.Outcome]:
         patch.syspath_prepend(folder)
         patch.setenv("PYTHONPATH", folder)
         rogue = [f"rogue:{name}" for name in ("wrong", "stale", "raises", "dies", "dies_later")]
-        return outcomes("eager", *rogue, "cudagraph")
+        return outcomes("eager", *rogue, "cudagraph", "fast")
 
 
 def test_a_right_provider_is_timed(mixed: dict[str, race.Outcome]) -> None:
@@ -46,6 +50,12 @@ def test_a_right_provider_is_timed(mixed: dict[str, race.Outcome]) -> None:
     assert warm.count >= 6, "three calls in each of two bursts"
     assert eager.peak_bytes is not None
     assert eager.peak_bytes < 1 << 30
+
+
+@NEEDED
+def test_our_row_says_what_ran(mixed: dict[str, race.Outcome]) -> None:
+    assert mixed["fast"].note.startswith("native ")
+    assert mixed["eager"].note == ""
 
 
 @pytest.mark.parametrize("name", ["wrong", "stale"])
@@ -93,3 +103,29 @@ def test_what_is_not_installed_is_skipped() -> None:
 def test_a_dtype_a_runtime_has_not() -> None:
     half = Case("generate", 2, "bfloat16", "cpu", 1)
     assert providers.PROVIDERS["onnxruntime"].unavailable(half) in ("no bfloat16", "not installed")
+
+
+def test_several_cases_in_one_contest() -> None:
+    """Each with the materials of its own."""
+    cases = [dataclasses.replace(TINY, batch=batch) for batch in (1, 3)]
+    whole = Materials.of(cases[1])
+    asked: list[int] = []
+
+    def materials(case: Case) -> Materials:
+        asked.append(case.batch)
+        return whole.first(case.batch)
+
+    entries = [(case, providers.PROVIDERS["eager"]) for case in cases]
+    log: list[str] = []
+    found = race.contest(entries, materials, QUICK, log.append)
+    assert [outcome.status for outcome in found] == ["ok", "ok"]
+    assert asked == [1, 3]
+    assert log[0] == f"{cases[0].title}: building and checking"
+
+
+def test_a_note_on_the_reference() -> None:
+    network = fast.convert(TINY.network())
+    with ops.use_engine("reference"):
+        note = worker.engines(network, TINY.inputs()[0])
+    assert note == "reference: engine 'reference' was asked for"
+    assert worker.engines(TINY.network(), TINY.inputs()[0]) == ""

@@ -9,6 +9,7 @@ from native import NEEDED
 from bench import profile, results, scale
 from bench.__main__ import main
 from bench.cases import Case
+from bench.ceiling import Ceiling
 
 pytestmark = NEEDED
 
@@ -38,14 +39,16 @@ def test_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.batch[-1] == 1024
 
 
-@pytest.mark.parametrize("network", ["generate", "discriminate"])
-def test_scale_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, network: str) -> None:
+def test_scale_end_to_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "scale.jsonl"
-    options = ["--network", network, "--batch", "3", "1", "--threads", "1", *TINY, "--json", str(file)]
+    monkeypatch.setattr(scale, "measure_ceiling", lambda case: Ceiling(2e9, 3e9, "a GEMM peak"))
+    options = ["--network", "discriminate", "--batch", "3", "1", "--threads", "1", *TINY, "--json", str(file)]
     assert main(["scale", *options]) == 0
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0][:5] == [network, "·", "features", "4", "·"]
+    assert lines[0][:5] == ["discriminate", "·", "features", "4", "·"]
     points = [line for line in lines if line and line[0] in ("1", "3")]
     assert [(line[0], line[3]) for line in points] == [("1", "1.00×"), ("3", "1.00×")]
     assert "workspace: " in out

@@ -413,12 +413,18 @@ class Wrapped(Tensor):
 
 
 @NETWORKS
-def test_a_weight_without_memory_of_its_own(kind: str) -> None:
-    model = network(kind)
-    x = sample(model)
+@pytest.mark.parametrize("name", ["weight", "gamma", "running_var"])
+def test_a_tensor_without_memory_of_its_own(kind: str, name: str) -> None:
+    """Such a weight, or vector of a norm, has no address to hand over: the reference takes the layer."""
+    model = network(kind, features=8)
+    x = sample(model, 64)
     expected = eager64(model, x)
-    conv = model.main[3 if kind == "G" else 2]
-    conv.weight = nn.Parameter(Wrapped(conv.weight.detach()), requires_grad=False)
+    _, norm = norms(model)[0]
+    if name == "running_var":
+        norm.running_var = Wrapped(norm.running_var)
+    else:
+        owner = norm if name == "gamma" else model.main[3 if kind == "G" else 2]
+        owner.weight = nn.Parameter(Wrapped(owner.weight.detach()), requires_grad=False)
     for _ in range(2):
         assert relative(model(x), expected) <= NETWORK
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import native
 import pytest
 import torch
-from conftest import THREADS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import LAYER, SPATIAL, assert_right, forced, instruction_set
+from native import LAYER, SPATIAL, THREADS, assert_right, forced, instruction_set
 from statement import Problem, state
 from torch import Tensor
 

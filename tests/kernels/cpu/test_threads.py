@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import native
 import pytest
 import torch
-from conftest import THREADS
+from native import THREADS
 from networks import drop_in, reference, sample
 from torch import Tensor
 
