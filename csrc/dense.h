@@ -36,7 +36,7 @@ struct Dense {
     }
 
     static Split plan(const Job& job, int threads) {
-        return split(job.images, 96, shape(*job.layer).panels(), 1, threads);
+        return split(job.images, 96, shape(*job.layer).panels(), 1, threads, true);
     }
 
     // A wide `up` layer is done a few panels at a time: the sums stay in L1.

@@ -48,7 +48,7 @@ struct Direct {
 
     static Split plan(const Job& job, int threads) {
         return split(job.images * parity_map(*job.layer).pixels(), 96, shape(*job.layer).panels(),
-                     groups(*job.layer), threads);
+                     groups(*job.layer), threads, true);
     }
 
     static long scratch_size(const Job& job, int threads) {

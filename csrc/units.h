@@ -71,12 +71,17 @@ inline bool balanced(long units, int threads) {
     return 4 * units >= 3 * round_up(units, threads);
 }
 
-// Blocks of at most `target` rows; more and smaller ones, and then parts of the columns, where threads would
-// wait.
-inline Split split(long rows, long target, long panels, long groups, int threads) {
+// Blocks of at most `target` rows; where threads would wait, parts of the columns too, or smaller blocks.
+// Threads that split the columns share the weights between them, threads that split the rows what is done
+// with rows.
+inline Split split(long rows, long target, long panels, long groups, int threads, bool columns_first) {
     Split s{rows, most(1, ceil_div(rows, target)), panels, 1, groups, least(rows, target)};
-    while (!balanced(s.units(), threads) && s.blocks < ceil_div(rows, 2 * ROWS)) ++s.blocks;
-    while (!balanced(s.units(), threads) && s.parts < panels) ++s.parts;
+    const auto cut = [&](long& pieces, long limit) {
+        while (!balanced(s.units(), threads) && pieces < limit) ++pieces;
+    };
+    if (columns_first) cut(s.parts, panels);
+    cut(s.blocks, ceil_div(rows, 2 * ROWS));
+    cut(s.parts, panels);
     return s;
 }
 

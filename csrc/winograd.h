@@ -113,8 +113,11 @@ struct Winograd {
     }
 
     static Split plan(const Job& job, int threads) {
-        return split(tiles(job).total, block_target(*job.layer), shape(*job.layer).panels(),
-                     groups(*job.layer), threads);
+        // Four columns' weights take as long to read as about one tile's transforms.
+        const long total = tiles(job).total;
+        const Gemm g = shape(*job.layer);
+        return split(total, block_target(*job.layer), g.panels(), groups(*job.layer), threads,
+                     4 * total < g.columns);
     }
 
     // Tiles of a block. Few leave more of L2 to V; many read the weights, from L3 or memory, less often.
