@@ -47,6 +47,12 @@ peers: $(VENV)/.peers setup
 bench: setup
 	@echo "== Generation, every provider checked, then timed (\`make peers\` installs the rival runtimes) =="
 	$(PY) -m bench generate --batch 1 8 64 256 --json bench/results/cpu.jsonl
+	$(PY) -m bench discriminate --batch 1 8 64 --json bench/results/cpu-discriminate.jsonl
+	@echo "== The native engine: errors, the steps to it, where its time goes, by batch and threads =="
+	$(PY) -m bench accuracy
+	$(PY) -m bench ladder --json bench/results/ladder.jsonl
+	$(PY) -m bench profile
+	$(PY) -m bench scale --json bench/results/scale.jsonl
 	@echo "== Single ops =="
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 

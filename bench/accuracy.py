@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +24,11 @@ from bench import native, options, results, table
 from bench.blocks import Block, blocks
 from bench.cases import (
     NETWORKS,
+    TIMES_EAGER,
     TOLERANCE,
     Case,
     Network,
+    allowed,
     calibrate,
     float64,
     load,
@@ -37,18 +38,16 @@ from bench.cases import (
 from bench.usage import UsageError, positive
 from dcgan import fast
 from dcgan.kernels.cpu import library, select
+from dcgan.models import Discriminator, Generator
 
 HELP = "errors of every algorithm of the native engine against float64"
 
 LAYER_BOUND = 5e-6
 """‖out - ref‖₂/‖ref‖₂ of a layer; a network's bound is bench.cases.TOLERANCE's."""
-CANCELLING_BOUND = 10.0
-"""Where float32 itself loses digits to cancellation: times the error of eager, the worse of its formats."""
 
 TINY = 1e-300  # instead of a sum that is 0
 
 WHOLE = "the network"
-CANCELLING = "cancelling"
 DECADES = 6.0  # of magnitude, in what is made to be hard
 
 MEASURES = {
@@ -131,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
     for command in dict.fromkeys(args.network):
         path, state = trained.get(command, (None, None))
         sizes = options.sizes(args, command, path, state)
-        findings = examine(command, sizes, state, args.images, args.batch, args.threads)
+        source = trained["generate"][1] if command == "discriminate" and "generate" in trained else None
+        images = None if source is None else _generated(source, sizes, max(args.images, *args.batch))
+        findings = examine(command, sizes, state, args.images, args.batch, args.threads, images)
         heading = f"{title(command, sizes)} · float32 · {library.isa()}"
         for measure in dict.fromkeys(args.measure):
             out.print(error_table(findings, measure, f"{heading} · {MEASURES[measure]}"))
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
             results.append(args.json, rows(findings, about))
     out.print(
         f"bounds, for what is picked: {LAYER_BOUND:.0e} a layer, {TOLERANCE['float32']:.0e} a network; "
-        f"{CANCELLING}: {CANCELLING_BOUND:g} × eager"
+        f"{TIMES_EAGER:g} × eager's error where eager is beyond them"
     )
     for line in over:
         out.print(f"over its bound: {line}", style="bold red", markup=False)
@@ -186,6 +187,18 @@ def _commands(state: Mapping[str, Tensor]) -> Iterator[str]:
         yield command
 
 
+def _generated(state: Mapping[str, Tensor], sizes: dict[str, int], count: int) -> Tensor | None:
+    """Images of a trained Generator for a Discriminator of ``sizes``; None if it makes others."""
+    own, wanted = Generator.sizes_of(state), Discriminator(**sizes).sizes()
+    if any(own[name] != wanted[name] for name in ("channels", "image_size")):
+        return None
+    network = Generator(**own).eval()
+    network.load_state_dict(state)
+    case = Case("generate", count, "float32", "cpu", 1, own)
+    with torch.no_grad():
+        return network(case.inputs()[0])  # type: ignore[no-any-return]
+
+
 # --- what is run --------------------------------------------------------------------------------------------
 
 
@@ -196,14 +209,20 @@ def examine(
     images: int,
     batches: list[int],
     threads: int,
+    inputs: Tensor | None = None,
 ) -> list[Finding]:
-    """All findings for one network: layer by layer, then whole. ``state``: trained weights, if any."""
+    """All findings for one network: layer by layer, then whole.
+
+    ``state``: trained weights, if any. ``inputs``: as many as the layers or the largest batch take; random
+    ones without.
+    """
     case = Case(command, max(images, *batches), "float32", "cpu", threads, sizes)
+    if inputs is None:
+        inputs = case.inputs()[0]
     networks = {"init": case.network()}
     if state is not None:
         networks["trained"] = case.skeleton().eval()
         networks["trained"].load_state_dict(state)
-    inputs = case.inputs()[0]
     found: list[Finding] = []
     with torch.no_grad():
         for layer in zip(*(_scenarios(n, net, inputs[:images]) for n, net in networks.items()), strict=True):
@@ -265,7 +284,7 @@ def _hard(origin: Scenario) -> Iterator[Scenario]:
         by_input[half : 2 * half] = -by_input[:half] * (1 + 1e-3 * normal(by_input[:half].shape))
     else:
         x, w = 1 + 1e-3 * x, w - w.mean((2, 3), keepdim=True)
-    yield Scenario(CANCELLING, _alone(block, w), x)
+    yield Scenario("cancelling", _alone(block, w), x)
 
 
 def _alone(block: Block, weight: Tensor) -> Block:
@@ -294,9 +313,7 @@ def _layer(scenario: Scenario, batches: list[int], threads: int) -> Iterator[Fin
     }
     for algorithm, found in eager.items():
         yield Finding(block.name, algorithm, name, found, None)
-    bound = LAYER_BOUND
-    if name == CANCELLING:
-        bound = max(bound, CANCELLING_BOUND * max(found.norm for found in eager.values()))
+    bound = allowed(LAYER_BOUND, *(found.norm for found in eager.values()))
     g = block.geometry
     for algorithm in select.candidates(g):
         picked = tuple(n for n in batches if native.picked(g, n, threads) == algorithm)
@@ -340,25 +357,23 @@ def _network(
     """The whole network: eager, the native engine with one algorithm throughout, the drop-in as it picks."""
     expected = float64(network, inputs)
     stages = [block.stage for block in blocks(network)]
-    x = inputs if inputs.ndim == 4 else inputs[:, :, None, None]
-    geometries = native.geometries(stages, x.shape[2], x.shape[3])
+    geometries = native.geometries(stages, *inputs.shape[2:])
 
     def by(algorithm: str) -> Tensor:
         available = [select.candidates(g) for g in geometries]
         algorithms = [algorithm if algorithm in found else found[0] for found in available]
-        return native.Chain(stages, x.shape, algorithms, threads)(x).view(expected.shape)
+        return native.Chain(stages, inputs.shape, algorithms, threads)(inputs).view(expected.shape)
 
-    outputs: dict[str, Callable[[], Tensor]] = {
-        "eager": lambda: network(inputs),
-        "channels_last": lambda: _nhwc(network)(inputs),
-        **{algorithm: functools.partial(by, algorithm) for algorithm in ("direct", "f2", "f4")},
-    }
-    for algorithm, output in outputs.items():
-        yield Finding(WHOLE, algorithm, name, _errors(output(), expected), None)
+    eager = {"eager": network(inputs), "channels_last": _nhwc(network)(inputs)}
+    for algorithm, output in eager.items():
+        yield Finding(WHOLE, algorithm, name, _errors(output, expected), None)
+    for algorithm in ("direct", "f2", "f4"):
+        yield Finding(WHOLE, algorithm, name, _errors(by(algorithm), expected), None)
     ours = fast.convert(copy.deepcopy(network))
-    for batch in batches:
-        errors = _errors(ours(inputs[:batch]), expected[:batch])
-        yield Finding(WHOLE, "fast", name, errors, TOLERANCE["float32"], (batch,))
+    for n in batches:
+        theirs = [relative_error(output[:n], expected[:n]) for output in eager.values()]
+        errors = _errors(ours(inputs[:n]), expected[:n])
+        yield Finding(WHOLE, "fast", name, errors, allowed(TOLERANCE["float32"], *theirs), (n,))
 
 
 def _lognormal(case: Case) -> Network:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ DTYPES: dict[str, torch.dtype] = {
 # F(4×4, 2×2) Winograd 1 to 2.4e-6 a layer, so 2.4e-6 * sqrt(5) = 5e-6 a network; the bound is twice that.
 TOLERANCE = {"float32": 1e-5, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 
+# The bound is this times eager float32's own error where that is beyond the bound. float32 then loses digits
+# however it computes: to sums that cancel, or in a trained Discriminator's sigmoid, in whose tail σ(x) = eˣ
+# turns an absolute error of x into a relative one.
+TIMES_EAGER = 10.0
+
 INPUTS = 2  # one would let a provider pass that returns its first answer for ever
 PIECE = 64  # images that float64 computes at a time
 
@@ -48,6 +53,11 @@ def threads(count: int) -> str:
 def title(command: str, sizes: dict[str, int]) -> str:
     """The network, with the sizes that are given."""
     return " · ".join([command, *(f"{name} {size}" for name, size in sizes.items())])
+
+
+def allowed(bound: float, *eager: float) -> float:
+    """The bound of an error where eager's errors are these."""
+    return bound if max(eager) <= bound else TIMES_EAGER * max(eager)
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,8 @@ class Materials:
     state: dict[str, Tensor]
     inputs: list[Tensor]
     expected: list[Tensor]
+    tolerance: float
+    """The case's own, but where the case is beyond float32."""
 
     @staticmethod
     def of(case: Case) -> Materials:
@@ -182,16 +194,22 @@ class Materials:
         state = {name: value.clone() for name, value in network.state_dict().items()}
         inputs = case.inputs()
         expected = [float64(network, x) for x in inputs]
-        return Materials(state, inputs, expected)
+        with torch.no_grad():
+            eager = [network(x.float()) for x in inputs]
+        errors = [relative_error(y, e) for y, e in zip(eager, expected, strict=True)]
+        factor = allowed(TOLERANCE["float32"], *errors) / TOLERANCE["float32"]
+        return Materials(state, inputs, expected, factor * case.tolerance)
 
     def first(self, batch: int) -> Materials:
         """The same for the first ``batch`` images of each input."""
-        return Materials(
-            self.state, [x[:batch].clone() for x in self.inputs], [y[:batch].clone() for y in self.expected]
+        return replace(
+            self,
+            inputs=[x[:batch].clone() for x in self.inputs],
+            expected=[y[:batch].clone() for y in self.expected],
         )
 
     def save(self, path: Path) -> None:
-        torch.save({"state": self.state, "inputs": self.inputs, "expected": self.expected}, path)
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
 
     @staticmethod
     def load(path: Path) -> Materials:

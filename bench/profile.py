@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(case: Case, seconds: float, rounds: int) -> tuple[list[Part], float]:
     """The layers in their order and the whole network last; FLOP/s of the FMA units."""
     network = case.network().requires_grad_(False)
-    inputs = case.inputs()[0]
-    x = inputs if inputs.ndim == 4 else inputs[:, :, None, None]
+    x = inputs = case.inputs()[0]
     contestants: list[Timed] = []
     about: list[tuple[str, str, int, int]] = []
     for block in blocks(network):

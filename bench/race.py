@@ -46,6 +46,8 @@ class Outcome:
     """Why there are no times."""
     error: float | None = None
     """‖out - ref‖₂/‖ref‖₂ against float64."""
+    tolerance: float | None = None
+    """What the error may be."""
     spreads: dict[str, Spread] = field(default_factory=dict)
     """Times of a call, by column: ``warm``; on CUDA ``cold`` and ``graph``."""
     peak_bytes: int | None = None
@@ -154,15 +156,16 @@ def contest(
             else:
                 processes[i] = Process(case.threads)  # all import PyTorch at once
         with tempfile.TemporaryDirectory() as folder:
-            path, written = Path(folder) / "case.pt", None
+            path, written, tolerance = Path(folder) / "case.pt", None, 0.0
             several = any(case != entries[0][0] for case, _ in entries)
             for i, (case, provider) in enumerate(entries):
                 if i in processes:
                     if case != written:
-                        materials(case).save(path)
-                        written = case
+                        made = materials(case)
+                        made.save(path)
+                        written, tolerance = case, made.tolerance
                     log(f"{case.title if several else provider.name}: building and checking")
-                    outcomes[i] = _check(processes[i], case, provider, path, settings)
+                    outcomes[i] = _check(processes[i], case, provider, path, tolerance, settings)
         running = {i: p for i, p in processes.items() if outcomes[i].status == "ok"}
         for i in processes.keys() - running.keys():
             processes.pop(i).close()
@@ -174,14 +177,17 @@ def contest(
     return [outcomes[i] for i in range(len(entries))]
 
 
-def _check(process: Process, case: Case, provider: Provider, path: Path, settings: Settings) -> Outcome:
+def _check(
+    process: Process, case: Case, provider: Provider, path: Path, tolerance: float, settings: Settings
+) -> Outcome:
     try:
         error, note = process.ask(settings.prepare_seconds, "prepare", case, provider.name, str(path))
     except WorkerFailed as failure:
         return Outcome(provider, "failed", str(failure))
-    if not error <= case.tolerance:
-        return Outcome(provider, "wrong", f"error {error:.1e} > {case.tolerance:.0e}", error)
-    return Outcome(provider, "ok", error=error, note=note)
+    outcome = Outcome(provider, "ok", error=error, tolerance=tolerance, note=note)
+    if not error <= tolerance:
+        outcome.status, outcome.reason = "wrong", f"error {error:.1e} > {tolerance:.0e}"
+    return outcome
 
 
 def _time(running: dict[int, Process], outcomes: dict[int, Outcome], settings: Settings, seed: int) -> None:

@@ -90,7 +90,7 @@ def row(report: Report, outcome: Outcome) -> dict[str, Any]:
         "note": outcome.note or None,
         # JSON knows no infinity: an answer of the wrong shape or not finite has no error to name.
         "error": None if outcome.error in (None, float("inf")) else outcome.error,
-        "tolerance": report.case.tolerance,
+        "tolerance": outcome.tolerance or report.case.tolerance,
         "times": {
             column: asdict(spread) | {"images_per_s": report.case.batch / spread.median}
             for column, spread in outcome.spreads.items()

@@ -431,6 +431,8 @@ def convert(model: models.Generator | models.Discriminator) -> Generator | Discr
     for name, value in model.__dict__.items():
         if name.startswith("_") and hasattr(value, "copy"):
             fast.__dict__[name] = value.copy()
+    if not fast.training:
+        fast._freeze()  # a compiled forward would not
     return fast
 
 

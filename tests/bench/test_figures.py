@@ -1,5 +1,6 @@
 """The figures: arithmetic counted from layers, quartiles, ceilings, errors, and a case's weights."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -128,6 +129,29 @@ def test_a_checkpoints_weights(tmp_path: Path) -> None:
     materials = Materials.of(case)
     with torch.no_grad():
         assert relative_error(network(materials.inputs[0]), materials.expected[0]) < 1e-6
+
+
+def test_the_tolerance_follows_eager_only_where_eager_is_beyond_it() -> None:
+    assert cases.allowed(5e-6, 1e-6, 4e-6) == 5e-6
+    assert cases.allowed(5e-6, 1e-6, 2e-4) == pytest.approx(2e-3)
+    assert Materials.of(Case("generate", 1, "float32", "cpu", 1, {"features": 2})).tolerance == 1e-5
+
+
+def test_a_discriminator_in_its_sigmoids_tail(tmp_path: Path) -> None:
+    """As training makes it: its answer's relative error is its logit's absolute one."""
+    case = Case("discriminate", 4, "float32", "cpu", 1, {"features": 8, "image_size": 32})
+    network = case.network()
+    with torch.no_grad():
+        last = network.main[-2].weight
+        assert isinstance(last, torch.Tensor)
+        last.copy_(last.abs())
+        last *= -60 / network.main[:-1](case.inputs()[0]).mean()
+    file = tmp_path / "d.pt"
+    torch.save(network.state_dict(), file)
+    materials = Materials.of(dataclasses.replace(case, checkpoint=str(file)))
+    with torch.no_grad():
+        error = relative_error(network(materials.inputs[0]), materials.expected[0])
+    assert case.tolerance < error < materials.tolerance < 0.1
 
 
 def test_materials_survive_their_file(tmp_path: Path) -> None:

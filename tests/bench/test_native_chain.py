@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from native import NEEDED
-from torch import Tensor
 
 from bench import native
 from bench.blocks import blocks
@@ -21,10 +20,6 @@ CASES = [
 ]
 
 
-def four(x: Tensor) -> Tensor:
-    return x if x.ndim == 4 else x[:, :, None, None]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}-{case.sizes['channels']}")
 def test_blocks_in_turn_are_the_network(case: Case) -> None:
     network = case.network()
@@ -32,7 +27,7 @@ def test_blocks_in_turn_are_the_network(case: Case) -> None:
     x = case.inputs()[0]
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with torch.no_grad():
-        y = four(x)
+        y = x
         for block in found:
             assert y.shape[1:] == block.input_shape
             y = block.modules(y)
@@ -67,7 +62,7 @@ def test_blocks_of_a_network_in_training_count_no_batch() -> None:
 def test_the_engines_picks_are_the_drop_in(case: Case) -> None:
     network = case.network().requires_grad_(False)
     x = case.inputs()[0]
-    chain = native.Chain([block.stage for block in blocks(network)], four(x).shape, threads=case.threads)
+    chain = native.Chain([block.stage for block in blocks(network)], x.shape, threads=case.threads)
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
@@ -75,13 +70,13 @@ def test_the_engines_picks_are_the_drop_in(case: Case) -> None:
             expected = fast.convert(network)(x)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(chain(four(x)).view(expected.shape), expected)
+    assert torch.equal(chain(x).view(expected.shape), expected)
 
 
 @NEEDED
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}-{case.sizes['channels']}")
 def test_every_algorithm_of_every_block(case: Case) -> None:
-    x = four(case.inputs()[0])
+    x = case.inputs()[0]
     with torch.no_grad():
         for block in blocks(case.network()):
             expected = float64(block.modules, x)

@@ -1,6 +1,5 @@
 """What is printed, written and drawn."""
 
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -23,7 +22,7 @@ CEILING = Ceiling(flops=200e9, bandwidth=20e9, measure="float32 FMA peak")
 
 def timed(name: str, seconds: float, columns: tuple[str, ...] = ("warm",)) -> Outcome:
     spread = Spread(seconds, 0.9 * seconds, 1.1 * seconds, 100)
-    return Outcome(PROVIDERS[name], "ok", "", 6e-7, dict.fromkeys(columns, spread), 50_000_000)
+    return Outcome(PROVIDERS[name], "ok", "", 6e-7, 1e-5, dict.fromkeys(columns, spread), 50_000_000)
 
 
 def report(*outcomes: Outcome, device: str = "cpu", batch: int = 64) -> results.Report:
