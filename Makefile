@@ -87,6 +87,8 @@ endif
 ifneq ($(filter test all,$(STAGE)),)
 	@echo "== Tests on the GPU =="
 	$(GPU_PY) -m pytest -m gpu 2>&1 | tee $(OUT)/test.txt
+	@echo "== The native engine's tests, on the instruction sets of this machine =="
+	$(GPU_PY) -m pytest -m "not slow" tests/kernels/cpu 2>&1 | tee -a $(OUT)/test.txt
 endif
 ifneq ($(filter tune all,$(STAGE)),)
 	@echo "== Tuning =="

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench import table
 from bench.cases import threads, title
 from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
 
@@ -46,7 +47,7 @@ def _draw(ax: Any, panel: Panel, rows: list[Row]) -> None:
             label=row["ceiling"]["measure"] if at == 0 else None,
         )  # fmt: skip
         end = roof if 0.6 * roof < rate < roof else rate  # text would lie across the line
-        text = f"{rate:#.3g} GFLOP/s · {rate / roof:.0%}"
+        text = f"{table.rate(rate)} GFLOP/s · {rate / roof:.0%}"
         ax.annotate(text, (end, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
         number = "" if row["mark"] else f"{at + 1}  "
         names.append(f"{number}{row['step']}, {threads(row['threads'])}")

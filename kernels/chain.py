@@ -164,11 +164,14 @@ class Chain:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = list(stages)
+        # A tensor subclass may have no memory of its own: the dispatcher knows what it stands for.
+        tensors = (t for stage in stages for t in stage[1:6] if t is not None)
+        self._plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         self._prepared: dict[Any, tuple[tuple[Choice, ...], cpu.Prepared]] = {}
 
     def __call__(self, x: Tensor, channels_last: bool = True) -> Tensor:
         """As :func:`conv_chain`."""
-        if not ops.plain(x):
+        if not (self._plain and ops.plain(x)):
             return conv_chain(x, self.stages, channels_last)
         key = (x.shape, x.dtype, channels_last, torch.get_num_threads(), ops.engine())
         found = self._prepared.get(key)
