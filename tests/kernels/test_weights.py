@@ -378,8 +378,8 @@ def test_many_threads(still: Still) -> None:
     readers = [threading.Thread(target=read) for _ in range(3)]
     for thread in readers:
         thread.start()
-    for value in values:
-        still.conv.weight.data = value
+    for value in values:  # not .data, which PyTorch itself does not let threads share
+        still.conv.weight = torch.nn.Parameter(value)
         still.freeze()
     done.set()
     for thread in readers:
