@@ -193,7 +193,10 @@ def steps(block: Block, batch: int, threads: int, naive: ctypes.CDLL) -> list[St
 
 
 def products(g: Geometry, algorithm: str) -> float:
-    """Multiply-adds that an algorithm does for one of the direct convolution, padded tiles included."""
+    """Multiply-adds that an algorithm does for one of the direct convolution.
+
+    Tiles that reach over the map's edge count whole; what fills the last panel of weights does not count.
+    """
     if algorithm == "im2col":
         height, width = g.output
         return height * width * g.kernel**2 * g.c_in * g.c_out / g.macs
