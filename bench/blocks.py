@@ -10,17 +10,11 @@ from torch import nn
 
 from bench.cases import Network
 from bench.flops import count
+from dcgan import fast
 from dcgan.kernels.call import Stage
 from dcgan.kernels.cpu import Geometry
 from dcgan.kernels.cpu.run import geometry
 from dcgan.models import Generator
-
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-}
 
 
 class Block(NamedTuple):
@@ -40,26 +34,9 @@ class Block(NamedTuple):
 
     @property
     def stage(self) -> Stage:
-        """The modules as the kernels take them; it shares their tensors."""
-        convolution, *rest = self.modules
-        assert isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
-        norm = next((module for module in rest if isinstance(module, nn.BatchNorm2d)), None)
-        act = next((module for module in rest if type(module) in ACTIVATIONS), None)
-        padding = convolution.padding[0]
-        assert isinstance(padding, int)
-        return Stage(
-            isinstance(convolution, nn.ConvTranspose2d),
-            convolution.weight,
-            scale=None if norm is None else norm.weight,
-            shift=None if norm is None else norm.bias,
-            mean=None if norm is None else norm.running_mean,
-            var=None if norm is None else norm.running_var,
-            eps=0.0 if norm is None else norm.eps,
-            act="none" if act is None else ACTIVATIONS[type(act)],
-            slope=act.negative_slope if isinstance(act, nn.LeakyReLU) else 0.0,
-            stride=convolution.stride[0],
-            padding=padding,
-        )
+        """The modules, in eval, as the kernels take them; it shares their tensors."""
+        (stage,) = fast.stages(self.modules)
+        return stage
 
     @property
     def geometry(self) -> Geometry:

@@ -1,6 +1,6 @@
 """A chain of layers through the native engine's C ABI, each layer by an algorithm of one's choice.
 
-:class:`dcgan.kernels.cpu.Prepared` lets the engine choose; here every candidate can be checked and timed.
+The drop-in lets the engine choose; here every candidate can be checked and timed.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from bench.usage import UsageError
 from dcgan.kernels.call import Stage
-from dcgan.kernels.cpu import Geometry, library, select
-from dcgan.kernels.cpu.run import geometry, pack
+from dcgan.kernels.cpu import Geometry, Prepared, library, select
+from dcgan.kernels.cpu.run import geometry, plan
 
 
 def required() -> None:
@@ -49,80 +48,34 @@ class Chain:
         threads: int = 1,
     ) -> None:
         """``shape`` [N, C, H, W] is x's. Without ``algorithms`` those that the engine picks."""
-        self._images, self._threads = shape[0], threads
-        self._stages = list(stages)
-        self._geometries = geometries(stages, shape[2], shape[3])
         if algorithms is None:
-            algorithms = [picked(g, self._images, threads) for g in self._geometries]
+            algorithms = [picked(g, shape[0], threads) for g in geometries(stages, shape[2], shape[3])]
         self.algorithms = tuple(algorithms)
-        self._packed: list[Tensor] = []
-        self._layers = (library.Layer * len(self._stages))()
-        for layer, stage, g, algorithm in zip(
-            self._layers, self._stages, self._geometries, self.algorithms, strict=True
-        ):
-            layer.transposed, layer.algorithm = g.transposed, library.ALGORITHMS.index(algorithm)
-            layer.c_in, layer.c_out, layer.height, layer.width = g.c_in, g.c_out, g.height, g.width
-            layer.kernel, layer.stride, layer.padding = g.kernel, g.stride, g.padding
-            layer.act, layer.slope = library.ACTIVATIONS.index(stage.act), stage.slope
-            layer.epsilon = stage.eps
+        self._stages, self._shape, self._threads = list(stages), tuple(shape), threads
+        self._prepared: Prepared | None = None
+
+    def _layers(self) -> ctypes.Array[library.Layer]:
+        planned = plan(self._shape, self._stages, self._threads, self.algorithms)
+        return (library.Layer * len(self._stages)).from_buffer_copy(planned.layers)
 
     @property
     def workspace(self) -> int:
         """Bytes of memory that the engine takes for itself in a call."""
+        layers = self._layers()
         size = library.library().dcgan_workspace(
-            ctypes.addressof(self._layers), len(self._layers), self._images, self._threads
+            ctypes.addressof(layers), len(layers), self._shape[0], self._threads
         )
         return library.checked(size)
 
     @property
     def packed_bytes(self) -> int:
         """Of the weights, as the algorithms read them."""
-        start, step = ctypes.addressof(self._layers), ctypes.sizeof(library.Layer)
         size = library.library().dcgan_packed_size
-        return sum(4 * library.checked(size(start + step * i)) for i in range(len(self._layers)))
-
-    def pack(self) -> None:
-        """Packs the weights as they are now."""
-        self._packed = [
-            pack(stage.weight, g, algorithm)
-            for stage, g, algorithm in zip(self._stages, self._geometries, self.algorithms, strict=True)
-        ]
-        for layer, stage, packed in zip(self._layers, self._stages, self._packed, strict=True):
-            layer.weights = packed.data_ptr()
-            vectors = (stage.scale, stage.shift, stage.mean, stage.var)
-            layer.scale, layer.shift, layer.mean, layer.variance = map(_address, vectors)
+        return sum(4 * library.checked(size(ctypes.addressof(layer))) for layer in self._layers())
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result for x, NHWC in memory but where the last layer writes an image."""
-        if not self._packed:
-            self.pack()
-        first, last = self._stages[0], self._stages[-1]
-        if self.algorithms[0] != "narrow" or first.transposed:
-            x = x.contiguous(memory_format=torch.channels_last)
-        image = self.algorithms[-1] == "narrow" and last.transposed
-        y = torch.empty(
-            self._images,
-            last.c_out,
-            *self._geometries[-1].output,
-            memory_format=torch.contiguous_format if image else torch.channels_last,
-        )
-        views = library.View.of(x), library.View.of(y)
-        library.checked(
-            library.library().dcgan_run(
-                ctypes.addressof(self._layers),
-                len(self._layers),
-                self._images,
-                ctypes.addressof(views[0]),
-                ctypes.addressof(views[1]),
-                self._threads,
-            )
-        )
-        return y
-
-
-def _address(vector: Tensor | None) -> int | None:
-    if vector is None:
-        return None
-    assert vector.dtype == torch.float32
-    assert vector.is_contiguous()
-    return vector.data_ptr()
+        if self._prepared is None:
+            self._prepared = Prepared(self._shape, self._stages, self._threads, self.algorithms)
+        image = self.algorithms[-1] == "narrow" and self._stages[-1].transposed
+        return self._prepared(x, not image)

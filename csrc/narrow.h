@@ -1,12 +1,10 @@
 // Layers with few channels on the side of the image, k4 s2 p1, which a GEMM tile over channels fits badly.
 //
 //     up   (64 → 1 or 3):  P[pixel][16·C_out] = x[pixel]·w, all taps of all outputs at once: one GEMM with
-//                          M = input pixels, K = C_in, N = 16·C_out; then each output pixel is a sum of four
-//                          of them, found in the rows next to it in L1 (col2im), and goes through the
-//                          epilogue.
-//     down (1 or 3 → 64):  rows of the input are copied with their padding, channels innermost; a row of A is
-//     then
-//                          four segments of 4·C_in floats: M = output pixels, K = 16·C_in, N = C_out.
+//                          M = input pixels, K = C_in, N = 16·C_out; each output pixel is a sum of four of
+//                          them, in the rows next to it (col2im), and goes through the epilogue
+//     down (1 or 3 → 64):  rows of the input are copied with their padding, channels innermost, so that a row
+//                          of A is four segments of 4·C_in floats: M = output pixels, K = 16·C_in, N = C_out
 //
 // The image may have any strides.
 #pragma once

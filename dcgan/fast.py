@@ -177,7 +177,6 @@ def _run_layer(layer: _Layer, x: Tensor, pending: _Pending, channels_last: bool)
         "in_act": pending.act,
     }
     weight = conv.weight
-    acc = accumulator_dtype(x.dtype)
     batch_statistics = norm is not None and (norm.training or norm.running_mean is None)
 
     if batch_statistics:
@@ -197,16 +196,12 @@ def _run_layer(layer: _Layer, x: Tensor, pending: _Pending, channels_last: bool)
 
     # Without batch statistics BatchNorm and activation are the epilogue, unless the activation's slope is not
     # the prologue's, since the op has one slope: then it is left to what comes next.
-    epilogue: dict[str, Any] = {}
     act = layer.act
     defer = pending.slope is not None and layer.slope is not None and pending.slope != layer.slope
-    if norm is not None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale, shift = _affine(norm, norm.running_var, acc)
-        center = norm.running_mean.to(acc)
-        shift = -center * scale if shift is None else torch.addcmul(shift, center, scale, value=-1)
-        epilogue = {"out_scale": scale, "out_shift": shift}
+    stage = _stage(layer)
+    assert stage is not None
+    out_scale, out_shift = chain.folded(stage, accumulator_dtype(x.dtype))
+    epilogue: dict[str, Any] = {"out_scale": out_scale, "out_shift": out_shift}
     if act != "none" and not defer:
         epilogue["out_act"] = act
     slope = pending.slope if pending.slope is not None else layer.slope
@@ -291,19 +286,19 @@ _chains: weakref.WeakKeyDictionary[nn.Sequential, tuple[list[Any], chain.Chain |
 _chains = weakref.WeakKeyDictionary()
 
 
-def _stages(sequence: nn.Sequential) -> list[chain.Stage]:
+def stages(sequence: nn.Sequential) -> list[chain.Stage]:
     """The whole sequence as stages of one chain; none where one of its layers cannot be."""
-    stages = [_stage(layer) for layer in _layers(sequence)]
-    return [] if None in stages else stages  # type: ignore[return-value]
+    found = [_stage(layer) for layer in _layers(sequence)]
+    return [] if None in found else found  # type: ignore[return-value]
 
 
 def _chain(sequence: nn.Sequential) -> chain.Chain | None:
-    """:func:`_stages` as a chain, kept while nothing in the sequence changes but values."""
+    """:func:`stages` as a chain, kept while nothing in the sequence changes but values."""
     facts = _facts(sequence)
     known = _chains.get(sequence)
     if known is None or known[0] != facts:
-        stages = _stages(sequence)
-        known = _chains[sequence] = facts, chain.Chain(stages) if stages else None
+        whole = stages(sequence)
+        known = _chains[sequence] = facts, chain.Chain(whole) if whole else None
     return known[1]
 
 
@@ -316,11 +311,11 @@ def _differentiated(sequence: nn.Sequential, x: Tensor) -> bool:
 def _forward(sequence: nn.Sequential, x: Tensor) -> Tensor:
     """``sequence(x)`` by the ops; between two ops NHWC, else (output, input of a module) eager's format."""
     if chain.chains(x) and not _differentiated(sequence, x):
-        whole = None if torch.compiler.is_compiling() else _chain(sequence)
-        stages = _stages(sequence) if torch.compiler.is_compiling() else whole.stages if whole else []
-        if stages:
-            nhwc = stages[-1].c_out > 1 and _eager_format_is_channels_last(sequence, x)
-            return whole(x, nhwc) if whole else chain.conv_chain(x, stages, nhwc)
+        kept = None if torch.compiler.is_compiling() else _chain(sequence)
+        whole = kept.stages if kept else stages(sequence) if torch.compiler.is_compiling() else []
+        if whole:
+            nhwc = whole[-1].c_out > 1 and _eager_format_is_channels_last(sequence, x)
+            return kept(x, nhwc) if kept else chain.conv_chain(x, whole, nhwc)
     channels_last = _eager_format_is_channels_last(sequence, x)
     pending = _NOTHING
     layers = list(_layers(sequence))

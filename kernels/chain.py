@@ -150,7 +150,7 @@ def _implementation(x: Tensor, *columns: Any) -> Tensor:
         return _one_by_one(x, stages, channels_last, ops.run)
     for choice in choices:
         ops.record(choice)
-    return cpu.Prepared(x.shape, stages)(x, channels_last)
+    return cpu.Prepared(x.shape, stages, torch.get_num_threads())(x, channels_last)
 
 
 class Chain:
@@ -173,7 +173,8 @@ class Chain:
         """As :func:`conv_chain`."""
         if not (self._plain and ops.plain(x)):
             return conv_chain(x, self.stages, channels_last)
-        key = (x.shape, x.dtype, channels_last, torch.get_num_threads(), ops.engine())
+        threads = torch.get_num_threads()
+        key = (x.shape, x.dtype, channels_last, threads, ops.engine())
         found = self._prepared.get(key)
         held = None if found is None else found[1].current()  # until the call is over
         if found is None or held is None:
@@ -182,7 +183,7 @@ class Chain:
                 return conv_chain(x, self.stages, channels_last)
             if len(self._prepared) >= self._MOST:
                 self._prepared.clear()
-            found = self._prepared[key] = choices, cpu.Prepared(x.shape, self.stages)
+            found = self._prepared[key] = choices, cpu.Prepared(x.shape, self.stages, threads)
             held = found[1].take()
         choices, prepared = found
         for choice in choices:

@@ -61,7 +61,7 @@ def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
     return None
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What a chain's shapes and batch decide."""
 
     geometries: tuple[Geometry, ...]
@@ -70,25 +70,39 @@ class _Plan(NamedTuple):
     out: tuple[int, int, int]  # C, H, W
 
 
-_Key = tuple[bool, tuple[int, ...], str, float, int, int, bool]
+# What a plan takes of a layer: transposed, the weight's shape, act, slope, eps, stride, padding; and the
+# algorithm, or whether its weights are kept, by which one is chosen.
+_Key = tuple[bool, tuple[int, ...], str, float, float, int, int, "str | bool"]
+
+
+def plan(
+    shape: Sequence[int], stages: Sequence[Stage], threads: int, algorithms: Sequence[str] | None = None
+) -> Plan:
+    """For x of ``shape`` [N, C, H, W]. Without ``algorithms``, those that :mod:`.select` chooses."""
+    how: Sequence[str | bool] = algorithms or [weights.frozen(s.weight) for s in stages]
+    keys = tuple(
+        (s.transposed, s.weight.shape, s.act, s.slope, s.eps, s.stride, s.padding, choice)
+        for s, choice in zip(stages, how, strict=True)
+    )
+    return _plan(keys, shape[2], shape[3], shape[0], threads, library.isa())
 
 
 @functools.lru_cache(maxsize=512)
-def _plan(keys: tuple[_Key, ...], height: int, width: int, images: int, threads: int, isa: str) -> _Plan:
+def _plan(keys: tuple[_Key, ...], height: int, width: int, images: int, threads: int, isa: str) -> Plan:
     geometries, algorithms = [], []
     layers = (library.Layer * len(keys))()
     channels = 0
-    for layer, (transposed, shape, act, slope, stride, padding, kept) in zip(layers, keys, strict=True):
+    for layer, (transposed, shape, act, slope, eps, stride, padding, how) in zip(layers, keys, strict=True):
         g = geometry(transposed, shape, height, width, stride, padding)
-        algorithm = select.algorithm(g, images, threads, isa, kept)
+        algorithm = how if isinstance(how, str) else select.algorithm(g, images, threads, isa, how)
         geometries.append(g)
         algorithms.append(algorithm)
         layer.transposed, layer.algorithm = transposed, library.ALGORITHMS.index(algorithm)
         layer.c_in, layer.c_out, layer.height, layer.width = g.c_in, g.c_out, height, width
         layer.kernel, layer.stride, layer.padding = g.kernel, stride, padding
-        layer.act, layer.slope = library.ACTIVATIONS.index(act), slope
+        layer.act, layer.slope, layer.epsilon = library.ACTIVATIONS.index(act), slope, eps
         channels, (height, width) = g.c_out, g.output
-    return _Plan(tuple(geometries), tuple(algorithms), bytes(layers), (channels, height, width))
+    return Plan(tuple(geometries), tuple(algorithms), bytes(layers), (channels, height, width))
 
 
 def pack(weight: Tensor, g: Geometry, algorithm: str) -> Tensor:
@@ -118,37 +132,37 @@ def _place(vector: Tensor) -> Any:
 class Prepared:
     """A chain for batches of one shape, ready to run: plan, packed weights, and pointers to everything."""
 
-    def __init__(self, shape: Sequence[int], stages: Sequence[Stage]) -> None:
-        """``shape`` [N, C, H, W]; stages that :func:`why_not` has nothing against."""
-        isa, self._threads, self._images = library.isa(), torch.get_num_threads(), shape[0]
-        self._isa = isa
-        keys = tuple(
-            (s.transposed, s.weight.shape, s.act, s.slope, s.stride, s.padding, weights.frozen(s.weight))
-            for s in stages
-        )
-        plan = _plan(keys, shape[2], shape[3], self._images, self._threads, isa)
-        self.algorithms = plan.algorithms
-        self._layers = (library.Layer * len(stages)).from_buffer_copy(plan.layers)
+    def __init__(
+        self,
+        shape: Sequence[int],
+        stages: Sequence[Stage],
+        threads: int,
+        algorithms: Sequence[str] | None = None,
+    ) -> None:
+        """As :func:`plan`; stages that :func:`why_not` has nothing against."""
+        self._isa, self._threads, self._images = library.isa(), threads, shape[0]
+        planned = plan(shape, stages, threads, algorithms)
+        self._layers = (library.Layer * len(stages)).from_buffer_copy(planned.layers)
         self.packed: list[Tensor] = []  # by take() handed over to their cache and the caller
         self._packed: list[tuple[Tensor, Any, weakref.ref[Tensor]]] = []
         self._vectors: list[tuple[Tensor, Any]] = []
         self._held: list[Any] = []
         for stage, layer, g, algorithm in zip(
-            stages, self._layers, plan.geometries, plan.algorithms, strict=True
+            stages, self._layers, planned.geometries, planned.algorithms, strict=True
         ):
-            key = ("native", isa, algorithm, g.transposed)
+            key = ("native", self._isa, algorithm, g.transposed)
             make = functools.partial(pack, g=g, algorithm=algorithm)
             packed = weights.transformed(stage.weight, key, make)
             self.packed.append(packed)
             self._packed.append((stage.weight, key, weakref.ref(packed)))
-            layer.weights, layer.epsilon = packed.data_ptr(), stage.eps
+            layer.weights = packed.data_ptr()
             layer.scale, layer.shift = self._address(stage.scale), self._address(stage.shift)
             layer.mean, layer.variance = self._address(stage.mean), self._address(stage.var)
-        self._any_input = plan.algorithms[0] == "narrow" and not stages[0].transposed
-        self._shape = (self._images, *plan.out)
+        self._any_input = planned.algorithms[0] == "narrow" and not stages[0].transposed
+        self._shape = (self._images, *planned.out)
         # By whether channels_last is wanted: the library writes pixels, but planes too where both are one.
-        planes = plan.algorithms[-1] == "narrow" and stages[-1].transposed
-        planes = planes or plan.out[0] == 1 or plan.out[1] * plan.out[2] == 1
+        planes = planned.algorithms[-1] == "narrow" and stages[-1].transposed
+        planes = planes or planned.out[0] == 1 or planned.out[1] * planned.out[2] == 1
         self._format = (memory_format(not planes), torch.channels_last)
 
     def _address(self, vector: Tensor | None) -> int | None:
@@ -220,6 +234,6 @@ def run(call: Call, transposed: bool) -> Outputs:
         stride=call.stride,
         padding=call.padding,
     )
-    y = Prepared(call.x.shape, [stage])(call.x, call.channels_last)
+    y = Prepared(call.x.shape, [stage], torch.get_num_threads())(call.x, call.channels_last)
     nothing = y.new_empty(0, dtype=torch.float32)
     return y, nothing, nothing.clone()

@@ -93,7 +93,7 @@ def test_every_algorithm_of_every_block(case: Case) -> None:
 
 @NEEDED
 def test_sizes_are_told_without_running() -> None:
-    stages = [block.stage for block in blocks(Case("generate", 1, "float32", "cpu", 1).skeleton())]
+    stages = [block.stage for block in blocks(Case("generate", 1, "float32", "cpu", 1).skeleton().eval())]
     chain = native.Chain(stages, (64, 100, 1, 1), ["dense", "f4", "f2", "direct", "narrow"])
     assert chain.algorithms == ("dense", "f4", "f2", "direct", "narrow")
     weights = [100 * 512 * 16, 512 * 256 * 100, 256 * 128 * 36, 128 * 64 * 16, 64 * 16]
