@@ -18,7 +18,7 @@ import torch
 from bench import forward, plot
 from bench.cases import DTYPES
 from bench.inspect import networks
-from bench.layers import Layer, layers
+from bench.layers import Layer, Network, layers, training
 from bench.usage import UsageError, positive, seconds
 from dcgan.kernels.gpu import tiles
 
@@ -46,18 +46,13 @@ def run(args: argparse.Namespace) -> int:
     return (tune if args.stage == "tune" else bench)(args, deadline)
 
 
-def real(layer: Layer) -> Layer:
-    """The layer with random data on the GPU in place of its shapes."""
-    x = torch.randn(layer.call.x.shape, device="cuda").to(layer.call.x.dtype)
-    x = torch.empty_strided(x.shape, layer.call.x.stride(), dtype=x.dtype, device="cuda").copy_(x)
-    weight = torch.randn(layer.call.weight.shape, device="cuda").to(x.dtype)
-    y = torch.empty_strided(layer.y.shape, layer.y.stride(), dtype=x.dtype, device="cuda")
-    call = layer.call._replace(x=x, weight=weight)
-    return layer._replace(call=call, y=y, packed=layer.kernel.pack(weight))
+def _layers(network: Network, batch: int, dtype: torch.dtype) -> list[Layer]:
+    shapes = network, batch, dtype, "cuda"
+    return layers(*shapes) + training(*shapes, input_gradient=True)
 
 
-def _launch(layer: Layer, tile: tiles.Tile) -> None:
-    layer.launch(tile)()
+def _run(layer: Layer, processors: int, tile: tiles.Tile) -> None:
+    layer.launches(tile, processors)()
 
 
 def tune(args: argparse.Namespace, deadline: float) -> int:
@@ -70,18 +65,21 @@ def tune(args: argparse.Namespace, deadline: float) -> int:
         torch.backends.cudnn.allow_tf32 = dtype == "tf32"
         for channels in (1, 3):
             for layer in itertools.chain.from_iterable(
-                layers(n, batch, DTYPES[dtype]) for n in networks(channels)
+                _layers(n, batch, DTYPES[dtype]) for n in networks(channels)
             ):
-                key = layer.problem().key()
+                key = layer.problem.key()
                 if key in tuned:
                     continue
                 if time.monotonic() > deadline:
                     left.append(key)
                     continue
-                tuned[key] = tiles.tune(layer.problem(), functools.partial(_launch, real(layer)))
-                guess = tiles.estimate(layer.problem(), multiprocessors)
+                run = functools.partial(_run, layer, multiprocessors)
+                tuned[key] = tiles.tune(layer.problem, run)
+                guess = tiles.estimate(
+                    layer.problem, multiprocessors, 10 * torch.cuda.get_device_capability()[0]
+                )
                 print(
-                    f"{layer.kernel.name:13} {layer.name:17} {key:40} {tuned[key][:5]} guess {guess[:5]}",
+                    f"{layer.kernel:13} {layer.name:17} {key:60} {tuple(tuned[key])} guess {tuple(guess)}",
                     flush=True,
                 )
                 tiles.write(path, tuned)

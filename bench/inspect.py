@@ -17,13 +17,13 @@ from rich.table import Table
 
 from bench import pretend
 from bench.cases import DTYPES
-from bench.layers import Layer, layers
+from bench.layers import Layer, layers, training
 from dcgan import fast, models
-from dcgan.kernels.gpu import offline, tiles
+from dcgan.kernels.gpu import model, offline, tiles
 
 HELP = "machine code of the Triton kernels, without a GPU"
 HEADINGS = (
-    *("kernel", "layer", "dtype", "tile M×N×K", "programs", "regs", "spills", "KB"),
+    *("kernel", "layer", "phase", "fusion", "dtype", "tile M×N×K", "programs", "regs", "spills", "KB"),
     *("matrix", "16-byte copies", "narrower", "loads", "verdict"),
 )
 MULTIPROCESSORS = {80: 108, 90: 132}
@@ -37,14 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="every tile, not only the default one")
 
 
-def tiles_of(layer: Layer, multiprocessors: int, every: bool) -> Iterator[tiles.Tile]:
+def tiles_of(layer: Layer, arch: int, every: bool) -> Iterator[tiles.Tile]:
     """The layer's default tile, or every candidate."""
-    problem = layer.problem()
+    problem = layer.problem
     if every:
         listed = tiles.candidates(problem.kernel, problem.precision)
-        yield from dict.fromkeys(tiles.fit(tile, problem) for tile in listed)
+        fitted = dict.fromkeys(tiles.fit(tile, problem) for tile in listed)
+        for tile in fitted | dict.fromkeys(tile._replace(fused=False) for tile in fitted):
+            if model.fits(problem, tile, tiles.SHARED_LIMIT[arch]):
+                yield tile
     else:
-        yield tiles.estimate(problem, multiprocessors)
+        yield tiles.estimate(problem, MULTIPROCESSORS[arch], arch)
 
 
 def networks(channels: int) -> tuple[Any, Any]:
@@ -53,7 +56,7 @@ def networks(channels: int) -> tuple[Any, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables; 1 if a kernel has a fault."""
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else 170)
     wrong = 0
     for arch in args.arch:
         table = Table(title=f"sm_{arch}, batch {args.batch}, seed's networks, {args.channels} channel(s)")
@@ -62,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
         for dtype in args.dtype:
             torch.backends.cudnn.allow_tf32 = dtype == "tf32"
             for network in networks(args.channels):
-                for layer in layers(network, args.batch, DTYPES[dtype]):
-                    for tile in tiles_of(layer, MULTIPROCESSORS[arch], args.all):
+                shapes = network, args.batch, DTYPES[dtype]
+                for layer in layers(*shapes) + training(*shapes, input_gradient=True):
+                    for tile in tiles_of(layer, arch, args.all):
                         wrong += _row(table, layer, dtype, tile, arch)
         console.print(table)
     if 90 in args.arch:
@@ -72,13 +76,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(table: Table, layer: Layer, dtype: str, tile: tiles.Tile, arch: int) -> bool:
-    launch = layer.launch(tile)
+    launch = layer.launches(tile, MULTIPROCESSORS[arch]).product
     report = offline.inspect(launch, arch)
     faults = offline.faults(launch, report, arch)
     narrower = sum(n for size, n in report.async_copies.items() if size < 16)
     table.add_row(
-        layer.kernel.name,
+        layer.kernel,
         layer.name,
+        layer.phase,
+        layer.problem.fusion,
         dtype,
         f"{tile.block_m}×{tile.block_n}×{tile.block_k} w{tile.num_warps} s{tile.num_stages}",
         str(launch.programs),

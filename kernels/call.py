@@ -29,6 +29,34 @@ class Call(NamedTuple):
     channels_last: bool = True
 
 
+class Backward(NamedTuple):
+    """The arguments of one call's gradients, in the schema's order.
+
+    ``dy`` is there even where only statistics have a gradient; ``y`` and ``mean`` are the forward's, y where
+    ``stats`` or ``out_act`` tell the gradient from it.
+    """
+
+    dy: Tensor
+    dmean: Tensor | None
+    dvar: Tensor | None
+    x: Tensor
+    weight: Tensor
+    center: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    in_act: str
+    out_scale: Tensor | None
+    out_act: str
+    y: Tensor | None
+    mean: Tensor | None
+    stats: bool
+    slope: float
+    stride: int
+    padding: int
+    needs: tuple[bool, bool, bool, bool, bool]
+    """x, weight, (center, scale, shift), out_scale, out_shift"""
+
+
 class Stage(NamedTuple):
     """A layer of a chain: a convolution, a BatchNorm by its running statistics (or none), an activation.
 
@@ -52,6 +80,10 @@ class Stage(NamedTuple):
     @property
     def c_out(self) -> int:
         return self.weight.shape[1 if self.transposed else 0]
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of x, weight, center, scale, shift, out_scale, out_shift; empty ([0]) where not needed or not there."""
 
 
 def output_shape(call: Call, transposed: bool) -> tuple[int, int, int, int]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import cpu, reference, weights
-from .call import Call, Outputs, output_shape
+from .call import Backward, Call, Gradients, Outputs, output_shape
 from .reference import ACTIVATIONS
 
 ENGINES = ("auto", "reference", "triton", "native")
@@ -191,7 +191,7 @@ def run(call: Call, transposed: bool) -> Outputs:
     if choice.engine == "triton":
         from . import gpu
 
-        return gpu.run(call, transposed)
+        return gpu.forward(call, transposed)
     if choice.engine == "native":
         return cpu.run(call, transposed)
     return reference.forward(*call, transposed=transposed)
@@ -239,34 +239,60 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dy: Any, dmean: Any, dvar: Any) -> tuple[Tensor | None, ...]:
         x, weight, center, scale, shift, out_scale, y, mean = ctx.saved_tensors
-        if dy is None and not (ctx.stats and (dmean is not None or dvar is not None)):
+        if not ctx.stats:
+            dmean = dvar = None
+        if dy is None and dmean is None and dvar is None:
             return (None,) * len(ctx.needs_input_grad)
+        if dy is None:
+            dy = torch.zeros_like(y)
         given = len(ctx.needs_input_grad)  # the dispatcher leaves out trailing arguments that are the default
         need = (*ctx.needs_input_grad, *[False] * (len(Call._fields) - given))
-        dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift = reference.backward(
-            dy,
-            dmean if ctx.stats else None,
-            dvar if ctx.stats else None,
-            x,
-            weight,
-            center,
-            scale,
-            shift,
-            ctx.in_act,
-            out_scale,
-            ctx.out_act,
-            dy if y is None else y,
-            mean,
-            ctx.slope,
-            ctx.stride,
-            ctx.padding,
-            stats=ctx.stats,
-            transposed=transposed,
-            needs=(need[0], need[1], any(need[2:5]), need[6], need[7]),
-        )
+        needs = (need[0], need[1], any(need[2:5]), need[6], need[7])
+        call = Backward(
+            dy, dmean, dvar, x, weight, center, scale, shift, ctx.in_act, out_scale, ctx.out_act, y, mean,
+            ctx.stats, ctx.slope, ctx.stride, ctx.padding, needs,
+        )  # fmt: skip
+        if torch.is_grad_enabled():  # gradients of gradients are those of the reference's aten
+            gradients: tuple[Tensor | None, ...] = reference.backward(call, transposed)
+        else:
+            made = _BACKWARD_OPS[transposed](*call)
+            wanted = (*needs[:2], *(needs[2] and center is not None,) * 3, *needs[3:])
+            gradients = tuple(g if want else None for g, want in zip(made, wanted, strict=True))
+        dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift = gradients
         return (dx, dweight, dcenter, dscale, dshift, None, dout_scale, dout_shift, *[None] * 6)[:given]
 
     return backward
+
+
+def _run_backward(call: Backward, transposed: bool) -> Gradients:
+    choice = _choose_backward(call, transposed)
+    record(choice)
+    if choice.engine == "triton" and call.dy.numel():
+        from . import gpu
+
+        return gpu.backward(call, transposed)
+    made = reference.backward(call, transposed)
+    results = empty_gradients(call)
+    for result, gradient in zip(results, made, strict=True):
+        if gradient is not None and result.numel():
+            result.copy_(gradient)
+    return results
+
+
+def _choose_backward(call: Backward, transposed: bool) -> Choice:
+    name = f"{NAMES[transposed]}_backward"
+    engine = _forced if _forced != "auto" else _ENGINE_OF.get(call.x.device.type, "reference")
+    if engine != "triton":
+        reason = f"the {engine} engine has no backward" if engine == "native" else ""
+        return Choice(name, "reference", reason or "engine 'reference' was asked for")
+    from . import gpu
+
+    why_not = gpu.why_not(call, transposed)
+    if why_not is None:
+        return Choice(name, "triton", "")
+    if _forced == "triton":
+        raise RuntimeError(f"engine 'triton' was asked for, but does not cover this {name}: {why_not}")
+    return Choice(name, "reference", f"triton: {why_not}")
 
 
 # --- registration ------------------------------------------------------------------------------------------
@@ -278,7 +304,35 @@ _SCHEMA = (
     "bool stats=False, float slope=0.2, int stride=2, int padding=1, bool channels_last=True) "
     "-> (Tensor, Tensor, Tensor)"
 )
+_BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor? dmean, Tensor? dvar, Tensor x, Tensor weight, Tensor? center, Tensor? scale, "
+    "Tensor? shift, str in_act, Tensor? out_scale, str out_act, Tensor? y, Tensor? mean, bool stats, "
+    "float slope, int stride, int padding, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 LIBRARY = torch.library.Library("dcgan", "DEF")
+
+
+def empty_gradients(call: Backward) -> Gradients:
+    """Empty gradients of the right shape, dtype and strides; [0] where not needed."""
+    need_x, need_weight, need_prologue, need_out_scale, need_out_shift = call.needs
+    x, weight = call.x, call.weight
+    acc = reference.accumulator_dtype(x.dtype)
+
+    def vector(wanted: bool, channels: int) -> Tensor:
+        return torch.empty(channels if wanted else 0, dtype=acc, device=x.device)
+
+    need_prologue = need_prologue and call.center is not None
+    c_in, c_out = x.shape[1], call.dy.shape[1]
+    return (
+        reference.empty_gradient(x) if need_x else x.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+        vector(need_prologue, c_in),
+        vector(need_prologue, c_in),
+        vector(need_prologue, c_in),
+        vector(need_out_scale, c_out),
+        vector(need_out_shift, c_out),
+    )
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -323,7 +377,18 @@ def _register(transposed: bool) -> Any:
     return getattr(torch.ops.dcgan, name).default
 
 
+def _register_backward(transposed: bool) -> Any:
+    name = f"{NAMES[transposed]}_backward"
+    LIBRARY.define(name + _BACKWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, lambda *args: _run_backward(Backward(*args), transposed), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dcgan::{name}", lambda *args: empty_gradients(Backward(*args)), lib=LIBRARY)
+    return getattr(torch.ops.dcgan, name).default
+
+
 _OPS: dict[bool, Callable[..., Outputs]] = {transposed: _register(transposed) for transposed in (False, True)}
+_BACKWARD_OPS: dict[bool, Callable[..., Gradients]] = {
+    transposed: _register_backward(transposed) for transposed in (False, True)
+}
 
 
 def transforming() -> bool:

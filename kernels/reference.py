@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import weights
+from .call import Backward
 
 aten = torch.ops.aten
 
@@ -160,7 +161,13 @@ def forward(
     return y if functional else _canonical(y, channels_last), mean, var
 
 
-Gradients = tuple[
+def empty_gradient(x: Tensor) -> Tensor:
+    """An empty gradient of x: channels_last if x is that and not contiguous too, with canonical strides."""
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(nhwc))
+
+
+OptionalGradients = tuple[
     Tensor | None,  # x
     Tensor | None,  # weight
     Tensor | None,  # center
@@ -171,51 +178,33 @@ Gradients = tuple[
 ]
 
 
-def backward(
-    dy: Tensor | None,
-    dmean: Tensor | None,
-    dvar: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    in_act: str,
-    out_scale: Tensor | None,
-    out_act: str,
-    y: Tensor,
-    mean: Tensor,
-    slope: float,
-    stride: int,
-    padding: int,
-    *,
-    stats: bool,
-    transposed: bool,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Gradients:
-    """Gradients of every differentiable input.
-
-    Args:
-        y, mean: outputs of the forward.
-        needs: whether each of x, weight, (center, scale, shift), out_scale, out_shift wants one.
-    """
-    need_x, need_weight, need_prologue, need_out_scale, need_out_shift = needs
+def backward(call: Backward, transposed: bool) -> OptionalGradients:
+    """Gradients of every differentiable input that ``call.needs``, differentiable themselves."""
+    x, weight, center, scale, shift = call.x, call.weight, call.center, call.scale, call.shift
+    y, mean, out_scale, slope, stride, padding = (
+        *(call.y, call.mean, call.out_scale),
+        *(call.slope, call.stride, call.padding),
+    )
+    need_x, need_weight, need_prologue, need_out_scale, need_out_shift = call.needs
     acc = accumulator_dtype(x.dtype)
     x_acc = x.to(acc)
     x_pre = x_acc if scale is None else normalise(x_acc, center, scale, shift)  # type: ignore[arg-type]
-    x_act = activate(x_pre, in_act, slope)
+    x_act = activate(x_pre, call.in_act, slope)
     x_hat, w = x_act.to(x.dtype).to(acc), weight.to(acc)
 
     dout_scale = dout_shift = None
-    du = torch.zeros_like(y, dtype=acc) if dy is None else dy.to(acc)
-    if stats:
+    du = call.dy.to(acc)
+    if call.stats:
+        assert y is not None
+        assert mean is not None
         count = y.numel() // y.shape[1]
-        if dmean is not None:
-            du = du + _per_channel(dmean / count)
-        if dvar is not None:
-            du = du + _per_channel(dvar * 2 / count) * (y.to(acc) - _per_channel(mean))
+        if call.dmean is not None:
+            du = du + _per_channel(call.dmean / count)
+        if call.dvar is not None:
+            du = du + _per_channel(call.dvar * 2 / count) * (y.to(acc) - _per_channel(mean))
     else:
-        du = activation_backward(du, y.to(acc), out_act, slope)
+        if y is not None:
+            du = activation_backward(du, y.to(acc), call.out_act, slope)
         if need_out_shift:
             dout_shift = _channel_sums(du)
         if need_out_scale:
@@ -242,7 +231,7 @@ def backward(
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
         if need_x_hat:
-            dx = activation_backward(dx_hat, x_act, in_act, slope)
+            dx = activation_backward(dx_hat, x_act, call.in_act, slope)
             if scale is not None:
                 if need_prologue:
                     dshift = _channel_sums(dx)

@@ -14,47 +14,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
-from .device import epilogue
-from .launch import Launch, common, precision
+from .device import epilogue, prologue, reads_other
+from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
 
 @triton.jit
 def _dense_kernel(
     x_ptr,
+    x_other_ptr,
+    x_center_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
     w_ptr,  # [H_OUT·W_OUT·C_OUT, H·W, C_PADDED]
     y_ptr,
+    input_ptr,
+    center_ptr,
     scale_ptr,
     shift_ptr,
+    partial_ptr,  # [2, TILES, C_OUT]
     M,
+    TILES,
     slope,
-    H: tl.constexpr,  # of x
-    W: tl.constexpr,
-    H_OUT: tl.constexpr,
-    W_OUT: tl.constexpr,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    C_PADDED: tl.constexpr,
-    STRIDE_XN: tl.constexpr,
-    STRIDE_XC: tl.constexpr,
-    STRIDE_XH: tl.constexpr,
-    STRIDE_XW: tl.constexpr,
-    STRIDE_YN: tl.constexpr,
-    STRIDE_YC: tl.constexpr,
-    STRIDE_YH: tl.constexpr,
-    STRIDE_YW: tl.constexpr,
+    per_count,
+    X_SIZE: tl.constexpr,  # C, H, W
+    Y_SIZE: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # N, C, H, W
+    X_OTHER_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    INPUT_STRIDE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
+    X_ACT: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    C_PADDED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    COLUMNS: tl.constexpr = H_OUT * W_OUT * C_OUT
+    C_IN: tl.constexpr = X_SIZE[0]
+    H: tl.constexpr = X_SIZE[1]
+    W: tl.constexpr = X_SIZE[2]
+    C_OUT: tl.constexpr = Y_SIZE[0]
+    PIXELS: tl.constexpr = Y_SIZE[1] * Y_SIZE[2]
+    COLUMNS: tl.constexpr = PIXELS * C_OUT
     COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     tile = pid // COLUMN_TILES
     column = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,39 +71,65 @@ def _dense_kernel(
         tile = tile.to(tl.int64)
         column = column.to(tl.int64)
     n = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = n < M
     k = tl.arange(0, BLOCK_K)
 
+    x_rows = x_ptr + n * X_STRIDE[0]
+    other_rows = x_other_ptr + n * X_OTHER_STRIDE[0]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(0, H * W * ((C_IN + BLOCK_K - 1) // BLOCK_K)):
         tap = step % (H * W)
         c = (step // (H * W)) * BLOCK_K + k
-        x_k = (tap // W) * STRIDE_XH + (tap % W) * STRIDE_XW + c * STRIDE_XC
-        mask = (n < M)[:, None] & (c < C_IN)[None, :]
-        x = tl.load(x_ptr + n[:, None] * STRIDE_XN + x_k[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        mask = inside[:, None] & (c < C_IN)[None, :]
+        x_k = (tap // W) * X_STRIDE[2] + (tap % W) * X_STRIDE[3] + c * X_STRIDE[1]
+        x_at = x_rows[:, None] + x_k[None, :]
+        x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        other = x
+        if reads_other(X_PROLOGUE):
+            other_k = (tap // W) * X_OTHER_STRIDE[2] + (tap % W) * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1]
+            other_at = other_rows[:, None] + other_k[None, :]
+            other = tl.load(other_at, mask=mask, other=0.0)
+        x = prologue(
+            x, other, mask, c[None, :], x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            C_IN, X_PROLOGUE, X_ACT, X_SCALED,
+        )  # fmt: skip
+
         w_at = w_ptr + column[None, :] * (H * W * C_PADDED) + (tap * C_PADDED + c)[:, None]
         mask = (column < COLUMNS)[None, :] & (c < C_PADDED)[:, None]
         w = tl.load(w_at, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    co = column % C_OUT
+    # A column beyond the last is a channel beyond the last: none of its own is to be stored.
+    co = tl.where(column < COLUMNS, column % C_OUT, C_OUT)
     pixel = column // C_OUT
-    y = epilogue(acc, co, scale_ptr, shift_ptr, slope, C_OUT, HAS_SCALE, HAS_SHIFT, ACT)
-    y_columns = (pixel // W_OUT) * STRIDE_YH + (pixel % W_OUT) * STRIDE_YW + co * STRIDE_YC
-    mask = (n < M)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(y_ptr + n[:, None] * STRIDE_YN + y_columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    h = pixel // Y_SIZE[2]
+    w = pixel % Y_SIZE[2]
+    input_columns = h * INPUT_STRIDE[2] + w * INPUT_STRIDE[3] + co * INPUT_STRIDE[1]
+    input_at = (input_ptr + n * INPUT_STRIDE[0])[:, None] + input_columns[None, :]
+    acc = epilogue(
+        acc, inside, co, input_at, tile * PIXELS + pixel, TILES, partial_ptr, center_ptr, scale_ptr,
+        shift_ptr, slope, C_OUT, EPILOGUE, ACT, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
+    y_columns = h * Y_STRIDE[2] + w * Y_STRIDE[3] + co * Y_STRIDE[1]
+    mask = inside[:, None] & (column < COLUMNS)[None, :]
+    tl.store(y_ptr + n[:, None] * Y_STRIDE[0] + y_columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def problem(call: Call, y: Tensor) -> Problem:
-    n, c_in, h, w = call.x.shape
-    columns = y.shape[1] * y.shape[2] * y.shape[3]
-    return Problem("dense", precision(call.x.dtype), n, columns, c_in * h * w, c_in)
+def pixels(product: Product) -> int:
+    """Pixels of y: a row tile leaves partial sums for each."""
+    return product.y.shape[2] * product.y.shape[3]
 
 
-def launch(call: Call, packed: Tensor, y: Tensor, tile: Tile) -> Launch:
+def problem(product: Product) -> Problem:
+    n, c_in, h, w = product.x.shape
+    columns = product.y[0].numel()
+    return product.problem("dense", n, columns, c_in * h * w, c_in)
+
+
+def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
     """y [N, C_out, kH, kW] from x [N, C_in, 1, 1], or [N, C_out, 1, 1] from [N, C_in, kH, kW]."""
-    sizes = problem(call, y)
-    arguments, constants = common(call, y, sizes.rows)
-    constants |= {"H": call.x.shape[2], "W": call.x.shape[3], "H_OUT": y.shape[2], "W_OUT": y.shape[3]}
-    constants |= {"C_IN": call.x.shape[1], "C_OUT": y.shape[1], "C_PADDED": packed.shape[-1]}
+    sizes = problem(product)
+    arguments, constants = common(product, packed, partial, sizes.rows)
+    constants["C_PADDED"] = packed.shape[-1]
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    return Launch(_dense_kernel, programs(tile, sizes), arguments | {"w_ptr": packed}, constants, tile)
+    return Launch(_dense_kernel, programs(tile, sizes), arguments, constants, tile)

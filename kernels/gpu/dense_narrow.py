@@ -13,43 +13,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
 from . import packing
-from .device import activate
-from .launch import Launch, common, precision
+from .device import activate, prologue, reads_other
+from .launch import Launch, Product, common
 from .tiles import Problem, Tile
 
 
 @triton.jit
 def _dense_narrow_kernel(
     x_ptr,
+    x_other_ptr,
+    x_center_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
     w_ptr,  # [C_OUT, H·W, C_PADDED]
     y_ptr,
+    input_ptr,
+    center_ptr,
     scale_ptr,
     shift_ptr,
+    partial_ptr,  # [2, TILES, C_OUT]
     M,
+    TILES,
     slope,
-    W: tl.constexpr,  # of x
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    C_PADDED: tl.constexpr,
-    DEPTH: tl.constexpr,  # H·W·C_PADDED
-    STRIDE_XN: tl.constexpr,
-    STRIDE_XC: tl.constexpr,
-    STRIDE_XH: tl.constexpr,
-    STRIDE_XW: tl.constexpr,
-    STRIDE_YN: tl.constexpr,
-    STRIDE_YC: tl.constexpr,
-    STRIDE_YH: tl.constexpr,
-    STRIDE_YW: tl.constexpr,
+    per_count,
+    X_SIZE: tl.constexpr,  # C, H, W
+    Y_SIZE: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # N, C, H, W
+    X_OTHER_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    INPUT_STRIDE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
+    X_ACT: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    C_PADDED: tl.constexpr,
+    DEPTH: tl.constexpr,  # H·W·C_PADDED
     WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    C_IN: tl.constexpr = X_SIZE[0]
+    W: tl.constexpr = X_SIZE[2]
+    C_OUT: tl.constexpr = Y_SIZE[0]
     n = pid // C_OUT
     co = pid % C_OUT
     if WIDE:
@@ -58,35 +68,45 @@ def _dense_narrow_kernel(
     acc = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for step in range(0, (DEPTH + BLOCK_K - 1) // BLOCK_K):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        tap = k // C_PADDED
+        h = k // C_PADDED // W
+        w = k // C_PADDED % W
         c = k % C_PADDED
-        x_at = x_ptr + n * STRIDE_XN + (tap // W) * STRIDE_XH + (tap % W) * STRIDE_XW + c * STRIDE_XC
-        x = tl.load(x_at, mask=(k < DEPTH) & (c < C_IN), other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + co * DEPTH + k, mask=k < DEPTH, other=0.0).to(tl.float32)
-        acc += x * w
+        seen = (k < DEPTH) & (c < C_IN)
+        x_at = x_ptr + n * X_STRIDE[0] + h * X_STRIDE[2] + w * X_STRIDE[3] + c * X_STRIDE[1]
+        x = tl.load(x_at, mask=seen, other=0.0)
+        other = x
+        if reads_other(X_PROLOGUE):
+            other_k = h * X_OTHER_STRIDE[2] + w * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1]
+            other = tl.load(x_other_ptr + n * X_OTHER_STRIDE[0] + other_k, mask=seen, other=0.0)
+        x = prologue(
+            x, other, seen, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            C_IN, X_PROLOGUE, X_ACT, X_SCALED,
+        )  # fmt: skip
+        weight = tl.load(w_ptr + co * DEPTH + k, mask=k < DEPTH, other=0.0)
+        acc += x.to(tl.float32) * weight.to(tl.float32)
 
+    tl.static_assert(EPILOGUE == "affine")  # one number a program has no statistics: those run as dense
     y = tl.sum(acc, axis=0)
     if HAS_SCALE:
         y = y * tl.load(scale_ptr + co)
     if HAS_SHIFT:
         y = y + tl.load(shift_ptr + co)
     y = activate(y, slope, ACT)
-    tl.store(y_ptr + n * STRIDE_YN + co * STRIDE_YC, y.to(y_ptr.dtype.element_ty))
+    tl.store(y_ptr + n * Y_STRIDE[0] + co * Y_STRIDE[1], y.to(y_ptr.dtype.element_ty))
 
 
 pack = packing.dense_down
 
 
-def problem(call: Call, y: Tensor) -> Problem:
-    n, c_in, h, w = call.x.shape
-    return Problem("dense_narrow", precision(call.x.dtype), n, y.shape[1], c_in * h * w, c_in)
+def problem(product: Product) -> Problem:
+    n, c_in, h, w = product.x.shape
+    return product.problem("dense_narrow", n, product.y.shape[1], c_in * h * w, c_in)
 
 
-def launch(call: Call, packed: Tensor, y: Tensor, tile: Tile) -> Launch:
+def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
     """y [N, C_out ≤ 4, 1, 1] from x [N, C_in, kH, kW] and the packed weight."""
-    arguments, constants = common(call, y, call.x.shape[0])
-    c_padded = packed.shape[-1]
-    constants |= {"W": call.x.shape[3], "C_IN": call.x.shape[1], "C_OUT": y.shape[1], "C_PADDED": c_padded}
-    constants |= {"DEPTH": call.x.shape[2] * call.x.shape[3] * c_padded, "BLOCK_K": tile.block_k}
-    programs = call.x.shape[0] * y.shape[1]
-    return Launch(_dense_narrow_kernel, programs, arguments | {"w_ptr": packed}, constants, tile)
+    sizes = problem(product)
+    arguments, constants = common(product, packed, partial, sizes.rows)
+    constants["C_PADDED"] = packed.shape[-1]
+    constants |= {"DEPTH": packed.numel() // packed.shape[0], "BLOCK_K": tile.block_k}
+    return Launch(_dense_narrow_kernel, sizes.rows * sizes.columns, arguments, constants, tile)

@@ -16,37 +16,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
 from . import packing
-from .device import epilogue, rows
-from .launch import Launch, common, precision
+from .device import epilogue, prologue, reads_other, rows
+from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
 
 @triton.jit
 def _down_kernel(
     x_ptr,
+    x_other_ptr,
+    x_center_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
     w_ptr,  # [C_OUT, 16, C_IN]
     y_ptr,
+    input_ptr,
+    center_ptr,
     scale_ptr,
     shift_ptr,
+    partial_ptr,  # [2, TILES, C_OUT]
     M,
+    TILES,
     slope,
-    H: tl.constexpr,  # of x
-    W: tl.constexpr,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    STRIDE_XN: tl.constexpr,
-    STRIDE_XC: tl.constexpr,
-    STRIDE_XH: tl.constexpr,
-    STRIDE_XW: tl.constexpr,
-    STRIDE_YN: tl.constexpr,
-    STRIDE_YC: tl.constexpr,
-    STRIDE_YH: tl.constexpr,
-    STRIDE_YW: tl.constexpr,
+    per_count,
+    X_SIZE: tl.constexpr,  # C, H, W
+    Y_SIZE: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # N, C, H, W
+    X_OTHER_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    INPUT_STRIDE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
+    X_ACT: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,12 +60,19 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    C_IN: tl.constexpr = X_SIZE[0]
+    H: tl.constexpr = X_SIZE[1]
+    W: tl.constexpr = X_SIZE[2]
+    C_OUT: tl.constexpr = Y_SIZE[0]
+
     COLUMN_TILES: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    inside, n, p, q = rows(pid // COLUMN_TILES, M, H // 2, W // 2, BLOCK_M, WIDE)
+    row_tile = pid // COLUMN_TILES
+    inside, n, p, q = rows(row_tile, M, H // 2, W // 2, BLOCK_M, WIDE)
     co = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
-    x_rows = x_ptr + n * STRIDE_XN + 2 * p * STRIDE_XH + 2 * q * STRIDE_XW
+    x_rows = x_ptr + n * X_STRIDE[0] + 2 * p * X_STRIDE[2] + 2 * q * X_STRIDE[3]
+    other_rows = x_other_ptr + n * X_OTHER_STRIDE[0] + 2 * p * X_OTHER_STRIDE[2] + 2 * q * X_OTHER_STRIDE[3]
     w_columns = w_ptr + co * (16 * C_IN)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(0, 16 * ((C_IN + BLOCK_K - 1) // BLOCK_K)):  # the tap is the inner index, as in up
@@ -68,31 +81,48 @@ def _down_kernel(
         dh = tap // 4 - 1
         dw = tap % 4 - 1
         seen = inside & (2 * p + dh >= 0) & (2 * p + dh < H) & (2 * q + dw >= 0) & (2 * q + dw < W)
-        x_at = x_rows[:, None] + (dh * STRIDE_XH + dw * STRIDE_XW + c * STRIDE_XC)[None, :]
-        x = tl.load(x_at, mask=seen[:, None] & (c < C_IN)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        mask = seen[:, None] & (c < C_IN)[None, :]
+        x_at = x_rows[:, None] + (dh * X_STRIDE[2] + dw * X_STRIDE[3] + c * X_STRIDE[1])[None, :]
+        x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        other = x
+        if reads_other(X_PROLOGUE):
+            other_at = (
+                other_rows[:, None]
+                + (dh * X_OTHER_STRIDE[2] + dw * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1])[None, :]
+            )
+            other = tl.load(other_at, mask=mask, other=0.0)
+        x = prologue(
+            x, other, mask, c[None, :], x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            C_IN, X_PROLOGUE, X_ACT, X_SCALED,
+        )  # fmt: skip
+
         w_at = w_columns[None, :] + (tap * C_IN + c)[:, None]
         w = tl.load(w_at, mask=(co < C_OUT)[None, :] & (c < C_IN)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    y = epilogue(acc, co, scale_ptr, shift_ptr, slope, C_OUT, HAS_SCALE, HAS_SHIFT, ACT)
-    y_rows = y_ptr + n * STRIDE_YN + p * STRIDE_YH + q * STRIDE_YW
-    y_at = y_rows[:, None] + co[None, :] * STRIDE_YC
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (co < C_OUT)[None, :])
+    input_rows = input_ptr + n * INPUT_STRIDE[0] + p * INPUT_STRIDE[2] + q * INPUT_STRIDE[3]
+    input_at = input_rows[:, None] + co[None, :] * INPUT_STRIDE[1]
+    acc = epilogue(
+        acc, inside, co, input_at, row_tile, TILES, partial_ptr, center_ptr, scale_ptr,
+        shift_ptr, slope, C_OUT, EPILOGUE, ACT, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
+    y_rows = y_ptr + n * Y_STRIDE[0] + p * Y_STRIDE[2] + q * Y_STRIDE[3]
+    y_at = y_rows[:, None] + co[None, :] * Y_STRIDE[1]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (co < C_OUT)[None, :])
 
 
 pack = packing.down
 
 
-def problem(call: Call, y: Tensor) -> Problem:
-    n, c_out, h, w = y.shape
-    c_in = call.x.shape[1]
-    return Problem("down", precision(call.x.dtype), n * h * w, c_out, 16 * c_in, c_in)
+def problem(product: Product) -> Problem:
+    n, c_out, h, w = product.y.shape
+    c_in = product.x.shape[1]
+    return product.problem("down", n * h * w, c_out, 16 * c_in, c_in)
 
 
-def launch(call: Call, packed: Tensor, y: Tensor, tile: Tile) -> Launch:
+def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
     """y [N, C_out, H/2, W/2] from x [N, C_in, H, W] and the packed weight."""
-    sizes = problem(call, y)
-    arguments, constants = common(call, y, sizes.rows)
-    constants |= {"H": call.x.shape[2], "W": call.x.shape[3], "C_IN": call.x.shape[1], "C_OUT": y.shape[1]}
+    sizes = problem(product)
+    arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    return Launch(_down_kernel, programs(tile, sizes), arguments | {"w_ptr": packed}, constants, tile)
+    return Launch(_down_kernel, programs(tile, sizes), arguments, constants, tile)

@@ -14,37 +14,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
 from . import packing
-from .device import epilogue, rows
-from .launch import Launch, common, precision
+from .device import epilogue, prologue, reads_other, rows
+from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
 
 @triton.jit
 def _down_narrow_kernel(
     x_ptr,
+    x_other_ptr,
+    x_center_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
     w_ptr,  # [C_OUT, C_IN, 16]
     y_ptr,
+    input_ptr,
+    center_ptr,
     scale_ptr,
     shift_ptr,
+    partial_ptr,  # [2, TILES, C_OUT]
     M,
+    TILES,
     slope,
-    H: tl.constexpr,  # of x
-    W: tl.constexpr,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    STRIDE_XN: tl.constexpr,
-    STRIDE_XC: tl.constexpr,
-    STRIDE_XH: tl.constexpr,
-    STRIDE_XW: tl.constexpr,
-    STRIDE_YN: tl.constexpr,
-    STRIDE_YC: tl.constexpr,
-    STRIDE_YH: tl.constexpr,
-    STRIDE_YW: tl.constexpr,
+    per_count,
+    X_SIZE: tl.constexpr,  # C, H, W
+    Y_SIZE: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # N, C, H, W
+    X_OTHER_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    INPUT_STRIDE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
+    X_ACT: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -52,41 +58,59 @@ def _down_narrow_kernel(
     BLOCK_K: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    C_IN: tl.constexpr = X_SIZE[0]
+    H: tl.constexpr = X_SIZE[1]
+    W: tl.constexpr = X_SIZE[2]
+    C_OUT: tl.constexpr = Y_SIZE[0]
+
     COLUMN_TILES: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    inside, n, p, q = rows(pid // COLUMN_TILES, M, H // 2, W // 2, BLOCK_M, WIDE)
+    row_tile = pid // COLUMN_TILES
+    inside, n, p, q = rows(row_tile, M, H // 2, W // 2, BLOCK_M, WIDE)
     co = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     tap = tl.arange(0, BLOCK_K)  # BLOCK_K = 16
     h = 2 * p[:, None] + (tap // 4 - 1)[None, :]
     w = 2 * q[:, None] + (tap % 4 - 1)[None, :]
     seen = inside[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    x_at = x_ptr + n[:, None] * STRIDE_XN + h * STRIDE_XH + w * STRIDE_XW
+    x_at = x_ptr + n[:, None] * X_STRIDE[0] + h * X_STRIDE[2] + w * X_STRIDE[3]
+    other_at = x_other_ptr + n[:, None] * X_OTHER_STRIDE[0] + h * X_OTHER_STRIDE[2] + w * X_OTHER_STRIDE[3]
     w_at = w_ptr + co[None, :] * (16 * C_IN) + tap[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for c in tl.static_range(C_IN):
-        patch = tl.load(x_at + c * STRIDE_XC, mask=seen, other=0.0)  # [BLOCK_M, 16]
+        patch = tl.load(x_at + c * X_STRIDE[1], mask=seen, other=0.0)  # [BLOCK_M, 16]
+        other = patch
+        if reads_other(X_PROLOGUE):
+            other = tl.load(other_at + c * X_OTHER_STRIDE[1], mask=seen, other=0.0)
+        patch = prologue(
+            patch, other, seen, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            C_IN, X_PROLOGUE, X_ACT, X_SCALED,
+        )  # fmt: skip
         taps = tl.load(w_at + c * 16, mask=(co < C_OUT)[None, :], other=0.0)  # [16, BLOCK_N]
         acc = tl.dot(patch, taps, acc, input_precision=PRECISION)
 
-    y = epilogue(acc, co, scale_ptr, shift_ptr, slope, C_OUT, HAS_SCALE, HAS_SHIFT, ACT)
-    y_rows = y_ptr + n * STRIDE_YN + p * STRIDE_YH + q * STRIDE_YW
-    y_at = y_rows[:, None] + co[None, :] * STRIDE_YC
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (co < C_OUT)[None, :])
+    input_rows = input_ptr + n * INPUT_STRIDE[0] + p * INPUT_STRIDE[2] + q * INPUT_STRIDE[3]
+    input_at = input_rows[:, None] + co[None, :] * INPUT_STRIDE[1]
+    acc = epilogue(
+        acc, inside, co, input_at, row_tile, TILES, partial_ptr, center_ptr, scale_ptr,
+        shift_ptr, slope, C_OUT, EPILOGUE, ACT, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
+    y_rows = y_ptr + n * Y_STRIDE[0] + p * Y_STRIDE[2] + q * Y_STRIDE[3]
+    y_at = y_rows[:, None] + co[None, :] * Y_STRIDE[1]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (co < C_OUT)[None, :])
 
 
 pack = packing.down_narrow
 
 
-def problem(call: Call, y: Tensor) -> Problem:
-    n, c_out, h, w = y.shape
-    c_in = call.x.shape[1]
-    return Problem("down_narrow", precision(call.x.dtype), n * h * w, c_out, 16 * c_in, 16)
+def problem(product: Product) -> Problem:
+    n, c_out, h, w = product.y.shape
+    c_in = product.x.shape[1]
+    return product.problem("down_narrow", n * h * w, c_out, 16 * c_in, 16)
 
 
-def launch(call: Call, packed: Tensor, y: Tensor, tile: Tile) -> Launch:
+def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
     """y [N, C_out, H/2, W/2] from x [N, C_in ≤ 4, H, W] and the weight."""
-    sizes = problem(call, y)
-    arguments, constants = common(call, y, sizes.rows)
-    constants |= {"H": call.x.shape[2], "W": call.x.shape[3], "C_IN": call.x.shape[1], "C_OUT": y.shape[1]}
+    sizes = problem(product)
+    arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": 16}
-    return Launch(_down_narrow_kernel, programs(tile, sizes), arguments | {"w_ptr": packed}, constants, tile)
+    return Launch(_down_narrow_kernel, programs(tile, sizes), arguments, constants, tile)

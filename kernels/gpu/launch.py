@@ -3,15 +3,71 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call import Call
-from .tiles import Tile
+from .tiles import Problem, Tile
 
 INT32_MAX = 2**31 - 1
+
+
+class Prologue(NamedTuple):
+    """What a convolution takes in place of an operand, as :func:`.device.prologue` says.
+
+    ``kind``: 'none', 'act', 'affine', 'gradient' or 'statistics'.
+    """
+
+    kind: str = "none"
+    act: str = "none"
+    center: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    other: Tensor | None = None
+
+
+class Epilogue(NamedTuple):
+    """What becomes of the accumulator, as :func:`.device.epilogue` says.
+
+    ``kind``: 'affine', 'statistics' or 'adjoint'. ``input``, for the last, is x as the forward took it.
+    """
+
+    kind: str = "affine"
+    act: str = "none"
+    center: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    input: Tensor | None = None
+
+    @property
+    def sums(self) -> bool:
+        """Whether it leaves two numbers a tile and channel."""
+        return self.kind == "statistics" or (self.kind == "adjoint" and self.scale is not None)
+
+
+class Product(NamedTuple):
+    """epilogue(conv(prologue(x), weight)): a forward convolution, or the adjoint of one, in one launch."""
+
+    x: Tensor
+    weight: Tensor
+    """[C_in, C_out, kH, kW] if ``transposed``, else [C_out, C_in, kH, kW], for this direction."""
+    transposed: bool
+    y: Tensor
+    """The output to be written."""
+    prologue: Prologue = Prologue()
+    epilogue: Epilogue = Epilogue()
+    slope: float = 0.0
+    stride: int = 2
+    padding: int = 1
+
+    def problem(
+        self, kernel: str, rows: int, columns: int, depth: int, channels_in: int, copies: int = 1
+    ) -> Problem:
+        """Its sizes, for the choice of a tile."""
+        fusion = f"{self.prologue.kind}+{self.epilogue.kind}"
+        sizes = (rows, columns, depth, channels_in, copies)
+        return Problem(kernel, precision(self.x.dtype), *sizes, fusion, (self.x.numel(),))
 
 
 @dataclass(frozen=True)
@@ -54,29 +110,65 @@ def extent(t: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def common(call: Call, y: Tensor, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What every kernel takes: (arguments, constants) but for weights, sizes and tile.
+def wide(*tensors: Tensor | None, count: int) -> bool:
+    """Whether an offset, or a row number, needs 64 bits. Rows are rounded up to tiles of at most 256."""
+    return max(*(0 if t is None else extent(t) for t in tensors), count + 256) > INT32_MAX
 
-    Absent vectors are passed as y, which the kernel then does not read.
-    """
-    arguments = {
-        "x_ptr": call.x,
-        "y_ptr": y,
-        "scale_ptr": y if call.out_scale is None else call.out_scale,
-        "shift_ptr": y if call.out_shift is None else call.out_shift,
-        "M": rows,
-        "slope": float(call.slope),
+
+def operand(name: str, x: Tensor, prologue: Prologue, absent: Tensor) -> dict[str, Any]:
+    """Pointers of an operand and of its prologue; what the kernel will not read is passed as ``absent``."""
+
+    def present(t: Tensor | None) -> Tensor:
+        return absent if t is None else t
+
+    return {
+        f"{name}_ptr": x,
+        f"{name}_other_ptr": present(prologue.other),
+        f"{name}_center_ptr": present(prologue.center),
+        f"{name}_scale_ptr": present(prologue.scale),
+        f"{name}_shift_ptr": present(prologue.shift),
     }
-    # Strides are constants: their exact values are what lets the compiler prove 16-byte accesses.
-    names = ("N", "C", "H", "W")
-    constants: dict[str, Any] = {f"STRIDE_X{d}": s for d, s in zip(names, call.x.stride(), strict=True)}
-    constants |= {f"STRIDE_Y{d}": s for d, s in zip(names, y.stride(), strict=True)}
-    constants |= {
-        "HAS_SCALE": call.out_scale is not None,
-        "HAS_SHIFT": call.out_shift is not None,
-        "ACT": call.out_act,
-        "PRECISION": "tf32" if precision(call.x.dtype) == "tf32" else "ieee",
-        # Rows are rounded up to tiles of at most 256.
-        "WIDE": max(extent(call.x), extent(y), rows + 256) > INT32_MAX,
+
+
+def operand_constants(name: str, x: Tensor, prologue: Prologue) -> dict[str, Any]:
+    """Its strides and its prologue: exact strides are what lets the compiler prove 16-byte accesses."""
+    return {
+        f"{name}_STRIDE".upper(): x.stride(),
+        f"{name}_OTHER_STRIDE".upper(): x.stride() if prologue.other is None else prologue.other.stride(),
+        f"{name}_PROLOGUE".upper(): prologue.kind,
+        f"{name}_ACT".upper(): prologue.act,
+        f"{name}_SCALED".upper(): prologue.scale is not None,
+    }
+
+
+def common(
+    product: Product, packed: Tensor, partial: Tensor | None, rows: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every kernel of a :class:`Product` takes: (arguments, constants) but for the tile."""
+    x, y, prologue, epilogue = product.x, product.y, product.prologue, product.epilogue
+    arguments = operand("x", x, prologue, absent=y) | {
+        "w_ptr": packed,
+        "y_ptr": y,
+        "input_ptr": y if epilogue.input is None else epilogue.input,
+        "center_ptr": y if epilogue.center is None else epilogue.center,
+        "scale_ptr": y if epilogue.scale is None else epilogue.scale,
+        "shift_ptr": y if epilogue.shift is None else epilogue.shift,
+        "partial_ptr": y if partial is None else partial,
+        "M": rows,
+        "TILES": 0 if partial is None else partial.shape[1],
+        "slope": float(product.slope),
+        "per_count": 1.0 / max(x.numel() // x.shape[1], 1) if prologue.kind == "statistics" else 0.0,
+    }
+    constants = operand_constants("x", x, prologue) | {
+        "X_SIZE": (x.shape[1], x.shape[2], x.shape[3]),
+        "Y_SIZE": (y.shape[1], y.shape[2], y.shape[3]),
+        "Y_STRIDE": y.stride(),
+        "INPUT_STRIDE": y.stride() if epilogue.input is None else epilogue.input.stride(),
+        "EPILOGUE": epilogue.kind,
+        "ACT": epilogue.act,
+        "HAS_SCALE": epilogue.scale is not None,
+        "HAS_SHIFT": epilogue.shift is not None,
+        "PRECISION": "tf32" if precision(x.dtype) == "tf32" else "ieee",
+        "WIDE": wide(x, y, prologue.other, epilogue.input, count=rows),
     }
     return arguments, constants

@@ -17,9 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .launch import INT32_MAX, Launch
+from .tiles import SHARED_LIMIT
 
-# Shared memory a program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table 24).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
@@ -91,27 +90,46 @@ def inspect(launch: Launch, capability: int) -> Report:
     )
 
 
+def _vectorisable(tensor: Any, stride: tuple[int, ...]) -> bool:
+    """Whether an operand's channels can be copied 16 bytes at a time."""
+    channels = tensor.shape[1]
+    return bool(channels >= 16 and channels * tensor.element_size() % 16 == 0 and stride[1] == 1)
+
+
 def faults(launch: Launch, report: Report, capability: int) -> list[str]:
-    """What is wrong with a launch's code; with its loads only where scale and shift add no scalar ones."""
+    """What is wrong with a launch's code.
+
+    Operands whose channels lie together are to come by asynchronous 16-byte copies and nothing else but the
+    4-byte ones of per-channel vectors; without prologue, epilogue vectors or a second tensor, all loads are.
+    """
     constants = launch.constants
     found = []
     if report.spills or report.stack:
         found.append(f"spills: {report.spills} local accesses, {report.stack} bytes of stack")
     if report.shared > SHARED_LIMIT[capability]:
         found.append(f"{report.shared} bytes of shared memory, the chip has {SHARED_LIMIT[capability]}")
-    x = launch.arguments["x_ptr"]
-    if "BLOCK_M" not in constants:
-        return found  # a dot product a program: no matrix instruction, nothing to stage
-    if x.dtype != torch.float32 or constants["PRECISION"] == "tf32":
+    if "PRECISION" not in constants or "BLOCK_M" not in constants:
+        return found  # a pass, a reduction or a dot product: no matrix instruction, nothing to stage
+    operands = [name for name in ("x", "small", "large") if f"{name}_ptr" in launch.arguments]
+    tensors = [launch.arguments[f"{name}_ptr"] for name in operands]
+    if tensors[0].dtype != torch.float32 or constants["PRECISION"] == "tf32":
         # A warpgroup's instruction takes 64 rows.
         expected = "HGMMA" if capability >= 90 and launch.tile.block_m >= 64 else "HMMA"
         if report.matrix != expected:
             found.append(f"{report.matrix} where {expected} should be")
-    aligned = constants["C_IN"] * x.element_size() % 16 == 0 and constants["STRIDE_XC"] == 1
-    if aligned and constants["C_IN"] >= 16 and not (constants["HAS_SCALE"] or constants["HAS_SHIFT"]):
-        narrow = {size: n for size, n in report.async_copies.items() if size < 16}
-        if narrow or report.loads or not report.async_copies:
-            found.append(
-                f"loads not all asynchronous 16-byte copies: {report.async_copies}, {report.loads} others"
-            )
+    strides = [constants[f"{name.upper()}_STRIDE"] for name in operands]
+    if all(_vectorisable(t, stride) for t, stride in zip(tensors, strides, strict=True)):
+        prologues = {constants[f"{name.upper()}_PROLOGUE"] for name in operands}
+        # TF32's operands must lie along the reduction in shared memory: a weight gradient's, which lie along
+        # the channels, are transposed on the way in by copies of 4 bytes.
+        transposing = "small_ptr" in launch.arguments and constants["PRECISION"] == "tf32"
+        allowed = {16} if prologues == {"none"} and not transposing else {16, 4}
+        wide = report.async_copies.get(16) or transposing
+        if not wide or report.async_copies.keys() - allowed:
+            found.append(f"operands not by asynchronous 16-byte copies: {report.async_copies}")
+        bare = constants.get("EPILOGUE") in ("affine", "statistics") and not (
+            constants["HAS_SCALE"] or constants["HAS_SHIFT"]
+        )
+        if prologues == {"none"} and bare and report.loads:
+            found.append(f"{report.loads} loads that are not asynchronous copies")
     return found

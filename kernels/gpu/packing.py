@@ -27,15 +27,13 @@ def up(weight: Tensor) -> Tensor:
 def up_narrow(weight: Tensor) -> Tensor:
     """[C_in, C_out ≤ 4, 4, 4] → [a, b, 4, u, v, C_in]: all parities' columns over the 3×3 inputs they share.
 
-    Output (2p+a, 2q+b) sees input (p+u-1, q+v-1) through kh = 3+a-2u, kw = 3+b-2v; the rest is zero.
+    Output (2p+a, 2q+b) sees input (p+1-u, q+1-v) through kh = 2u+a-1, kw = 2v+b-1; what lies outside the
+    kernel is zero.
     """
     c_in, c_out = weight.shape[:2]
-    packed = weight.new_zeros(2, 2, NARROW, 3, 3, c_in)
-    for a in (0, 1):
-        for b in (0, 1):
-            taps = weight[:, :, 1 - a :: 2, 1 - b :: 2].flip(2, 3)  # kh = 3-a, 1-a
-            packed[a, b, :c_out, a : a + 2, b : b + 2] = taps.permute(1, 2, 3, 0)
-    return packed
+    padded = torch.nn.functional.pad(weight, (1, 1, 1, 1, 0, NARROW - c_out))  # kh + 1 = 2u + a
+    taps = padded.view(c_in, NARROW, 3, 2, 3, 2)  # [C_in, 4, u, a, v, b]
+    return taps.permute(3, 5, 1, 2, 4, 0).contiguous()
 
 
 def down(weight: Tensor) -> Tensor:
@@ -50,11 +48,14 @@ def down_narrow(weight: Tensor) -> Tensor:
 
 def dense_up(weight: Tensor) -> Tensor:
     """[C_in, C_out, kH, kW] → [kh, kw, C_out, C_in padded]."""
-    packed = weight.permute(2, 3, 1, 0)
-    return torch.nn.functional.pad(packed, (0, -weight.shape[0] % _VECTOR)).contiguous()
+    return _padded(weight.permute(2, 3, 1, 0))
 
 
 def dense_down(weight: Tensor) -> Tensor:
     """[C_out, C_in, kH, kW] → [C_out, kh, kw, C_in padded]."""
-    packed = weight.permute(0, 2, 3, 1)
-    return torch.nn.functional.pad(packed, (0, -weight.shape[1] % _VECTOR)).contiguous()
+    return _padded(weight.permute(0, 2, 3, 1))
+
+
+def _padded(packed: Tensor) -> Tensor:
+    short = -packed.shape[-1] % _VECTOR
+    return (torch.nn.functional.pad(packed, (0, short)) if short else packed).contiguous()

@@ -1,109 +1,250 @@
-"""Running a call: its launch is planned once, and then only takes pointers.
+"""Running products: a launch is planned once, and then only takes pointers.
 
-Choosing a kernel and a tile, and Triton's own binding of some thirty arguments, take several times as long as
+Choosing a kernel and a tile, and Triton's own binding of some forty arguments, take several times as long as
 the launch. All of it follows from shapes, strides, dtypes and the alignment of pointers; so what the first
 call finds out, the compiled kernel included, is kept under those.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import weights
-from ..call import Call, Outputs
-from ..reference import accumulator_dtype
-from .launch import Launch, precision
-from .select import kernel_for, output
-from .tiles import Tile, choose
+from . import passes, reduce, wgrad
+from .launch import Launch, Product, Prologue, precision
+from .select import kernel_for
+from .tiles import Tile, choose, multiprocessors
 
-POINTERS = ("x_ptr", "w_ptr", "y_ptr", "scale_ptr", "shift_ptr")
 LIMIT = 4096  # plans kept; a plan is a few kilobytes
+
+_PROLOGUE = ("ptr", "other_ptr", "center_ptr", "scale_ptr", "shift_ptr")
+_PRODUCT = (
+    *(f"x_{name}" for name in _PROLOGUE),
+    *("w_ptr", "input_ptr", "center_ptr", "scale_ptr", "shift_ptr", "partial_ptr", "y_ptr"),
+)
+_GRADIENT = (
+    *(f"small_{name}" for name in _PROLOGUE),
+    *(f"large_{name}" for name in _PROLOGUE),
+    "partial_ptr",
+)
+_STATISTICS = ("partial_ptr", "mean_ptr", "var_ptr")
+_SUMS = ("partial_ptr", "scale_ptr", "dcenter_ptr", "dscale_ptr", "dshift_ptr")
+_CHUNKS = ("partial_ptr", "dw_ptr")
+_PASS = (*(f"x_{name}" for name in _PROLOGUE), "out_ptr")
 
 
 class Plan(NamedTuple):
-    """A launch that wants only its pointers."""
+    """A launch that wants only its pointers, its tile, and the shape of the partial sums it leaves."""
 
     run: Callable[..., None]
     arguments: list[Any]
-    positions: tuple[int, ...]  # of POINTERS among the arguments
+    positions: tuple[int, ...]  # of the pointers among the arguments
+    tile: Tile
+    partial: tuple[int, ...]
+
+    def __call__(self, pointers: Sequence[Tensor | None], absent: Tensor) -> None:
+        arguments = self.arguments.copy()
+        for position, tensor in zip(self.positions, pointers, strict=True):
+            arguments[position] = absent if tensor is None else tensor
+        self.run(*arguments)
 
 
-_plans: dict[Hashable, Plan] = {}
+_plans: dict[Hashable, Plan | None] = {}
+"""None: the prologue is a pass of its own, and the product after it has another key."""
 
 
-def _key(call: Call, packed: Tensor, transposed: bool) -> Hashable:
-    x, scale, shift = call.x, call.out_scale, call.out_shift
-    # y comes aligned from the allocator. The rest may be slices: the packed weight too, where no packing was
-    # needed and it is the weight itself.
-    pointers = x.data_ptr() | packed.data_ptr()
-    if scale is not None:
-        pointers |= scale.data_ptr()
-    if shift is not None:
-        pointers |= shift.data_ptr()
-    return (
-        *(transposed, x.shape, x.stride(), x.dtype, x.device, call.weight.shape, precision(x.dtype)),
-        *(scale is None, shift is None, pointers % 16 == 0),
-        *call[8:],  # out_act … channels_last
+_UNKNOWN = Plan(print, [], (), Tile(0, 0, 0, 0, 0), ())  # not yet planned
+
+
+def _keep(
+    key: Hashable, names: tuple[str, ...], launch: Launch, compiled: Any, partial: tuple[int, ...] = ()
+) -> None:
+    if compiled is None:  # Triton's interpreter compiles nothing
+        return
+    values = launch.arguments | launch.constants
+    order = launch.kernel.arg_names
+    arguments = [None if name in names else values[name] for name in order]
+    positions = tuple(order.index(name) for name in names)
+    run = compiled[(launch.programs, 1, 1)]
+    _put(key, Plan(run, arguments, positions, launch.tile, partial))
+
+
+def _put(key: Hashable, plan: Plan | None) -> None:
+    if len(_plans) >= LIMIT:
+        _plans.clear()
+    _plans[key] = plan
+
+
+def _aligned(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all start on 16 bytes: code compiled for that would fault on another address."""
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return addresses % 16 == 0
+
+
+def _described(x: Tensor, prologue: Prologue) -> tuple[Hashable, ...]:
+    other = prologue.other
+    strides = None if other is None else other.stride()
+    return (x.shape, x.stride(), prologue.kind, prologue.act, prologue.scale is None, strides)
+
+
+class Outcome(NamedTuple):
+    """What a product leaves besides its output."""
+
+    partial: Tensor | None  # sums of the epilogue
+    tile: Tile
+    group: int  # rows of partial that a row tile leaves
+    x: Tensor  # as it was loaded
+    prologue: Prologue  # as it was done inside: none after a pass of its own
+
+
+def product(it: Product) -> Outcome:
+    """Writes ``it.y``."""
+    kernel = kernel_for(it)
+    packed = weights.transformed(it.weight, kernel.name, kernel.pack)
+    prologue, epilogue = it.prologue, it.epilogue
+    pointers = (
+        *(it.x, prologue.other, prologue.center, prologue.scale, prologue.shift, packed, epilogue.input),
+        *(epilogue.center, epilogue.scale, epilogue.shift),
+    )
+    key = (
+        *_described(it.x, prologue),
+        *(kernel.name, it.x.dtype, it.x.device, precision(it.x.dtype), it.y.shape, it.y.stride()),
+        *(epilogue.kind, epilogue.act, epilogue.scale is None, epilogue.shift is None),
+        None if epilogue.input is None else epilogue.input.stride(),
+        *(it.slope, _aligned(pointers)),
+    )
+    group = kernel.tiles_a_row(it)
+    plan = _plans.get(key, _UNKNOWN)
+    if plan is None:
+        return product(_apart(it))
+    if plan is not _UNKNOWN:
+        partial = _empty(it.y, plan.partial) if epilogue.sums else None
+        plan((*pointers, partial, it.y), it.y)
+        return Outcome(partial, plan.tile, group, it.x, prologue)
+
+    sizes = kernel.problem(it)
+
+    def with_tile(tile: Tile) -> tuple[Launch, Tensor | None, Any]:
+        it_now = it if tile.fused else _apart(it)
+        shape = (2, -(-sizes.rows // tile.block_m) * group, it.y.shape[1])
+        partial = _empty(it.y, shape) if epilogue.sums else None
+        launch = kernel.launch(it_now, packed, partial, tile)
+        return launch, partial, launch()
+
+    tile = choose(sizes, it.x.device, with_tile)
+    if not tile.fused:
+        _put(key, None)
+        return product(_apart(it))
+    launch, partial, compiled = with_tile(tile)
+    _keep(key, _PRODUCT, launch, compiled, () if partial is None else tuple(partial.shape))
+    return Outcome(partial, tile, group, it.x, prologue)
+
+
+def _apart(it: Product) -> Product:
+    return it._replace(x=written(it.x, it.prologue, it.slope), prologue=Prologue())
+
+
+def written(x: Tensor, prologue: Prologue, slope: float) -> Tensor:
+    """What the prologue makes of x, by a pass of its own; x if there is none."""
+    if prologue.kind == "none":
+        return x
+    out = passes.output(x)
+    pointers = (x, prologue.other, prologue.center, prologue.scale, prologue.shift)
+    key = ("pass", *_described(x, prologue), x.dtype, x.device, slope, _aligned(pointers))
+    _planned(key, _PASS, (*pointers, out), lambda: passes.launch(x, prologue, slope, out))
+    return out
+
+
+def gradient(it: wgrad.Gradient) -> Tensor:
+    """The chunks of a weight gradient, for :func:`chunks`."""
+    first, second = it.small_prologue, it.large_prologue
+    pointers = (
+        *(it.small, first.other, first.center, first.scale, first.shift),
+        *(it.large, second.other, second.center, second.scale, second.shift),
+    )
+    key = (
+        *_described(it.small, first),
+        *_described(it.large, second),
+        *("wgrad", it.shape, it.small.dtype, it.small.device, precision(it.small.dtype)),
+        *(it.slope, it.stride, it.padding, _aligned(pointers)),
+    )
+    plan = _plans.get(key, _UNKNOWN)
+    if plan is None:
+        return gradient(_both_apart(it))
+    if plan is not _UNKNOWN:
+        partial = _empty(it.small, plan.partial)
+        plan((*pointers, partial), partial)
+        return partial
+
+    processors = multiprocessors(it.small.device)
+
+    def with_tile(tile: Tile) -> tuple[Launch, Tensor, Any]:
+        it_now = it if tile.fused else _both_apart(it)
+        partial = wgrad.partials(it_now, tile, processors)
+        launch = wgrad.launch(it_now, partial, tile)
+        return launch, partial, launch()
+
+    tile = choose(wgrad.problem(it), it.small.device, with_tile)
+    if not tile.fused:
+        _put(key, None)
+        return gradient(_both_apart(it))
+    launch, partial, compiled = with_tile(tile)
+    _keep(key, _GRADIENT, launch, compiled, tuple(partial.shape))
+    return partial
+
+
+def _both_apart(it: wgrad.Gradient) -> wgrad.Gradient:
+    return it._replace(
+        small=written(it.small, it.small_prologue, it.slope),
+        large=written(it.large, it.large_prologue, it.slope),
+        small_prologue=Prologue(),
+        large_prologue=Prologue(),
     )
 
 
-def run(call: Call, transposed: bool) -> Outputs:
-    """(y, mean, var) of a call that :func:`..select.why_not` has let through."""
-    scale, shift = call.out_scale, call.out_shift
-    if (scale is not None and scale.stride(0) != 1) or (shift is not None and shift.stride(0) != 1):
-        call = call._replace(
-            out_scale=None if scale is None else scale.contiguous(),
-            out_shift=None if shift is None else shift.contiguous(),
-        )
-    with _on(call.x):
-        y = _run(call, transposed)
-    empty = torch.empty(0, dtype=accumulator_dtype(call.x.dtype), device=call.x.device)
-    return y, empty, torch.empty_like(empty)
+def statistics(partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int, block_m: int) -> None:
+    """:func:`.reduce.statistics`, run."""
+    key = ("statistics", partial.shape, partial.device, rows, group, block_m)
+    _planned(
+        key,
+        _STATISTICS,
+        (partial, mean, var),
+        lambda: reduce.statistics(partial, mean, var, rows, group, block_m),
+    )
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
+def sums(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift: Tensor) -> None:
+    """:func:`.reduce.sums`, run."""
+    pointers = (partial, scale, dcenter, dscale, dshift)
+    key = ("sums", partial.shape, partial.device, _aligned(pointers))
+    _planned(key, _SUMS, pointers, lambda: reduce.sums(*pointers))
 
 
-def _run(call: Call, transposed: bool) -> Tensor:
-    kernel = kernel_for(call, transposed)
-    assert kernel is not None
-    y = output(call, transposed)
-    packed = weights.transformed(call.weight, kernel.name, kernel.pack)
-    key = _key(call, packed, transposed)
+def chunks(partial: Tensor, dw: Tensor) -> None:
+    """:func:`.reduce.chunks`, run."""
+    key = ("chunks", partial.shape, partial.device, dw.shape, dw.stride(), dw.dtype)
+    _planned(key, _CHUNKS, (partial, dw), lambda: reduce.chunks(partial, dw))
+
+
+def _planned(
+    key: Hashable, names: tuple[str, ...], pointers: Sequence[Tensor | None], make: Callable[[], Launch]
+) -> None:
     plan = _plans.get(key)
     if plan is not None:
-        arguments = plan.arguments.copy()
-        tensors = (call.x, packed, y, call.out_scale, call.out_shift)
-        for position, tensor in zip(plan.positions, tensors, strict=True):
-            arguments[position] = y if tensor is None else tensor
-        plan.run(*arguments)
-        return y
-
-    def with_tile(tile: Tile) -> None:
-        kernel.launch(call, packed, y, tile)()
-
-    tile = choose(kernel.problem(call, y), call.x.device, with_tile)
-    launch = kernel.launch(call, packed, y, tile)
-    compiled = launch()
-    if compiled is not None:  # Triton's interpreter compiles nothing
-        if len(_plans) >= LIMIT:
-            _plans.clear()
-        _plans[key] = _plan(launch, compiled)
-    return y
+        last = pointers[-1]
+        assert last is not None
+        plan(pointers, last)
+        return
+    launch = make()
+    _keep(key, names, launch, launch())
 
 
-def _plan(launch: Launch, compiled: Any) -> Plan:
-    names = launch.kernel.arg_names
-    values = launch.arguments | launch.constants
-    arguments = [None if name in POINTERS else values[name] for name in names]
-    return Plan(
-        compiled[(launch.programs, 1, 1)], arguments, tuple(names.index(pointer) for pointer in POINTERS)
-    )
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -4,7 +4,7 @@
 
 1. what tuning on this machine found (``$DCGAN_CACHE``, by default ``~/.cache/dcgan-kernels``);
 2. what is shipped for this GPU, ``configs/<GPU name>.json``;
-3. :func:`estimate`, the candidate that should be fastest by waves over the chip's multiprocessors.
+3. :func:`estimate`, the candidate that should be fastest by the model in :mod:`.model`.
 
 ``DCGAN_AUTOTUNE=1`` times every candidate the first time a shape is met and keeps the result on disk.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 DIRECTORY = Path(__file__).parent / "configs"
-KERNELS = ("up", "up_narrow", "down", "down_narrow", "dense", "dense_narrow")
+KERNELS = ("up", "up_narrow", "down", "down_narrow", "dense", "dense_narrow", "wgrad", "wgrad_narrow")
 PRECISIONS = ("16bit", "tf32", "ieee")
 
 
@@ -34,7 +34,8 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    efficiency: float = 1.0  # of its inner loop beside the best tile's: a guess that tuning replaces
+    fused: bool = True
+    """Whether prologues run inside; otherwise each is a pass of its own before (:mod:`.passes`)."""
 
 
 class Problem(NamedTuple):
@@ -47,9 +48,11 @@ class Problem(NamedTuple):
     depth: int
     channels_in: int
     copies: int = 1
+    fusion: str = "none+affine"  # prologue+epilogue, or both prologues of a weight gradient
+    elements: tuple[int, ...] = (0,)  # of x, or of both operands of a weight gradient
 
     def key(self) -> str:
-        return "/".join(str(v) for v in self)
+        return "/".join(str(v) for v in self[:8])
 
 
 @functools.cache
@@ -79,15 +82,16 @@ def programs(tile: Tile, problem: Problem) -> int:
     return -(-problem.rows // tile.block_m) * -(-problem.columns // tile.block_n) * problem.copies
 
 
-def estimate(problem: Problem, multiprocessors: int) -> Tile:
-    """The candidate with the least waves × work a program ÷ efficiency."""
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Shared memory a program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table 24)."""
 
-    def cost(tile: Tile) -> tuple[float, int]:
-        waves = -(-programs(tile, problem) // multiprocessors)
-        return waves * tile.block_m * tile.block_n / tile.efficiency, -tile.block_m * tile.block_n
 
-    fitted = dict.fromkeys(fit(t, problem) for t in candidates(problem.kernel, problem.precision))
-    return min(fitted, key=cost)
+def estimate(problem: Problem, processors: int, capability: int = 90) -> Tile:
+    """The candidate that should be fastest (see :mod:`.model`)."""
+    from . import model
+
+    listed = candidates(problem.kernel, problem.precision)
+    return model.estimate(problem, listed, processors, SHARED_LIMIT[90 if capability >= 90 else 80])
 
 
 # --- tuned choices ------------------------------------------------------------------------------------------
@@ -125,7 +129,7 @@ def read(path: Path) -> dict[str, Tile]:
 def write(path: Path, tuned: dict[str, Tile]) -> None:
     """Write tuned tiles so that a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f'  "{key}": {json.dumps(tile[:5])}' for key, tile in sorted(tuned.items()))
+    lines = ",\n".join(f'  "{key}": {json.dumps(tile)}' for key, tile in sorted(tuned.items()))
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
         f.write("{\n" + lines + "\n}\n")
     os.replace(f.name, path)
@@ -137,16 +141,24 @@ def _tuned(gpu: str) -> dict[str, Tile]:
 
 
 @functools.cache
-def _device(index: int) -> tuple[str, int]:
+def _device(index: int) -> tuple[str, int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count
+    return properties.name, properties.multi_processor_count, 10 * properties.major
 
 
-def choose(problem: Problem, device: torch.device, run: Callable[[Tile], None]) -> Tile:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's for Triton's interpreter."""
+    if device.type != "cuda":
+        return 132
+    return _device(torch.cuda.current_device() if device.index is None else device.index)[1]
+
+
+def choose(problem: Problem, device: torch.device, run: Callable[[Tile], object]) -> Tile:
     """The tile for a problem on a device; ``run(tile)`` runs it, for tuning."""
     if device.type != "cuda":  # Triton's interpreter
-        return estimate(problem, multiprocessors=132)
-    gpu, multiprocessors = _device(torch.cuda.current_device() if device.index is None else device.index)
+        return estimate(problem, multiprocessors(device))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    gpu, processors, capability = _device(index)
     tuned = _tuned(gpu)
     tile = tuned.get(problem.key())
     if tile is not None:
@@ -156,17 +168,16 @@ def choose(problem: Problem, device: torch.device, run: Callable[[Tile], None]) 
         tuned[problem.key()] = tile
         write(cache_file(gpu), read(cache_file(gpu)) | {problem.key(): tile})
         return tile
-    return _estimate(problem, multiprocessors)
+    return estimate(problem, processors, capability)
 
 
-_estimate = functools.cache(estimate)
-
-
-def tune(problem: Problem, run: Callable[[Tile], None]) -> Tile:
+def tune(problem: Problem, run: Callable[[Tile], object]) -> Tile:
     """The fastest candidate by measurement (device time, median)."""
     import triton
 
     fitted = dict.fromkeys(fit(t, problem) for t in candidates(problem.kernel, problem.precision))
+    if problem.fusion.split("+")[0] != "none" or problem.kernel.startswith("wgrad"):
+        fitted |= dict.fromkeys(tile._replace(fused=False) for tile in fitted)
     times = {}
     for tile in fitted:
         times[tile] = triton.testing.do_bench(functools.partial(run, tile), return_mode="median")

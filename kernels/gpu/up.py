@@ -2,10 +2,11 @@
 
     y[n, 2p+a, 2q+b, co] = Σ_{r,s ∈ {0,1}} Σ_ci x[n, p+a-r, q+b-s, ci] · w[ci, co, 1-a+2r, 1-b+2s]
 
-For one parity (a, b) that is a matrix product over M = N·H·W rows, C_out columns and K = 4·C_in, whose left
-side is gathered from x (implicit GEMM): no zero is inserted or multiplied. A program makes one
+For one parity (a, b) that is a matrix product over M = N·⌈H'/2⌉·⌈W'/2⌉ rows, C_out columns and K = 4·C_in,
+whose left side is gathered from x (implicit GEMM): no zero is inserted or multiplied. A program makes one
 [BLOCK_M, BLOCK_N] tile of one parity. Programs are numbered column tile first, then parity, then row tile, so
-that those which read the same x run together and share it in L2.
+that those which read the same x run together and share it in L2. H' is 2H, or 2H+1 for the adjoint of a
+convolution of an odd map.
 
 Reads x at any strides (NHWC is the fast one), weights as :func:`..packing.up`; writes y at any strides.
 Accumulates in float32; every output element is written by exactly one program.
@@ -17,37 +18,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
 from . import packing
-from .device import epilogue, rows
-from .launch import Launch, common, precision
+from .device import epilogue, prologue, reads_other, rows
+from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
 
 @triton.jit
 def _up_kernel(
     x_ptr,
+    x_other_ptr,
+    x_center_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
     w_ptr,  # [4, C_OUT, 4, C_IN]
     y_ptr,
+    input_ptr,
+    center_ptr,
     scale_ptr,
     shift_ptr,
+    partial_ptr,  # [2, TILES, C_OUT]
     M,
+    TILES,
     slope,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    STRIDE_XN: tl.constexpr,
-    STRIDE_XC: tl.constexpr,
-    STRIDE_XH: tl.constexpr,
-    STRIDE_XW: tl.constexpr,
-    STRIDE_YN: tl.constexpr,
-    STRIDE_YC: tl.constexpr,
-    STRIDE_YH: tl.constexpr,
-    STRIDE_YW: tl.constexpr,
+    per_count,
+    X_SIZE: tl.constexpr,  # C, H, W
+    Y_SIZE: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # N, C, H, W
+    X_OTHER_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    INPUT_STRIDE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
+    X_ACT: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -55,15 +62,24 @@ def _up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    C_IN: tl.constexpr = X_SIZE[0]
+    H: tl.constexpr = X_SIZE[1]
+    W: tl.constexpr = X_SIZE[2]
+    C_OUT: tl.constexpr = Y_SIZE[0]
+
     COLUMN_TILES: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     parity = (pid // COLUMN_TILES) % 4
     a = parity // 2
     b = parity % 2
-    inside, n, p, q = rows(pid // (COLUMN_TILES * 4), M, H, W, BLOCK_M, WIDE)
+    row_tile = pid // (COLUMN_TILES * 4)
+    inside, n, p, q = rows(row_tile, M, (Y_SIZE[1] + 1) // 2, (Y_SIZE[2] + 1) // 2, BLOCK_M, WIDE)
+    if Y_SIZE[1] % 2 or Y_SIZE[2] % 2:
+        inside = inside & (2 * p + a < Y_SIZE[1]) & (2 * q + b < Y_SIZE[2])
     co = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
-    x_rows = x_ptr + n * STRIDE_XN + p * STRIDE_XH + q * STRIDE_XW
+    x_rows = x_ptr + n * X_STRIDE[0] + p * X_STRIDE[2] + q * X_STRIDE[3]
+    other_rows = x_other_ptr + n * X_OTHER_STRIDE[0] + p * X_OTHER_STRIDE[2] + q * X_OTHER_STRIDE[3]
     w_columns = w_ptr + ((3 - parity) * C_OUT + co) * (4 * C_IN)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # The tap is the inner index of one flat loop: a loop over taps around one over channels would drain the
@@ -74,30 +90,50 @@ def _up_kernel(
         dp = a - tap // 2
         dq = b - tap % 2
         seen = inside & (p + dp >= 0) & (p + dp < H) & (q + dq >= 0) & (q + dq < W)
-        x_at = x_rows[:, None] + (dp * STRIDE_XH + dq * STRIDE_XW + c * STRIDE_XC)[None, :]
-        x = tl.load(x_at, mask=seen[:, None] & (c < C_IN)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        mask = seen[:, None] & (c < C_IN)[None, :]
+        x_at = x_rows[:, None] + (dp * X_STRIDE[2] + dq * X_STRIDE[3] + c * X_STRIDE[1])[None, :]
+        x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        other = x
+        if reads_other(X_PROLOGUE):
+            other_at = (
+                other_rows[:, None]
+                + (dp * X_OTHER_STRIDE[2] + dq * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1])[None, :]
+            )
+            other = tl.load(other_at, mask=mask, other=0.0)
+        x = prologue(
+            x, other, mask, c[None, :], x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            C_IN, X_PROLOGUE, X_ACT, X_SCALED,
+        )  # fmt: skip
+
         w_at = w_columns[None, :] + (tap * C_IN + c)[:, None]
         w = tl.load(w_at, mask=(co < C_OUT)[None, :] & (c < C_IN)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    y = epilogue(acc, co, scale_ptr, shift_ptr, slope, C_OUT, HAS_SCALE, HAS_SHIFT, ACT)
-    y_rows = y_ptr + n * STRIDE_YN + (2 * p + a) * STRIDE_YH + (2 * q + b) * STRIDE_YW
-    y_at = y_rows[:, None] + co[None, :] * STRIDE_YC
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (co < C_OUT)[None, :])
+    h = 2 * p + a
+    w = 2 * q + b
+    input_rows = input_ptr + n * INPUT_STRIDE[0] + h * INPUT_STRIDE[2] + w * INPUT_STRIDE[3]
+    input_at = input_rows[:, None] + co[None, :] * INPUT_STRIDE[1]
+    acc = epilogue(
+        acc, inside, co, input_at, row_tile * 4 + parity, TILES, partial_ptr, center_ptr, scale_ptr,
+        shift_ptr, slope, C_OUT, EPILOGUE, ACT, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
+    y_rows = y_ptr + n * Y_STRIDE[0] + h * Y_STRIDE[2] + w * Y_STRIDE[3]
+    y_at = y_rows[:, None] + co[None, :] * Y_STRIDE[1]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (co < C_OUT)[None, :])
 
 
 pack = packing.up
 
 
-def problem(call: Call, y: Tensor) -> Problem:
-    n, c_in, h, w = call.x.shape
-    return Problem("up", precision(call.x.dtype), n * h * w, y.shape[1], 4 * c_in, c_in, copies=4)
+def problem(product: Product) -> Problem:
+    n, c_out, h, w = product.y.shape
+    c_in = product.x.shape[1]
+    return product.problem("up", n * -(-h // 2) * -(-w // 2), c_out, 4 * c_in, c_in, copies=4)
 
 
-def launch(call: Call, packed: Tensor, y: Tensor, tile: Tile) -> Launch:
-    """y [N, C_out, 2H, 2W] from x [N, C_in, H, W] and the packed weight."""
-    sizes = problem(call, y)
-    arguments, constants = common(call, y, sizes.rows)
-    constants |= {"H": call.x.shape[2], "W": call.x.shape[3], "C_IN": call.x.shape[1], "C_OUT": y.shape[1]}
+def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
+    """y [N, C_out, 2H, 2W] from x [N, C_in, H, W] and the packed weight; or, of an odd map, 2H+1 or 2W+1."""
+    sizes = problem(product)
+    arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    return Launch(_up_kernel, programs(tile, sizes), arguments | {"w_ptr": packed}, constants, tile)
+    return Launch(_up_kernel, programs(tile, sizes), arguments, constants, tile)

@@ -14,81 +14,112 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
 from . import packing
-from .device import epilogue, rows
-from .launch import Launch, common, precision
+from .device import affine, prologue, reads_other, rows
+from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
 
 @triton.jit
 def _up_narrow_kernel(
     x_ptr,
+    x_other_ptr,
+    x_center_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
     w_ptr,  # [16, 9, C_IN]
     y_ptr,
+    input_ptr,
+    center_ptr,
     scale_ptr,
     shift_ptr,
+    partial_ptr,  # [2, TILES, C_OUT]
     M,
+    TILES,
     slope,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    STRIDE_XN: tl.constexpr,
-    STRIDE_XC: tl.constexpr,
-    STRIDE_XH: tl.constexpr,
-    STRIDE_XW: tl.constexpr,
-    STRIDE_YN: tl.constexpr,
-    STRIDE_YC: tl.constexpr,
-    STRIDE_YH: tl.constexpr,
-    STRIDE_YW: tl.constexpr,
+    per_count,
+    X_SIZE: tl.constexpr,  # C, H, W
+    Y_SIZE: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # N, C, H, W
+    X_OTHER_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    INPUT_STRIDE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
+    X_ACT: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    inside, n, p, q = rows(tl.program_id(0), M, H, W, BLOCK_M, WIDE)
+    C_IN: tl.constexpr = X_SIZE[0]
+    H: tl.constexpr = X_SIZE[1]
+    W: tl.constexpr = X_SIZE[2]
+    C_OUT: tl.constexpr = Y_SIZE[0]
+
+    row_tile = tl.program_id(0)
+    inside, n, p, q = rows(row_tile, M, (Y_SIZE[1] + 1) // 2, (Y_SIZE[2] + 1) // 2, BLOCK_M, WIDE)
     column = tl.arange(0, BLOCK_N)  # ((a·2 + b)·4 + co)
     co = column % 4
     k = tl.arange(0, BLOCK_K)
 
-    x_rows = x_ptr + n * STRIDE_XN + p * STRIDE_XH + q * STRIDE_XW
+    x_rows = x_ptr + n * X_STRIDE[0] + p * X_STRIDE[2] + q * X_STRIDE[3]
+    other_rows = x_other_ptr + n * X_OTHER_STRIDE[0] + p * X_OTHER_STRIDE[2] + q * X_OTHER_STRIDE[3]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(0, 9 * ((C_IN + BLOCK_K - 1) // BLOCK_K)):
         tap = step % 9
         c = (step // 9) * BLOCK_K + k
-        dp = tap // 3 - 1
-        dq = tap % 3 - 1
+        dp = 1 - tap // 3
+        dq = 1 - tap % 3
         seen = inside & (p + dp >= 0) & (p + dp < H) & (q + dq >= 0) & (q + dq < W)
-        x_at = x_rows[:, None] + (dp * STRIDE_XH + dq * STRIDE_XW + c * STRIDE_XC)[None, :]
-        x = tl.load(x_at, mask=seen[:, None] & (c < C_IN)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        mask = seen[:, None] & (c < C_IN)[None, :]
+        x_at = x_rows[:, None] + (dp * X_STRIDE[2] + dq * X_STRIDE[3] + c * X_STRIDE[1])[None, :]
+        x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        other = x
+        if reads_other(X_PROLOGUE):
+            other_at = (
+                other_rows[:, None]
+                + (dp * X_OTHER_STRIDE[2] + dq * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1])[None, :]
+            )
+            other = tl.load(other_at, mask=mask, other=0.0)
+        x = prologue(
+            x, other, mask, c[None, :], x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            C_IN, X_PROLOGUE, X_ACT, X_SCALED,
+        )  # fmt: skip
+
         w_at = w_ptr + column[None, :] * (9 * C_IN) + (tap * C_IN + c)[:, None]
         w = tl.load(w_at, mask=(c < C_IN)[:, None], other=0.0)  # [BLOCK_K, 16]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    y = epilogue(acc, co, scale_ptr, shift_ptr, slope, C_OUT, HAS_SCALE, HAS_SHIFT, ACT)
-    y_rows = y_ptr + n * STRIDE_YN + 2 * p * STRIDE_YH + 2 * q * STRIDE_YW
-    y_columns = (column // 8) * STRIDE_YH + ((column // 4) % 2) * STRIDE_YW + co * STRIDE_YC
+    # Statistics and the adjoint's sums would be by parity and channel: those launches run as up instead.
+    tl.static_assert(EPILOGUE == "affine")
+    y = affine(acc, co, scale_ptr, shift_ptr, slope, C_OUT, HAS_SCALE, HAS_SHIFT, ACT)
+    y_rows = y_ptr + n * Y_STRIDE[0] + 2 * p * Y_STRIDE[2] + 2 * q * Y_STRIDE[3]
+    y_columns = (column // 8) * Y_STRIDE[2] + ((column // 4) % 2) * Y_STRIDE[3] + co * Y_STRIDE[1]
     mask = inside[:, None] & (co < C_OUT)[None, :]
+    if Y_SIZE[1] % 2 or Y_SIZE[2] % 2:
+        mask = mask & (2 * p[:, None] + (column // 8)[None, :] < Y_SIZE[1])
+        mask = mask & (2 * q[:, None] + ((column // 4) % 2)[None, :] < Y_SIZE[2])
     tl.store(y_rows[:, None] + y_columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 pack = packing.up_narrow
 
 
-def problem(call: Call, y: Tensor) -> Problem:
-    n, c_in, h, w = call.x.shape
-    return Problem("up_narrow", precision(call.x.dtype), n * h * w, 16, 9 * c_in, c_in)
+def problem(product: Product) -> Problem:
+    n, _, h, w = product.y.shape
+    c_in = product.x.shape[1]
+    return product.problem("up_narrow", n * -(-h // 2) * -(-w // 2), 16, 9 * c_in, c_in)
 
 
-def launch(call: Call, packed: Tensor, y: Tensor, tile: Tile) -> Launch:
-    """y [N, C_out ≤ 4, 2H, 2W] from x [N, C_in, H, W] and the packed weight."""
-    sizes = problem(call, y)
-    arguments, constants = common(call, y, sizes.rows)
-    constants |= {"H": call.x.shape[2], "W": call.x.shape[3], "C_IN": call.x.shape[1], "C_OUT": y.shape[1]}
+def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
+    """y [N, C_out ≤ 4, 2H, 2W] from x [N, C_in, H, W] and the packed weight; 2H+1, 2W+1 of an odd map."""
+    sizes = problem(product)
+    arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": 16, "BLOCK_K": tile.block_k}
-    return Launch(_up_narrow_kernel, programs(tile, sizes), arguments | {"w_ptr": packed}, constants, tile)
+    return Launch(_up_narrow_kernel, programs(tile, sizes), arguments, constants, tile)

@@ -9,9 +9,10 @@ import torch
 
 from bench.cases import DTYPES
 from bench.inspect import MULTIPROCESSORS, networks
-from bench.layers import Layer, layers
+from bench.layers import Layer, layers, of_product
 from dcgan import models
 from dcgan.kernels.gpu import offline, tiles
+from dcgan.kernels.gpu.launch import Epilogue, Product
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def cases(channels: int, dtype: str) -> list[Layer]:
 
 
 def check(layer: Layer, tile: tiles.Tile, arch: int) -> None:
-    launch = layer.launch(tile)
+    launch = layer.launches(tile, MULTIPROCESSORS[arch]).product
     assert offline.faults(launch, offline.inspect(launch, arch), arch) == [], (layer.name, tile)
 
 
@@ -35,7 +36,7 @@ def check(layer: Layer, tile: tiles.Tile, arch: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tiles(dtype: str, arch: int) -> None:
     for layer in cases(1, dtype):
-        check(layer, tiles.estimate(layer.problem(), MULTIPROCESSORS[arch]), arch)
+        check(layer, tiles.estimate(layer.problem, MULTIPROCESSORS[arch]), arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -43,9 +44,16 @@ def test_default_tiles(dtype: str, arch: int) -> None:
 def test_default_tiles_with_their_epilogue(dtype: str, arch: int) -> None:
     """Scale, shift and the activation that takes most registers cost no spill."""
     for layer in cases(1, dtype):
-        vector = torch.empty(layer.y.shape[1], device="meta")
-        call = layer.call._replace(out_scale=vector, out_shift=vector, out_act="tanh")
-        check(layer._replace(call=call), tiles.estimate(layer.problem(), MULTIPROCESSORS[arch]), arch)
+        product = layer.operation
+        assert isinstance(product, Product)
+        vector = torch.empty(product.y.shape[1], device="meta")
+        epilogue = Epilogue("affine", "tanh", None, vector, vector)
+        product = product._replace(epilogue=epilogue)
+        check(
+            of_product(layer.name, layer.phase, product),
+            tiles.estimate(layer.problem, MULTIPROCESSORS[arch]),
+            arch,
+        )
 
 
 @pytest.mark.slow
@@ -54,15 +62,15 @@ def test_default_tiles_with_their_epilogue(dtype: str, arch: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_tile(channels: int, dtype: str, arch: int) -> None:
     for layer in cases(channels, dtype):
-        problem = layer.problem()
+        problem = layer.problem
         for tile in tiles.candidates(problem.kernel, problem.precision):
             check(layer, tiles.fit(tile, problem), arch)
 
 
 def test_a_spilling_tile_is_a_fault() -> None:
     """The bar can be missed: a tile far too large for its warps."""
-    layer = next(x for x in cases(1, "bfloat16") if x.kernel.name == "up")
-    launch = layer.launch(tiles.Tile(256, 256, 64, 4, 2))
+    layer = next(x for x in cases(1, "bfloat16") if x.kernel == "up")
+    launch = layer.launches(tiles.Tile(256, 256, 64, 4, 2), 132).product
     faults = offline.faults(launch, offline.inspect(launch, 90), 90)
     assert any("spills" in fault for fault in faults)
 
@@ -72,4 +80,4 @@ def test_channels_that_are_no_multiple_of_16_bytes_compile(dtype: str) -> None:
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
         for layer in layers(network, 3, DTYPES[dtype]):
-            check(layer, tiles.estimate(layer.problem(), 132), 90)
+            check(layer, tiles.estimate(layer.problem, 132), 90)

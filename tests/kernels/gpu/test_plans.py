@@ -75,8 +75,8 @@ def test_the_second_launch_is_the_first(
 ) -> None:
     first = call(transposed, c_in, c_out, size, vectors)
     second = first._replace(x=first.x.clone(), weight=first.weight.clone())
-    gpu.run(first, transposed)
-    y = gpu.run(second, transposed)[0]
+    gpu.forward(first, transposed)
+    y = gpu.forward(second, transposed)[0]
     assert len(plans._plans) == 1
     assert len(launched) == 2
     assert described(launched[0]) == described(launched[1])
@@ -88,7 +88,7 @@ def test_the_second_launch_is_the_first(
 
 def test_another_layout_alignment_or_activation_is_another_plan() -> None:
     first = call(True, 32, 16, 8, True)
-    gpu.run(first, True)
+    gpu.forward(first, True)
     unaligned = torch.randn(1 + first.x.numel())[1:].view(2, 8, 8, 32).permute(0, 3, 1, 2)
     for other in (
         first._replace(x=first.x.contiguous()),
@@ -100,7 +100,7 @@ def test_another_layout_alignment_or_activation_is_another_plan() -> None:
         first._replace(x=first.x[:1]),
     ):
         before = len(plans._plans)
-        gpu.run(other, True)
+        gpu.forward(other, True)
         assert len(plans._plans) == before + 1
 
 
@@ -113,13 +113,13 @@ def test_an_unaligned_weight_that_needs_no_packing_is_another_plan(c_in: int) ->
     memory = torch.empty(1 + aligned.numel())[1:]
     unaligned = memory.as_strided(aligned.shape, aligned.stride()).copy_(aligned)
     assert unaligned.data_ptr() % 16
-    gpu.run(first._replace(weight=aligned), False)
-    gpu.run(first._replace(weight=unaligned), False)
+    gpu.forward(first._replace(weight=aligned), False)
+    gpu.forward(first._replace(weight=unaligned), False)
     assert len(plans._plans) == 2
 
 
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "LIMIT", 3)
     for slope in range(7):
-        gpu.run(call(True, 32, 16, 8, True)._replace(slope=float(slope)), True)
+        gpu.forward(call(True, 32, 16, 8, True)._replace(slope=float(slope)), True)
     assert len(plans._plans) <= 3

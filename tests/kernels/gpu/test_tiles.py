@@ -33,7 +33,8 @@ def test_the_estimate_fills_the_chip() -> None:
 
 def test_large_problems_take_large_tiles() -> None:
     tile = tiles.estimate(UP._replace(rows=4096 * 16), 132)
-    assert (tile.block_m, tile.block_n) == (128, 128)
+    assert tile.block_m == 128
+    assert tile.block_n >= 128
 
 
 @pytest.mark.parametrize(("channels", "columns"), [(3, 5), (20, 24), (512, 256)])
