@@ -101,16 +101,31 @@ def _row(table: Table, layer: Layer, dtype: str, tile: tiles.Tile, arch: int) ->
 
 
 def _launches(console: Console, args: argparse.Namespace) -> bool:
-    """Kernels that each compiled network launches in eval, ours and Inductor's, on a pretended H100."""
-    table = Table(title=f"torch.compile for a pretended H100, eval, bfloat16, batch {args.batch}")
-    for heading in ("network", "graphs", "our ops", "Inductor's kernels", "aten calls"):
+    """What each compiled network launches, ours and stock, in eval and in training, on a pretended H100.
+
+    An op of ours is a product, in training with a merge of its tiles' sums and the packing of its weight.
+    """
+    table = Table(title=f"torch.compile for a pretended H100, bfloat16, batch {args.batch}")
+    for heading in ("network", "phase", "graphs", "our ops", "Inductor's kernels", "aten calls", "largest"):
         table.add_column(heading)
     wrong = False
-    g, d = fast.Generator(channels=args.channels), fast.Discriminator(channels=args.channels)
-    inputs = {"Generator": (g, (args.batch, 100)), "Discriminator": (d, (args.batch, args.channels, 64, 64))}
-    for name, (network, shape) in inputs.items():
-        counts = pretend.launches(network.eval().to(torch.bfloat16), shape)
-        table.add_row(name, *(str(value) for value in counts))
-        wrong |= counts.graphs != 1 or counts.ops != 5 or counts.aten > 0
+    for ours, kinds in ((True, fast), (False, models)):
+        inputs = {
+            "Generator": (kinds.Generator(channels=args.channels), (args.batch, 100)),
+            "Discriminator": (
+                kinds.Discriminator(channels=args.channels),
+                (args.batch, args.channels, 64, 64),
+            ),
+        }
+        for name, (network, shape) in inputs.items():
+            network = network.to(torch.bfloat16)
+            phases = {"eval": pretend.launches(network, shape)}
+            phases |= pretend.training_launches(network, shape, input_gradient=name == "Discriminator")
+            for phase, counts in phases.items():
+                title = f"fast {name}" if ours else f"stock {name}"
+                table.add_row(title, phase, *(str(value) for value in counts))
+                if ours:
+                    wrong |= counts.graphs != 1 or counts.ops != 5 or counts.aten > 0
+                    wrong |= counts.largest > 512  # a vector of channels
     console.print(table)
     return wrong

@@ -123,6 +123,23 @@ def _of_gradient(name: str, gradient: wgrad.Gradient, weight: Tensor) -> Layer:
     return Layer(name, "wgrad", problem.kernel, gradient, problem, launches)
 
 
+def after_pass(layer: Layer) -> Layer:
+    """A weight gradient whose du the adjoint's pass has already written."""
+    gradient = layer.operation
+    assert isinstance(gradient, wgrad.Gradient)
+    (small, first), (large, second) = (
+        (passes.output(x), Prologue()) if prologue.other is not None else (x, prologue)
+        for x, prologue in (
+            (gradient.small, gradient.small_prologue),
+            (gradient.large, gradient.large_prologue),
+        )
+    )
+    written = gradient._replace(small=small, large=large, small_prologue=first, large_prologue=second)
+    return _of_gradient(
+        layer.name, written, torch.empty(gradient.shape, dtype=small.dtype, device=small.device)
+    )
+
+
 def convolutions(network: Network, batch: int, dtype: torch.dtype, device: torch.device) -> list[Convolution]:
     """Those of ``network``, NHWC inside, the image at the door and the output NCHW."""
     network = network.to(device, dtype)

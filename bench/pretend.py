@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 import types
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from unittest import mock
 
 import torch
 import triton
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
@@ -45,6 +46,7 @@ class Launches(NamedTuple):
     ops: int  # calls of dcgan:: ops
     kernels: int  # kernels that Inductor generated
     aten: int  # calls out of the graph: cuDNN, cuBLAS
+    largest: int  # elements that the largest of Inductor's kernels visits
 
 
 def _refuse(*arguments: Any) -> None:
@@ -129,16 +131,12 @@ def h100() -> Iterator[None]:
         yield
 
 
-def generated_code(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, list[str]]:
-    """(graphs that Dynamo made, source of each module that Inductor generated) for ``network`` on an H100.
-
-    ``network`` is in its dtype on the CPU and stays so; a copy of it on fake CUDA tensors is compiled.
-    """
+@contextlib.contextmanager
+def _generating() -> Iterator[list[str]]:
+    """Inside, Inductor generates code for an H100; the sources of its modules are listed, none is loaded."""
     import torch._inductor.config as inductor
-    from torch._inductor.compile_fx import compile_fx
     from torch._inductor.graph import GraphLowering
 
-    graphs: list[Any] = []
     sources: list[str] = []
 
     def keep(self: Any, code: Any) -> types.ModuleType:
@@ -148,44 +146,146 @@ def generated_code(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, lis
         module.call = _refuse
         return module  # type: ignore[no-any-return]
 
+    with (
+        h100(),
+        mock.patch.object(GraphLowering, "_compile_to_module_lines", keep),
+        inductor.patch(fx_graph_cache=False, compile_threads=1),
+    ):
+        yield sources
+
+
+def _moved(t: Tensor, device: str) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+
+def _move(network: nn.Module, device: str) -> None:
+    """Give it fake tensors on ``device``, under the fake mode of the caller."""
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                moved = _moved(parameter, device)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=network.training)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = _moved(buffer, device)
+
+
+def eval_code(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, list[str]]:
+    """(graphs that Dynamo made, source of each module that Inductor generated) for ``network`` on an H100.
+
+    ``network`` is in its dtype on the CPU and stays so; a copy of it on fake CUDA tensors is compiled.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    graphs: list[Any] = []
+    found: list[str] = []
+
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
-        with (
-            h100(),
-            mock.patch.object(GraphLowering, "_compile_to_module_lines", keep),
-            inductor.patch(fx_graph_cache=False, compile_threads=1),
-            torch._functorch.config.patch(enable_autograd_cache=False),
-        ):
+        with _generating() as sources, torch._functorch.config.patch(enable_autograd_cache=False):
             compile_fx(graph, inputs)
+        found.extend(sources)
         return graph.forward  # goes on with the fake tensors
 
     torch._dynamo.reset()
-    fake = copy.deepcopy(network)
+    fake = copy.deepcopy(network).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        for module in fake.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    moved = torch.empty_strided(
-                        parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cuda"
-                    )
-                    module._parameters[name] = nn.Parameter(moved, requires_grad=False)
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-        dtype = next(network.parameters()).dtype
-        x = torch.empty(shape, dtype=dtype, device="cuda")
+        _move(fake, "cuda")
+        x = torch.empty(shape, dtype=next(network.parameters()).dtype, device="cuda")
         torch.compile(fake, fullgraph=True, backend=backend)(x)
     torch._dynamo.reset()
-    return len(graphs), sources
+    return len(graphs), found
 
 
-def launches(network: nn.Module, shape: tuple[int, ...]) -> Launches:
-    """Counts of what the generated code calls."""
-    graphs, sources = generated_code(network, shape)
-    code = "\n".join(sources)
+class _Generated(Exception):
+    """Thrown in place of running what was generated."""
+
+
+def training_code(
+    network: nn.Module, shape: tuple[int, ...], *, input_gradient: bool = False
+) -> tuple[int, dict[str, str]]:
+    """(graphs that Dynamo made, source of the 'forward' and of the 'backward') in training mode on an H100.
+
+    The gradients are those of the parameters, and of the input if ``input_gradient``. Autograd refuses CUDA
+    tensors where there is no GPU: Dynamo, AOTAutograd and the partitioner run on fake CPU tensors, and each
+    of the two graphs they make is traced again on fake CUDA tensors for Inductor.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graphs: list[Any] = []
+    found: dict[str, str] = {}
+
+    def compiler(phase: str) -> Any:
+        def compile_graph(graph: Any, inputs: list[Any]) -> Any:
+            for node in graph.graph.nodes:
+                if node.kwargs.get("device") is not None:
+                    node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+            graph.recompile()
+            mode = torch._guards.detect_fake_mode(inputs)
+            assert mode is not None
+            with mode, _generating() as sources:
+                moved = [_moved(t, "cuda") if isinstance(t, Tensor) else t for t in inputs]
+                traced = make_fx(graph, tracing_mode="real")(*moved)
+                compile_fx_inner(traced, moved, is_backward=phase == "backward")
+            (found[phase],) = sources
+
+            def stop(arguments: Any) -> None:
+                raise _Generated
+
+            stop._boxed_call = True  # type: ignore[attr-defined]
+            return stop
+
+        return compile_graph
+
+    compile_both = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return compile_both(graph, inputs)
+
+    settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+    torch._dynamo.reset()
+    fake = copy.deepcopy(network).train()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch._functorch.config.patch(settings):
+        _move(fake, "cpu")
+        dtype = next(network.parameters()).dtype
+        x = torch.empty(shape, dtype=dtype, requires_grad=input_gradient)
+        with contextlib.suppress(_Generated):
+            torch.compile(fake, fullgraph=True, backend=backend)(x)
+    torch._dynamo.reset()
+    return len(graphs), found
+
+
+def count(code: str, graphs: int = 1) -> Launches:
+    """What a module of generated code calls."""
+    runs = re.findall(r"^\s+triton_\w+\.run\(.*?((?:, \d+)+), stream=", code, re.MULTILINE)
     return Launches(
         graphs=graphs,
         ops=len(re.findall(r"torch\.ops\.dcgan\.\w+\.default\(", code)),
         kernels=len(re.findall(r"^\s+triton_\w+\.run\(", code, re.MULTILINE)),
+        largest=max((math.prod(map(int, sizes.split(", ")[1:])) for sizes in runs), default=0),
         aten=len(re.findall(r"extern_kernels\.\w+\(|torch\.ops\.aten\.\w+\.\w+\(", code)),
     )
+
+
+def launches(network: nn.Module, shape: tuple[int, ...]) -> Launches:
+    """Of a network in eval."""
+    graphs, sources = eval_code(network, shape)
+    return count("\n".join(sources), graphs)
+
+
+def training_launches(
+    network: nn.Module, shape: tuple[int, ...], *, input_gradient: bool = False
+) -> dict[str, Launches]:
+    """Of a network's forward and backward in training."""
+    graphs, sources = training_code(network, shape, input_gradient=input_gradient)
+    return {phase: count(code, graphs) for phase, code in sources.items()}

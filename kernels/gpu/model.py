@@ -188,17 +188,27 @@ def chunks_seconds(problem: Problem, splits: int) -> float:
     return LATENCY + moved / (HBM if moved > L2_SIZE else L2) + GAP
 
 
-def pass_seconds(problem: Problem) -> float:
+def merge_seconds(sums: int) -> float:
+    """Of the kernel that merges the tiles' sums: a few programs that read them all."""
+    return LATENCY + 4 * sums / (L2 / 8) + GAP
+
+
+def pack_seconds(kernels: int) -> float:
+    """Of the kernels that pack weights: up to 4 MB each, transposed."""
+    return kernels * (LATENCY + 8e6 / L2 / 2 + GAP)
+
+
+def pass_seconds(problem: Problem, shared: bool = True) -> float:
     """Of writing what the prologues make in passes of their own.
 
-    du is wanted by the adjoint and by the weight gradient: half of its pass is the other's.
+    du is wanted by the adjoint and by the weight gradient: if ``shared``, half of its pass is the other's.
     """
     seconds = 0.0
     for kind, elements in zip(prologues(problem), problem.elements, strict=False):
         if kind != "none":
             moved = elements * (_reads(kind) + 1) * ITEM[problem.precision]
             once = LATENCY + moved / (HBM if moved > L2_SIZE else L2) + GAP
-            seconds += once / 2 if _reads(kind) == 2 else once
+            seconds += once / 2 if shared and _reads(kind) == 2 else once
     return seconds
 
 

@@ -31,7 +31,13 @@ class Report(NamedTuple):
     shared: int  # bytes a program
     matrix: str  # the matrix instruction: 'HGMMA', 'HMMA', or 'FFMA' for none
     async_copies: dict[int, int]  # asynchronous global → shared copies, by their bytes a thread
-    loads: int  # global loads into registers
+    loads_by_width: dict[int, int]  # global loads into registers, likewise
+    stores_by_width: dict[int, int]
+
+    @property
+    def loads(self) -> int:
+        """Global loads into registers."""
+        return sum(self.loads_by_width.values())
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
@@ -71,22 +77,29 @@ def machine_code(compiled: Any) -> tuple[str, str]:
         return _tool("cuobjdump", "--dump-resource-usage", f.name), _tool("nvdisasm", "-c", f.name)
 
 
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+def _by_width(instruction: str, sass: str) -> dict[int, int]:
+    """How often a memory instruction occurs, by its bytes a thread; without a modifier it is 4."""
+    found = (modifiers.split(".") for modifiers in re.findall(rf"\b{instruction}\.([\w.]+)", sass))
+    return dict(Counter(next((_WIDTHS[m] for m in each if m in _WIDTHS), 4) for each in found))
+
+
 def inspect(launch: Launch, capability: int) -> Report:
     """Compile and read."""
     compiled = compile_launch(launch, capability)
     usage, sass = machine_code(compiled)
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    copies = Counter(
-        int(m or 32) // 8 for m in re.findall(r"\bLDGSTS\.E(?:\.(?!64|128)\w+)*(?:\.(64|128))?", sass)
-    )
     return Report(
         registers=numbers["REG"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         stack=numbers["STACK"],
         shared=compiled.metadata.shared,
         matrix="HGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else "FFMA",
-        async_copies=dict(copies),
-        loads=len(re.findall(r"\bLDG\b", sass)),
+        async_copies=_by_width("LDGSTS", sass),
+        loads_by_width=_by_width("LDG", sass),
+        stores_by_width=_by_width("STG", sass),
     )
 
 

@@ -7,6 +7,7 @@ call finds out, the compiled kernel included, is kept under those.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import weights
+from . import bce as losses
 from . import passes, reduce, wgrad
 from .launch import Launch, Product, Prologue, precision
 from .select import kernel_for
@@ -231,6 +233,22 @@ def chunks(partial: Tensor, dw: Tensor) -> None:
     """:func:`.reduce.chunks`, run."""
     key = ("chunks", partial.shape, partial.device, dw.shape, dw.stride(), dw.dtype)
     _planned(key, _CHUNKS, (partial, dw), lambda: reduce.chunks(partial, dw))
+
+
+def bce(logits: Tensor, target: float, loss: Tensor, probability: Tensor) -> None:
+    """:func:`.bce.forward`, run."""
+    pointers = (logits, loss, probability)
+    key = ("bce", logits.shape, logits.stride(), logits.dtype, logits.device, target, _aligned(pointers))
+    make = functools.partial(losses.forward, logits, target, loss, probability)
+    _planned(key, ("logits_ptr", "loss_ptr", "probability_ptr"), pointers, make)
+
+
+def bce_backward(logits: Tensor, target: float, dloss: Tensor, dprobability: Tensor, dlogits: Tensor) -> None:
+    """:func:`.bce.backward`, run."""
+    pointers = (logits, dloss, dprobability, dlogits)
+    key = ("dbce", logits.shape, logits.stride(), logits.dtype, logits.device, target, _aligned(pointers))
+    make = functools.partial(losses.backward, logits, target, dloss, dprobability, dlogits)
+    _planned(key, ("logits_ptr", "dloss_ptr", "dprobability_ptr", "dlogits_ptr"), pointers, make)
 
 
 def _planned(

@@ -25,6 +25,22 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
+def bce(logits: Tensor, target: float) -> tuple[Tensor, Tensor]:
+    """(loss, probability) of :mod:`..loss`."""
+    loss, probability = (torch.empty((), dtype=torch.float32, device=logits.device) for _ in range(2))
+    with _on(logits):
+        plans.bce(logits, target, loss, probability)
+    return loss, probability
+
+
+def bce_backward(logits: Tensor, target: float, dloss: Tensor, dprobability: Tensor) -> Tensor:
+    """dlogits."""
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    with _on(logits):
+        plans.bce_backward(logits, target, dloss, dprobability, dlogits)
+    return dlogits
+
+
 def _dense(vector: Tensor | None) -> Tensor | None:
     return vector if vector is None or vector.stride(0) == 1 else vector.contiguous()
 
