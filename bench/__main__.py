@@ -15,7 +15,7 @@ from bench.usage import UsageError
 
 COMMANDS = (
     *("generate", "discriminate", "accuracy", "scale", "ladder", "profile"),
-    *("inspect", "predict", "gpu", "plot"),
+    *("inspect", "predict", "gpu", "kernels", "plot"),
 )
 
 

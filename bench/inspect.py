@@ -81,7 +81,7 @@ def _row(table: Table, layer: Layer, dtype: str, tile: tiles.Tile, arch: int) ->
     faults = offline.faults(launch, report, arch)
     narrower = sum(n for size, n in report.async_copies.items() if size < 16)
     table.add_row(
-        layer.kernel,
+        layer.kernel + ("" if tile.fused else " + pass"),
         layer.name,
         layer.phase,
         layer.problem.fusion,

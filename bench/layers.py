@@ -103,7 +103,8 @@ def of_product(name: str, phase: str, product: Product) -> Layer:
     return Layer(name, phase, kernel.name, product, problem, launches, packed)
 
 
-def _of_gradient(name: str, gradient: wgrad.Gradient, weight: Tensor) -> Layer:
+def of_gradient(name: str, gradient: wgrad.Gradient, weight: Tensor) -> Layer:
+    """The gradient of a weight."""
     problem = wgrad.problem(gradient)
 
     def launches(tile: Tile, processors: int) -> Launches:
@@ -135,7 +136,7 @@ def after_pass(layer: Layer) -> Layer:
         )
     )
     written = gradient._replace(small=small, large=large, small_prologue=first, large_prologue=second)
-    return _of_gradient(
+    return of_gradient(
         layer.name, written, torch.empty(gradient.shape, dtype=small.dtype, device=small.device)
     )
 
@@ -204,7 +205,7 @@ def training(
             dx = torch.empty_like(call.x)
             wanted.append(of_product(conv.name, "dgrad", products.adjoint(back, conv.transposed, dx)))
         gradient = products.weight_gradient(back, conv.transposed)
-        wanted.append(_of_gradient(conv.name, gradient, call.weight))
+        wanted.append(of_gradient(conv.name, gradient, call.weight))
         backwards.append(wanted)
         pending = {}
         if conv.norm:

@@ -13,6 +13,11 @@ A BatchNorm in training is ``center=mean, scale=gamma·rsqrt(var+eps), shift=bet
 convolution; in eval it is ``out_scale, out_shift`` of its own. :mod:`.reference` is their meaning in full,
 backward included.
 
+    dcgan::conv2d_fused_backward, dcgan::conv_transpose2d_fused_backward
+
+are all first derivatives of a call at once, from dy, dmean and dvar and what the forward was given; of its
+outputs y alone is kept. Derivatives of these (``create_graph=True``) are the reference's, in aten.
+
 Engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
 ``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest.
 A forced engine that does not cover a call is an error, never another engine.

@@ -10,7 +10,7 @@ import triton.language as tl
 def rows(tile, M, H: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
     """(inside, n, p, q) of the BLOCK_M rows of row tile ``tile``: m = (n·H + p)·W + q. int64 if WIDE."""
     if WIDE:
-        tile = tile.to(tl.int64)
+        tile = tl.cast(tile, tl.int64)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     return m < M, m // (H * W), (m // W) % H, m % W
 

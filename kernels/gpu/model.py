@@ -7,7 +7,7 @@ and overlap with all else; arithmetic and products of one program follow each ot
 overlap:
 
     step of k programs = max(k·matrix, k·loads, k·arithmetic, matrix + arithmetic)
-    launch = max(Σ over groups (steps·step + epilogue + LATENCY), bytes / HBM) + GAP
+    launch = max(Σ over groups (steps·step + epilogue + LATENCY), bytes / (L2 or HBM)) + GAP
 
 The rates are those of an H100 (SXM, 132 multiprocessors), its data sheet's unless noted.
 Instructions an element are rounded from the compiled code. ``python -m bench predict`` prints it all beside
@@ -51,7 +51,7 @@ class Prediction(NamedTuple):
     """Seconds of a launch, and where they go."""
 
     seconds: float
-    roofline: float  # the larger of FLOPs and least bytes at their ceilings
+    roofline: float  # the larger of FLOPs and least bytes at their ceilings: no tile is predicted below it
     resident: int  # programs a multiprocessor
     waves: float
     bound: str
@@ -106,6 +106,11 @@ def least_bytes(problem: Problem) -> int:
     return item * (reads + weight + outputs * (2 if problem.fusion.endswith("adjoint") else 1))
 
 
+def moving(amount: float) -> float:
+    """Seconds for so many bytes of whole tensors: what fits in L2 lies there still from the kernel before."""
+    return amount / (HBM if amount > L2_SIZE else L2)
+
+
 def predict(
     problem: Problem,
     tile: Tile,
@@ -129,8 +134,9 @@ def predict(
     bytes_moved = least_bytes(problem)
     total = programs(tile, problem) * splits
     if problem.kernel == "dense_narrow":  # a dot product a program, all bytes
-        seconds = max(bytes_moved / HBM, LATENCY * total / (processors * resident)) + LATENCY + GAP
-        roofline = max(flops / FLOPS["ieee"], bytes_moved / HBM)
+        memory = moving(bytes_moved) / scale
+        seconds = max(memory, LATENCY * total / (processors * resident)) + LATENCY + GAP
+        roofline = max(flops / FLOPS["ieee"] / scale, memory)
         return Prediction(
             seconds, roofline, resident, total / processors / resident, "bytes", flops, bytes_moved
         )
@@ -173,11 +179,11 @@ def predict(
         last, last_bound = group(rest)
         compute += last
         bound = bound if full else last_bound
-    memory = bytes_moved / HBM if bytes_moved > L2_SIZE else bytes_moved / L2
-    seconds = max(compute, memory / scale) + GAP
+    memory = moving(bytes_moved) / scale
+    seconds = max(compute, memory) + GAP
     if memory > compute:
         bound = "bytes"
-    roofline = max(flops / FLOPS[problem.precision], bytes_moved / HBM)
+    roofline = max(flops / FLOPS[problem.precision] / scale, memory)
     return Prediction(seconds, roofline, resident, mine / resident, bound, flops, bytes_moved)
 
 
@@ -185,7 +191,7 @@ def chunks_seconds(problem: Problem, splits: int) -> float:
     """Of the kernel that adds the chunks of a weight gradient."""
     elements = problem.rows * problem.columns * problem.copies
     moved = elements * (4 * splits + ITEM[problem.precision])
-    return LATENCY + moved / (HBM if moved > L2_SIZE else L2) + GAP
+    return LATENCY + moving(moved) + GAP
 
 
 def merge_seconds(sums: int) -> float:
@@ -207,7 +213,7 @@ def pass_seconds(problem: Problem, shared: bool = True) -> float:
     for kind, elements in zip(prologues(problem), problem.elements, strict=False):
         if kind != "none":
             moved = elements * (_reads(kind) + 1) * ITEM[problem.precision]
-            once = LATENCY + moved / (HBM if moved > L2_SIZE else L2) + GAP
+            once = LATENCY + moving(moved) + GAP
             seconds += once / 2 if shared and _reads(kind) == 2 else once
     return seconds
 
@@ -260,7 +266,7 @@ def estimate(problem: Problem, listed: tuple[Tile, ...], processors: int, shared
 
     seconds, tile = best(problem)
     if set(prologues(problem)) != {"none"}:
-        apart, _ = best(plain(problem))
+        apart, other = best(plain(problem))
         if apart + pass_seconds(problem) < seconds:
-            return tile._replace(fused=False)
+            return other._replace(fused=False)  # the one that the product without prologues will take
     return tile

@@ -109,11 +109,34 @@ def _vectorisable(tensor: Any, stride: tuple[int, ...]) -> bool:
     return bool(channels >= 16 and channels * tensor.element_size() % 16 == 0 and stride[1] == 1)
 
 
+def _narrow(launch: Launch, report: Report) -> list[str]:
+    """Narrow accesses of a pass or of the sum of chunks.
+
+    What tiles leave per channel is too little for 16 bytes a thread unless there are many tiles, and a dot
+    product's reduction may lie in any order.
+    """
+    constants, arguments = launch.constants, launch.arguments
+    loads = stores = False
+    if "out_ptr" in arguments:
+        operands = {name: arguments[f"{name}_ptr"] for name in ("x", "x_other", "out")}
+        strides = {name: constants[f"{name.upper()}_STRIDE"] for name in operands}
+        loads = stores = all(_vectorisable(t, strides[name]) for name, t in operands.items())
+    elif "SPLITS" in constants:
+        loads = constants["SIZE"][0] * constants["SIZE"][1] % 4 == 0
+    found = []
+    if loads and report.loads_by_width.keys() != {16}:
+        found.append(f"loads of other than 16 bytes: {report.loads_by_width}")
+    if stores and report.stores_by_width.keys() != {16}:
+        found.append(f"stores of other than 16 bytes: {report.stores_by_width}")
+    return found
+
+
 def faults(launch: Launch, report: Report, capability: int) -> list[str]:
     """What is wrong with a launch's code.
 
     Operands whose channels lie together are to come by asynchronous 16-byte copies and nothing else but the
     4-byte ones of per-channel vectors; without prologue, epilogue vectors or a second tensor, all loads are.
+    A pass over such tensors loads and stores 16 bytes at a time, and so does the sum of chunks load them.
     """
     constants = launch.constants
     found = []
@@ -122,7 +145,7 @@ def faults(launch: Launch, report: Report, capability: int) -> list[str]:
     if report.shared > SHARED_LIMIT[capability]:
         found.append(f"{report.shared} bytes of shared memory, the chip has {SHARED_LIMIT[capability]}")
     if "PRECISION" not in constants or "BLOCK_M" not in constants:
-        return found  # a pass, a reduction or a dot product: no matrix instruction, nothing to stage
+        return found + _narrow(launch, report)  # no matrix instruction, nothing to stage
     operands = [name for name in ("x", "small", "large") if f"{name}_ptr" in launch.arguments]
     tensors = [launch.arguments[f"{name}_ptr"] for name in operands]
     if tensors[0].dtype != torch.float32 or constants["PRECISION"] == "tf32":

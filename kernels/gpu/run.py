@@ -98,18 +98,19 @@ def backward(call: Backward, transposed: bool) -> Gradients:
             if not need_x:
                 dx = call.x.new_empty(0)
         if need_weight or need_out_scale:
-            dweight = torch.empty_like(call.weight)
+            # Before out_scale its range is another, and a sum over it may cancel: float32 until the end.
+            scaled = need_out_scale or call.out_scale is not None
+            dweight = torch.empty_like(call.weight, dtype=acc if scaled else None)
             plans.chunks(plans.gradient(products.weight_gradient(call, transposed, du)), dweight)
             shape = [1, 1, 1, 1]
             shape[1 if transposed else 0] = -1
             if need_out_scale:
                 # u is linear in the weight: Σ e·u = Σ w·wgrad(x̂, e), and u need not be had again.
                 others = (0, 2, 3) if transposed else (1, 2, 3)
-                dout_scale = (call.weight.to(acc) * dweight.to(acc)).sum(others)
+                dout_scale = (call.weight.to(acc) * dweight).sum(others)
             if call.out_scale is not None:
                 dweight *= call.out_scale.view(shape)
-            if not need_weight:
-                dweight = call.weight.new_empty(0)
+            dweight = dweight.to(call.weight.dtype) if need_weight else call.weight.new_empty(0)
         if need_out_shift:
             e = call.dy.to(acc)
             if call.y is not None:

@@ -307,7 +307,8 @@ def test_with_gradients_it_is_the_composition(kind: str) -> None:
     with torch.enable_grad(), ops.recording() as choices:
         y = model(x)
         y.sum().backward()
-    assert [c.engine for c in choices] == NATIVE
+    assert [c.engine for c in choices if not c.op.endswith("_backward")] == NATIVE
+    assert {c.engine for c in choices if c.op.endswith("_backward")} == {"reference"}
     assert relative(y, expected) < 1e-6
     exact = copy.deepcopy(model).double()
     exact.zero_grad()

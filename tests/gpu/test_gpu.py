@@ -1,72 +1,21 @@
-"""On a real GPU: every layer of both networks at its real shape, against float64 and beside eager."""
+"""On a real GPU, in eval: every layer of both networks at its real shape, against float64, beside eager."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from real import LAYERS, NETWORK, TOLERANCE, call_of, error, in_float64, networks, twin
 from torch import Tensor, nn
 
 from bench.cases import DTYPES
 from dcgan import fast, models
 from dcgan.kernels import gpu, ops, weights
-from dcgan.kernels.call import Call
 from dcgan.kernels.gpu import products, tiles
 
 pytestmark = pytest.mark.gpu
-
-# ‖error‖/‖result‖. float32: sums of up to 8192 terms of random sign, √8192·2⁻²⁴. tf32: operands of 11 bits,
-# two roundings, √2·2⁻¹¹/√3 rounded up. 16-bit types: operands are exact, the result is rounded once.
-TOLERANCE = {"float32": 6e-6, "tf32": 8e-4, "float16": 2**-11, "bfloat16": 2**-8}
-
-LAYERS = {  # transposed, C_in, C_out, H, stride, padding
-    "G1": (True, 100, 512, 1, 1, 0),
-    "G2": (True, 512, 256, 4, 2, 1),
-    "G3": (True, 256, 128, 8, 2, 1),
-    "G4": (True, 128, 64, 16, 2, 1),
-    "G5": (True, 64, 1, 32, 2, 1),
-    "G5-rgb": (True, 64, 3, 32, 2, 1),
-    "D1": (False, 1, 64, 64, 2, 1),
-    "D1-rgb": (False, 3, 64, 64, 2, 1),
-    "D2": (False, 64, 128, 32, 2, 1),
-    "D3": (False, 128, 256, 16, 2, 1),
-    "D4": (False, 256, 512, 8, 2, 1),
-    "D5": (False, 512, 1, 4, 1, 0),
-}
-
-
-@pytest.fixture(params=DTYPES)
-def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = request.param == "tf32"
-    yield request.param
-    torch.backends.cudnn.allow_tf32 = before
-
-
-def call_of(layer: str, batch: int, dtype: torch.dtype) -> tuple[Call, bool]:
-    transposed, c_in, c_out, size, stride, padding = LAYERS[layer]
-    x = torch.randn(batch, c_in, size, size, device="cuda").to(dtype, memory_format=torch.channels_last)
-    shape = (c_in, c_out) if transposed else (c_out, c_in)
-    weight = (torch.randn(*shape, 4, 4, device="cuda") * 0.02).to(dtype)
-    scale, shift = torch.rand(c_out, device="cuda") + 0.5, torch.randn(c_out, device="cuda")
-    act = "relu" if transposed else "leaky_relu"
-    call = Call(x, weight, out_scale=scale, out_shift=shift, out_act=act, stride=stride, padding=padding)
-    return call, transposed
-
-
-def in_float64(call: Call, transposed: bool) -> Tensor:
-    convolve = torch.conv_transpose2d if transposed else torch.conv2d
-    y = convolve(call.x.double(), call.weight.double(), None, call.stride, call.padding)
-    assert call.out_scale is not None
-    assert call.out_shift is not None
-    y = y * call.out_scale.double().view(1, -1, 1, 1) + call.out_shift.double().view(1, -1, 1, 1)
-    return torch.relu(y) if call.out_act == "relu" else nn.functional.leaky_relu(y, call.slope)
-
-
-def error(y: Tensor, exact: Tensor) -> float:
-    return ((y.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
@@ -94,29 +43,6 @@ def test_every_tile(layer: str, precision: str) -> None:
         assert error(y, exact) <= TOLERANCE[precision], tile
 
 
-def networks(dtype: torch.dtype) -> tuple[fast.Generator, fast.Discriminator]:
-    made = fast.Generator(), fast.Discriminator()
-    for network in made:
-        network.apply(models.weights_init)
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 2)
-        network.eval().to("cuda", dtype)
-    return made
-
-
-def twin(network: nn.Module) -> nn.Module:
-    """The reference network with the same values in float64."""
-    assert isinstance(network, models.Generator | models.Discriminator)
-    kind = models.Generator if isinstance(network, models.Generator) else models.Discriminator
-    reference = kind(**network.sizes()).double().cuda().eval()
-    reference.load_state_dict(network.state_dict())
-    return reference
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 64])
 def test_networks(batch: int, precision: str) -> None:
@@ -133,7 +59,7 @@ def test_networks(batch: int, precision: str) -> None:
             y = network(x)
         assert {choice.engine for choice in choices} == {"triton"}
         assert y.stride() == plain.stride()
-        assert error(y, exact) <= max(2 * error(plain, exact), TOLERANCE[precision])
+        assert error(y, exact) <= max(2 * error(plain, exact), NETWORK[precision])
 
 
 @torch.no_grad()
@@ -200,7 +126,7 @@ def test_weights_are_never_stale(edit: str, graph: bool) -> None:
         after = run(z)
         exact = twin(generator)(z.double())
     assert error(before, exact) > 1e-2
-    assert error(after, exact) <= TOLERANCE["tf32"]
+    assert error(after, exact) <= NETWORK["tf32"]
 
 
 @torch.no_grad()
@@ -264,20 +190,6 @@ def test_another_stream_packs_its_own() -> None:
         y = generator(z)
     torch.cuda.current_stream().wait_stream(stream)
     torch.testing.assert_close(y, expected)
-
-
-def test_training_runs_through_the_reference() -> None:
-    """Statistics and prologues are not in these kernels: right answers and gradients by the reference."""
-    generator = fast.Generator(features=8).cuda()
-    reference = models.Generator(features=8).double().cuda()
-    reference.load_state_dict(generator.state_dict())
-    z = torch.randn(16, 100, device="cuda")
-    generator(z).square().mean().backward()
-    reference(z.double()).square().mean().backward()
-    for p, q in zip(generator.parameters(), reference.parameters(), strict=True):
-        assert p.grad is not None
-        assert q.grad is not None
-        assert error(p.grad, q.grad) <= 1e-2
 
 
 @torch.no_grad()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from native import THREADS
 
 from bench.cases import DTYPES
-from bench.inspect import MULTIPROCESSORS, networks
-from bench.layers import Layer, layers, of_product
+from bench.inspect import MULTIPROCESSORS, networks, tiles_of
+from bench.layers import Launches, Layer, layers, of_product, training
 from dcgan import models
 from dcgan.kernels.gpu import offline, tiles
-from dcgan.kernels.gpu.launch import Epilogue, Product
+from dcgan.kernels.gpu.launch import INT32_MAX, Epilogue, Launch, Product
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,65 @@ def cases(channels: int, dtype: str) -> list[Layer]:
 def check(layer: Layer, tile: tiles.Tile, arch: int) -> None:
     launch = layer.launches(tile, MULTIPROCESSORS[arch]).product
     assert offline.faults(launch, offline.inspect(launch, arch), arch) == [], (layer.name, tile)
+
+
+def training_cases(channels: int, dtype: str, batch: int = 64) -> list[Layer]:
+    """Forward, adjoint and weight gradient of every layer of both networks."""
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    return [
+        layer
+        for network in networks(channels)
+        for layer in training(network, batch, DTYPES[dtype], input_gradient=True)
+    ]
+
+
+SIZES = ("SIZE", "STRIDE", "X_STRIDE", "X_OTHER_STRIDE", "OUT_STRIDE", "C")
+
+
+def code(launch: Launch, without: tuple[str, ...] = ()) -> Hashable:
+    """What decides a launch's machine code, but for ``without``."""
+
+    def kind(value: Any) -> Hashable:
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        return "float" if isinstance(value, float) else (value <= INT32_MAX, value % 16 == 0)
+
+    constants = {name: value for name, value in launch.constants.items() if name not in without}
+    return (
+        launch.kernel.__name__,
+        tuple((name, kind(value)) for name, value in launch.arguments.items()),
+        tuple(sorted(constants.items())),
+        (launch.tile.num_warps, launch.tile.num_stages),
+    )
+
+
+def check_all(found: Iterable[tuple[str, Launch]], arch: int, bytes_spilled: int = 0) -> None:
+    """No launch has a fault; the compiler and the disassembler leave Python alone most of the time."""
+
+    def faults(case: tuple[str, Launch]) -> list[str]:
+        name, launch = case
+        report = offline.inspect(launch, arch)
+        if report.stack <= bytes_spilled:
+            report = report._replace(spills=0, stack=0)
+        return [
+            f"{launch.kernel.__name__} of {name} {tuple(launch.tile)}: {fault}"
+            for fault in offline.faults(launch, report, arch)
+        ]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert [fault for each in pool.map(faults, found) for fault in each] == []
+
+
+def described(layer: Layer) -> str:
+    return f"{layer.name} {layer.phase} {layer.problem.fusion}"
+
+
+def with_others(layer: Layer, launches: Launches) -> Iterator[tuple[str, Launch]]:
+    """The product, then the passes before it and the reduction after it."""
+    yield described(layer), launches.product
+    for launch in (*launches.passes, launches.reduction):
+        if launch is not None:
+            yield described(layer), launch
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -75,9 +137,106 @@ def test_a_spilling_tile_is_a_fault() -> None:
     assert any("spills" in fault for fault in faults)
 
 
+def test_default_tiles_in_training() -> None:
+    """Of passes and reductions one for all sizes: their code differs in numbers alone."""
+    distinct: dict[Hashable, tuple[str, Launch]] = {}
+    for layer in training_cases(1, "bfloat16"):
+        launches = layer.launches(tiles.estimate(layer.problem, MULTIPROCESSORS[90], 90), MULTIPROCESSORS[90])
+        for name, launch in with_others(layer, launches):
+            key = code(launch, () if launch is launches.product else SIZES)
+            distinct.setdefault(key, (name, launch))
+    names = {launch.kernel.__name__ for _, launch in distinct.values()}
+    assert {"_pass_kernel", "_chunks_kernel", "_statistics_kernel", "_sums_kernel", "_wgrad_kernel"} <= names
+    check_all(distinct.values(), 90)
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("tf32", 90), ("bfloat16", 80)])
+def test_a_tile_of_each_kernel_in_training(dtype: str, arch: int) -> None:
+    """With a prologue inside, wherever one is to be had."""
+    chosen: dict[str, Layer] = {}
+    for layer in training_cases(1, dtype):
+        before = chosen.get(layer.kernel)
+        bare = before is not None and before.problem.fusion.startswith("none")
+        if before is None or (bare and not layer.problem.fusion.startswith("none")):
+            chosen[layer.kernel] = layer
+    assert len(chosen) == 9
+    found = []
+    for layer in chosen.values():
+        tile = tiles.estimate(layer.problem, MULTIPROCESSORS[arch], arch)._replace(fused=True)
+        found.append((described(layer), layer.launches(tile, MULTIPROCESSORS[arch]).product))
+    check_all(found, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_tile_in_training(channels: int, dtype: str, arch: int) -> None:
+    """Fused and not, whatever the model lets through; float16's code is bfloat16's.
+
+    Of tiles that the model would not choose itself some spill up to 16 registers on sm_80, whose products
+    take an operand from registers: tuning times them as they are.
+    """
+    distinct = {
+        code(launch): (name, launch)
+        for layer in training_cases(channels, dtype)
+        for tile in tiles_of(layer, arch, every=True)
+        for name, launch in with_others(layer, layer.launches(tile, MULTIPROCESSORS[arch]))
+    }
+    check_all(distinct.values(), arch, bytes_spilled=64 if arch == 80 else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [64, 1024])
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_default_tile_in_training(dtype: str, arch: int, batch: int) -> None:
+    distinct = {
+        code(launch): (name, launch)
+        for layer in training_cases(1, dtype, batch)
+        for tile in tiles_of(layer, arch, every=False)
+        for name, launch in with_others(layer, layer.launches(tile, MULTIPROCESSORS[arch]))
+    }
+    check_all(distinct.values(), arch)
+
+
+def test_narrow_accesses_of_a_pass_are_a_fault() -> None:
+    """Channels that do not lie together, said to."""
+    layer = next(x for x in training_cases(1, "bfloat16") if x.phase == "dgrad" and x.kernel == "down")
+    (launch,) = layer.launches(tiles.Tile(128, 64, 64, 4, 4, fused=False), 132).passes
+    report = offline.inspect(launch, 90)
+    assert offline.faults(launch, report, 90) == []
+    narrow = report._replace(loads_by_width={16: 2, 2: 8}, stores_by_width={4: 4})
+    assert [fault.split(":")[0] for fault in offline.faults(launch, narrow, 90)] == [
+        "loads of other than 16 bytes",
+        "stores of other than 16 bytes",
+    ]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "tf32"])
 def test_channels_that_are_no_multiple_of_16_bytes_compile(dtype: str) -> None:
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
         for layer in layers(network, 3, DTYPES[dtype]):
             check(layer, tiles.estimate(layer.problem, 132), 90)
+
+
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("tf32", marks=pytest.mark.slow)])
+def test_channels_that_are_no_multiple_of_16_bytes_compile_in_training(dtype: str) -> None:
+    """One layer of each kernel and phase, the prologues inside.
+
+    ptxas stops at 56 registers for the head's adjoint, of 255, and spills what one more would hold.
+    """
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    chosen = {}
+    for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
+        for layer in training(network, 3, DTYPES[dtype], input_gradient=True):
+            chosen[layer.kernel, layer.phase] = layer
+    check_all(
+        (
+            (described(layer), layer.launches(tiles.estimate(layer.problem, 132), 132).product)
+            for layer in chosen.values()
+        ),
+        90,
+        bytes_spilled=8,
+    )

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 
 from bench.pretend import Driver
 from dcgan.kernels import gpu
-from dcgan.kernels.call import Call
-from dcgan.kernels.gpu import plans
+from dcgan.kernels.call import Backward, Call
+from dcgan.kernels.gpu import model, packing, plans
+from dcgan.kernels.gpu.launch import Launch
+from dcgan.kernels.gpu.tiles import Problem, Tile
 
-launched: list[tuple[Any, ...]] = []
+
+class Launched(NamedTuple):
+    """What the GPU was handed."""
+
+    kernel: str
+    constants: dict[Any, Any]
+    warps: int
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    contents: list[Tensor]
+    """Of the tensors among the arguments, at that moment."""
+
+
+launched: list[Launched] = []
 
 
 class Recorder(Driver):
     class launcher_cls:
         def __init__(self, source: Any, metadata: Any) -> None:
-            pass
+            self.kernel = source.fn.__name__, source.constants, metadata.num_warps
 
         def __call__(self, *arguments: Any) -> None:
-            launched.append(arguments)
+            # The grid, then stream, handles and metadata, then what the kernel is written to take.
+            contents = [v.clone() for v in arguments[9:] if isinstance(v, Tensor)]
+            launched.append(Launched(*self.kernel, arguments[:3], arguments[9:], contents))
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +63,16 @@ def call(transposed: bool, c_in: int, c_out: int, size: int, vectors: bool) -> C
     return Call(x, weight, out_scale=vector, out_shift=vector, out_act="relu", stride=stride, padding=padding)
 
 
-def described(arguments: tuple[Any, ...]) -> list[Any]:
-    """Arguments of a launch, tensors by what a kernel sees of them; without stream, handles and metadata."""
-    grid, kernel_arguments = arguments[:3], arguments[9:]
+def described(launch: Launched) -> list[Any]:
+    """A launch, tensors by what a kernel sees of them."""
     return [
-        *grid,
-        *(
-            (tuple(v.shape), v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v
-            for v in kernel_arguments
-        ),
+        *launch[:4],
+        *((tuple(v.shape), v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in launch.arguments),
     ]
+
+
+def pointers(launches: list[Launched]) -> set[int]:
+    return {v.data_ptr() for launch in launches for v in launch.arguments if isinstance(v, Tensor)}
 
 
 @pytest.mark.parametrize("vectors", [True, False])
@@ -80,10 +98,10 @@ def test_the_second_launch_is_the_first(
     assert len(plans._plans) == 1
     assert len(launched) == 2
     assert described(launched[0]) == described(launched[1])
-    pointers = [v.data_ptr() for v in launched[1][9:] if isinstance(v, torch.Tensor)]
-    assert second.x.data_ptr() in pointers
-    assert first.x.data_ptr() not in pointers
-    assert y.data_ptr() in pointers
+    taken = pointers(launched[1:])
+    assert second.x.data_ptr() in taken
+    assert first.x.data_ptr() not in taken
+    assert y.data_ptr() in taken
 
 
 def test_another_layout_alignment_or_activation_is_another_plan() -> None:
@@ -123,3 +141,257 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for slope in range(7):
         gpu.forward(call(True, 32, 16, 8, True)._replace(slope=float(slope)), True)
     assert len(plans._plans) <= 3
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """A call in training and its gradients."""
+
+    forward: Call
+    backward: Backward
+
+    def run(self, transposed: bool) -> None:
+        gpu.forward(self.forward, transposed)
+        gpu.backward(self.backward, transposed)
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> Step:
+        """With other tensors, the same ones for both."""
+        given = self.backward._asdict() | self.forward._asdict()
+        made = {name: change(name, t) for name, t in given.items() if isinstance(t, Tensor)}
+        return Step(
+            self.forward._replace(**{name: t for name, t in made.items() if name in Call._fields}),
+            self.backward._replace(**{name: t for name, t in made.items() if name in Backward._fields}),
+        )
+
+
+def step(transposed: bool, c_in: int, c_out: int, size: int) -> Step:
+    """Statistics and a BatchNorm's prologue, and every gradient that these have."""
+    forward = call(transposed, c_in, c_out, size, False)
+    center, scale, shift = (torch.randn(c_in) for _ in range(3))
+    forward = forward._replace(
+        center=center, scale=scale, shift=shift, in_act="relu", out_act="none", stats=True
+    )
+    y = torch.randn_like(gpu.output(forward, transposed))
+    mean, dmean, dvar = (torch.randn(c_out) for _ in range(3))
+    backward = Backward(
+        torch.randn_like(y), dmean, dvar, forward.x, forward.weight, center, scale, shift, "relu", None,
+        "none", y, mean, True, forward.slope, forward.stride, forward.padding,
+        (True, True, True, False, False),
+    )  # fmt: skip
+    return Step(forward, backward)
+
+
+def copied(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.preserve_format)
+
+
+def unaligned(t: Tensor) -> Tensor:
+    """The same values and strides, off a 16-byte address by one element."""
+    memory = torch.empty(1 + t.numel(), dtype=t.dtype)[1:]
+    moved = memory.as_strided(t.shape, t.stride()).copy_(t)
+    assert moved.data_ptr() % 16
+    return moved
+
+
+TRAINED = pytest.mark.parametrize(
+    ("transposed", "c_in", "c_out", "size", "kernel", "adjoint"),
+    [
+        (True, 32, 16, 8, "_up_kernel", "_down_kernel"),
+        (False, 16, 32, 8, "_down_kernel", "_up_kernel"),
+        (True, 20, 16, 1, "_dense_kernel", "_dense_kernel"),
+        (False, 3, 32, 8, "_down_narrow_kernel", "_up_kernel"),
+    ],
+    ids=["up", "down", "dense", "narrow"],
+)
+
+
+def apart(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+    """From now on every prologue is a pass of its own; lists what a tile has been chosen for."""
+    asked: list[Problem] = []
+    choose = plans.choose
+
+    def chosen(problem: Problem, *others: Any) -> Tile:
+        asked.append(problem)
+        bare = set(model.prologues(problem)) == {"none"}
+        return choose(problem, *others)._replace(fused=bare)
+
+    monkeypatch.setattr(plans, "choose", chosen)
+    return asked
+
+
+@TRAINED
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+def test_the_second_step_is_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+    transposed: bool,
+    c_in: int,
+    c_out: int,
+    size: int,
+    kernel: str,
+    adjoint: str,
+    fused: bool,
+) -> None:
+    """Two kernels forward and four backward; where prologues are apart, a pass for each of x̂, du, and x̂."""
+    asked = [] if fused else apart(monkeypatch)
+    first = step(transposed, c_in, c_out, size)
+    second = first.map(lambda name, t: copied(t))
+    first.run(transposed)
+    count, choices = len(launched), len(asked)
+    second.run(transposed)
+    names = [launch.kernel for launch in launched]
+    forward = [kernel, "_statistics_kernel"]
+    backward = [adjoint, "_sums_kernel", "_wgrad_kernel", "_chunks_kernel"]
+    if not fused:
+        forward.insert(0, "_pass_kernel")
+        backward.insert(2, "_pass_kernel")
+        backward.insert(0, "_pass_kernel")
+        assert list(plans._plans.values()).count(None) == 3  # their products have other keys
+        assert len(asked) == choices == 6
+    assert names == 2 * (forward + backward)
+    assert [described(launch) for launch in launched[:count]] == [
+        described(launch) for launch in launched[count:]
+    ]
+    taken = pointers(launched[count:])
+    for name, t in (first.backward._asdict() | first.forward._asdict()).items():
+        if isinstance(t, Tensor):
+            assert t.data_ptr() not in taken, name
+    for name, t in (second.backward._asdict() | second.forward._asdict()).items():
+        if isinstance(t, Tensor) and name != "weight":  # of which kernels see what was made
+            assert t.data_ptr() in taken, name
+
+
+def test_a_pass_writes_what_the_product_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """du once for both gradients; and on its own where the weight's gradient alone is wanted."""
+    apart(monkeypatch)
+    it = step(True, 32, 16, 8)
+    gpu.backward(it.backward, True)
+    by_name = {launch.kernel: launch for launch in launched}
+    first, second = (launch for launch in launched if launch.kernel == "_pass_kernel")
+    du, x_hat = (launch.arguments[5] for launch in (first, second))
+    assert du.shape == it.backward.dy.shape
+    assert x_hat.shape == it.forward.x.shape
+    assert du.data_ptr() in pointers([by_name["_down_kernel"]])
+    assert {du.data_ptr(), x_hat.data_ptr()} <= pointers([by_name["_wgrad_kernel"]])
+    launched.clear()
+    gpu.backward(it.backward._replace(needs=(False, True, False, False, False)), True)
+    names = [launch.kernel for launch in launched]
+    assert names == ["_pass_kernel", "_pass_kernel", "_wgrad_kernel", "_chunks_kernel"]
+
+
+@TRAINED
+def test_every_training_call_packs_the_weight_before_its_launch(
+    transposed: bool, c_in: int, c_out: int, size: int, kernel: str, adjoint: str
+) -> None:
+    """Also where neither its version nor its address tells that it has changed."""
+    packs = {
+        "_up_kernel": packing.up,
+        "_down_kernel": packing.down,
+        "_down_narrow_kernel": packing.down_narrow,
+    }
+    dense = packing.dense_up, packing.dense_down
+    it = step(transposed, c_in, c_out, size)
+    weight = it.forward.weight
+    for _ in range(3):
+        launched.clear()
+        it.run(transposed)
+        products = [launch for launch in launched if launch.kernel in (kernel, adjoint)]
+        made_by = dense if size == 1 else (packs[kernel], packs[adjoint])
+        for launch, pack in zip(products, made_by, strict=True):
+            expected = pack(weight)
+            assert any(
+                content.shape == expected.shape and torch.equal(content, expected)
+                for content in launch.contents
+            ), launch.kernel
+        weight.data.copy_(torch.randn_like(weight))
+
+
+@pytest.fixture
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches do nothing, at once: for what depends on keys alone."""
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: None
+
+    monkeypatch.setattr(Launch, "__call__", lambda self: Compiled())
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        ("x", 1, 2),  # the adjoint's epilogue and the weight's gradient
+        ("center", 1, 2),
+        ("scale", 1, 3),  # and the sums
+        ("shift", 1, 2),
+        ("dy", 0, 2),
+        ("y", 0, 2),
+        ("mean", 0, 2),
+        ("dmean", 0, 2),
+        ("dvar", 0, 2),
+        ("weight", 0, 0),  # what is made of it is aligned
+    ],
+)
+def test_another_alignment_is_another_plan(
+    monkeypatch: pytest.MonkeyPatch, name: str, forward: int, backward: int, fused: bool
+) -> None:
+    """Code compiled for 16-byte addresses would fault on another."""
+    if not fused:
+        apart(monkeypatch)
+    it = step(True, 32, 16, 8)
+    it.run(True)
+    off = it.map(lambda given, t: unaligned(t) if given == name else t)
+    before = len(plans._plans)
+    gpu.forward(off.forward, True)
+    between = len(plans._plans)
+    gpu.backward(off.backward, True)
+    added = between - before, len(plans._plans) - between
+    if fused:
+        assert added == (forward, backward)
+    else:  # a pass more for each that had one, whose products stay what they were
+        assert added[0] >= forward
+        assert added[1] >= min(backward, 1)
+    off.run(True)
+    assert len(plans._plans) == before + sum(added)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_another_geometry_of_a_step_is_another_plan() -> None:
+    it = step(True, 32, 16, 8)
+    it.run(True)
+    for other in (
+        Step(it.forward._replace(in_act="tanh"), it.backward._replace(in_act="tanh")),
+        Step(it.forward._replace(slope=0.5), it.backward._replace(slope=0.5)),
+        it.map(lambda name, t: t.contiguous()),
+        it.map(lambda name, t: t[:1] if name in ("x", "y", "dy") else t),
+        it.map(lambda name, t: t.bfloat16() if name in ("x", "y", "dy", "weight") else t),
+        Step(it.forward._replace(stats=False), it.backward._replace(dmean=None, dvar=None)),
+    ):
+        before = len(plans._plans)
+        gpu.forward(other.forward, True)
+        between = len(plans._plans)
+        gpu.backward(other.backward, True)
+        assert between > before
+        assert len(plans._plans) >= between + 2
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_what_a_step_needs_not_is_not_launched() -> None:
+    ran: list[str] = []
+    it = step(False, 16, 32, 8)
+    real = Launch.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launch, "__call__", lambda self: (ran.append(self.kernel.__name__), real(self))[1])
+        for needs, expected in (
+            ((True, False, False, False, False), ["_up_kernel"]),
+            ((False, False, True, False, False), ["_up_kernel", "_sums_kernel"]),
+            ((False, True, False, False, False), ["_wgrad_kernel", "_chunks_kernel"]),
+            ((False, False, False, False, False), []),
+        ):
+            plans._plans.clear()
+            ran.clear()
+            gpu.backward(it.backward._replace(needs=needs), False)
+            assert ran == expected

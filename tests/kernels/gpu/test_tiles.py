@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,22 @@ def test_tuned_files_round_trip(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_whether_prologues_are_fused_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    tuned = {UP.key(): Tile(64, 64, 32, 4, 5, fused=False), UP._replace(rows=1).key(): Tile(16, 64, 64, 4, 4)}
+    tiles.write(path, tuned)
+    found = tiles.read(path)
+    assert found == tuned
+    assert [found[key].fused for key in tuned] == [False, True]
+
+
+def test_tuned_files_of_five_numbers_a_tile_still_read(tmp_path: Path) -> None:
+    """From before prologues could be apart: fused, as all were."""
+    path = tmp_path / "gpu.json"
+    path.write_text('{"up/16bit/1024/256/2048/512/4": [64, 64, 32, 4, 5]}')
+    assert tiles.read(path) == {"up/16bit/1024/256/2048/512/4": Tile(64, 64, 32, 4, 5, fused=True)}
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"up": 3}', '{"up": [1, 2]}'])
 def test_a_damaged_tuned_file_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "gpu.json"
@@ -75,12 +92,34 @@ def test_tuning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     ran: list[Tile] = []
-    monkeypatch.setattr(
-        triton.testing, "do_bench", lambda run, return_mode: (run(), float(ran[-1].block_m * 7 % 5))[1]
-    )
+
+    def timed(run: Callable[[], object], return_mode: str) -> float:
+        run()
+        return float(ran[-1].block_m * 7 % 5)
+
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", timed)
     chosen = tiles.tune(UP, ran.append)
     assert chosen == min(ran, key=lambda tile: tile.block_m * 7 % 5)
     assert len(ran) == len(set(ran)) == len(tiles.candidates("up", "16bit"))
+
+
+def test_tuning_tries_passes_and_skips_what_the_chip_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+    from triton.runtime.errors import OutOfResources
+
+    ran: list[Tile] = []
+
+    def timed(run: Callable[[], object], return_mode: str) -> float:
+        run()
+        if ran[-1].block_m != 64:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return 1.0 if ran[-1].fused else 0.5
+
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", timed)
+    chosen = tiles.tune(UP._replace(fusion="affine+statistics"), ran.append)
+    assert chosen.block_m == 64
+    assert not chosen.fused
+    assert any(tile.fused for tile in ran)
 
 
 def test_off_a_gpu_the_choice_is_the_estimate() -> None:

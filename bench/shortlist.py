@@ -1,0 +1,42 @@
+"""What the model says of a layer's tiles: which are worth timing, and how long its launches should take."""
+
+from __future__ import annotations
+
+from bench.layers import Launches, Layer
+from dcgan.kernels.gpu import model, tiles
+
+KEEP = 10  # tiles a problem; a second or two of compiling each
+
+
+def seconds(problem: tiles.Problem, launches: Launches, tile: tiles.Tile, processors: int) -> float:
+    """Predicted for a layer's launches: passes, product and reduction."""
+    seen = problem if tile.fused else model.plain(problem)
+    splits = launches.product.constants.get("SPLITS", 1)
+    total = model.predict(seen, tile, splits, processors=processors).seconds
+    if launches.passes:
+        total += model.pass_seconds(problem, shared=False)
+    if launches.reduction is not None:
+        if problem.kernel.startswith("wgrad"):
+            total += model.chunks_seconds(seen, splits)
+        else:
+            total += model.merge_seconds(launches.reduction.arguments["partial_ptr"].numel())
+    return total
+
+
+def every(layer: Layer, shared: int) -> list[tiles.Tile]:
+    """Every candidate that should fit, fused and, where there is a prologue, with passes of their own."""
+    problem = layer.problem
+    listed = tiles.candidates(problem.kernel, problem.precision)
+    fitted = list(dict.fromkeys(tiles.fit(tile, problem) for tile in listed))
+    if set(model.prologues(problem)) != {"none"}:
+        fitted += [tile._replace(fused=False) for tile in fitted]
+    return [tile for tile in fitted if model.fits(problem, tile, shared)]
+
+
+def shortlist(layer: Layer, processors: int, shared: int, keep: int = KEEP) -> list[tiles.Tile]:
+    """The ``keep`` tiles that should be fastest, best first."""
+    times = {
+        tile: seconds(layer.problem, layer.launches(tile, processors), tile, processors)
+        for tile in every(layer, shared)
+    }
+    return sorted(times, key=lambda tile: times[tile])[:keep]

@@ -1,0 +1,145 @@
+"""On a real GPU: training steps in a captured CUDA graph, and compiled whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from real import NETWORK, networks, samples
+from torch import Tensor, nn
+
+from dcgan import fast
+
+pytestmark = pytest.mark.gpu
+
+SMALL = {"features": 16, "image_size": 32}
+RATE = 0.05
+
+
+def training_step(network: nn.Module, x: Tensor, cotangent: Tensor) -> Tensor:
+    """A forward, a backward and a step of SGD; the loss."""
+    network.zero_grad(set_to_none=True)
+    loss = (network(x).float() * cotangent).sum()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.sub_(parameter.grad, alpha=RATE)
+    return loss.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_follows_the_weights(dtype: torch.dtype) -> None:
+    """Weights are packed inside the graph: a replay takes what they have become, whatever changed them."""
+    network = networks(dtype, **SMALL)[0].train()
+    x, cotangent = samples(network, 16, dtype), 0.01 * torch.randn(16, 1, 32, 32, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, plans
+            training_step(network, x, cotangent)
+    torch.cuda.current_stream().wait_stream(stream)
+    network.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = training_step(network, x, cotangent)
+
+    beside = fast.Generator(**SMALL).to("cuda", dtype).train()
+    beside.load_state_dict(network.state_dict())
+    losses = []
+    for replay in range(4):
+        x.copy_(samples(network, 16, dtype))
+        if replay == 2:  # by hand, between two replays
+            with torch.no_grad():
+                for one in (network, beside):
+                    one.main[3].weight.mul_(-0.5)
+                    one.main[0].weight.add_(0.01)
+        graph.replay()
+        wanted = training_step(beside, x, cotangent)
+        torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
+        for (name, value), other in zip(
+            network.state_dict().items(), beside.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(
+                value, other, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
+        losses.append(loss.item())
+    assert len(set(losses)) == len(losses)
+
+
+def test_a_captured_step_with_torch_sgd() -> None:
+    """The optimizer's own step in the graph."""
+    network = networks(torch.float32, **SMALL)[0].train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+    x = samples(network, 16, torch.float32)
+
+    def once() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = network(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = once()
+    seen = []
+    for _ in range(5):
+        graph.replay()
+        seen.append(loss.item())
+    assert seen == sorted(seen, reverse=True), "each step is downhill, from where the last one ended"
+    assert seen[-1] < seen[0]
+
+
+@pytest.fixture
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients_of(run: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    network.zero_grad(set_to_none=True)
+    y = run(x)
+    (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
+    found = {"output": y.detach().clone()}
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        found[name] = parameter.grad.clone()
+    return found | {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_training(which: int, dtype: torch.dtype) -> None:
+    """One graph forward and backward, the uncompiled results, and nothing compiled anew between steps."""
+    network = networks(dtype, features=16, image_size=32)[which].train()
+    compiled = torch.compile(network, fullgraph=True)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    bound = {torch.float32: NETWORK["tf32"], torch.bfloat16: 0.2}[dtype]  # signs before a ReLU may change
+    for step in range(3):
+        x = samples(network, 32, dtype)
+        network.load_state_dict(state)
+        expected = gradients_of(network, network, x)
+        network.load_state_dict(state)
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            found = gradients_of(compiled, network, x)
+        squares = [
+            t.double().square().sum() for n, t in expected.items() if n in dict(network.named_parameters())
+        ]
+        floor = 1e-2 * torch.stack(squares).sum().sqrt()
+        for name, want in expected.items():
+            off = (found[name].double() - want.double()).norm()
+            assert off <= bound * torch.maximum(want.double().norm(), floor), f"step {step}: {name}"
+        with torch.no_grad():  # as an optimizer would, in place
+            for value in state.values():
+                if value.is_floating_point() and value.ndim == 4:
+                    value.mul_(1.1)

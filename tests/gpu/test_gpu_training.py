@@ -1,0 +1,149 @@
+"""On a real GPU, in training: every layer at its real shape and both networks, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from real import (
+    LAYERS,
+    TRAINING,
+    assert_exact,
+    cotangent_of,
+    error,
+    exact,
+    networks,
+    run,
+    samples,
+    training_call,
+    twin,
+)
+from torch import Tensor, nn
+
+from bench.cases import DTYPES
+from dcgan.kernels import ops
+
+pytestmark = pytest.mark.gpu
+
+# Beyond twice eager's error. A sign that rounding changes before a ReLU changes an element of a gradient by
+# as much as it is; in float32 that is one of the 2¹⁷ of the smallest map now and then: 2^-8.5 of its norm.
+FLIPS = {"float32": 2**-8, "tf32": 5e-2, "float16": 5e-2, "bfloat16": 2e-1}
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer(layer: str, batch: int, precision: str) -> None:
+    """Output, statistics and every gradient against float64, by Triton alone."""
+    call, transposed = training_call(layer, batch, DTYPES[precision])
+    found, given, choices = run(call, transposed)
+    assert [choice.engine for choice in choices] == ["triton", "triton"]
+    assert [choice.op for choice in choices] == [choices[0].op, f"{choices[0].op}_backward"]
+    assert_exact(found, exact(call, transposed, found["y"], given), precision, layer)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_same_bits_twice(layer: str, precision: str) -> None:
+    """No atomics, sums in a fixed order: whichever program comes first."""
+    call, transposed = training_call(layer, 64, DTYPES[precision])
+    first, given, _ = run(call, transposed)
+    second, _, _ = run(call, transposed, given)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def step(
+    network: nn.Module, x: Tensor, cotangent: Tensor, autocast: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Output, gradients and buffers after a forward, under autocast or not, and a backward in training."""
+    network.zero_grad()
+    x = x.detach().requires_grad_()
+    with torch.autocast("cuda", autocast, enabled=autocast is not None):
+        y = network.train()(x)
+    y.backward(cotangent.to(y.dtype))
+    assert x.grad is not None
+    found = {"output": y.detach(), "gradient of the input": x.grad}
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        found[f"gradient of {name}"] = parameter.grad
+    return found | {f"buffer {name}": buffer.clone() for name, buffer in network.named_buffers()}
+
+
+def assert_as_good_as_eager(
+    found: dict[str, Tensor], eager: dict[str, Tensor], expected: dict[str, Tensor], precision: str
+) -> None:
+    squares = [t.double().square().sum() for name, t in expected.items() if name.startswith("gradient")]
+    floor = 1e-2 * torch.stack(squares).sum().sqrt()  # a gradient that is 0 but for rounding, to all of them
+    for name, want in expected.items():
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(found[name], want)
+            continue
+        norm = torch.maximum(want.norm(), floor if name.startswith("gradient") else want.new_zeros(()))
+        off, plain = (((t.double() - want).norm() / norm).item() for t in (found[name], eager[name]))
+        spare = FLIPS[precision] if name.startswith("gradient") else 2 * TRAINING[precision]
+        assert off <= max(2 * plain, spare), f"{name}: {off:.1e}, eager {plain:.1e}"
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
+@pytest.mark.parametrize("batch", [16, 64])
+def test_network(which: int, batch: int, precision: str) -> None:
+    """A forward and a backward, running statistics included, no further from float64 than twice eager."""
+    dtype = DTYPES[precision]
+    network = networks(dtype)[which].train()
+    x, cotangent = samples(network, batch, dtype), cotangent_of(network, batch)
+    wide, plain = twin(network), twin(network, dtype)
+    expected, eager = step(wide, x.double(), cotangent), step(plain, x, cotangent)
+    with ops.recording() as choices:
+        found = step(network, x, cotangent)
+    assert {choice.engine for choice in choices} == {"triton"}
+    assert len([choice for choice in choices if choice.op.endswith("_backward")]) == 5
+    assert_as_good_as_eager(found, eager, expected, precision)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
+def test_network_gives_the_same_bits_twice(which: int, precision: str) -> None:
+    dtype = DTYPES[precision]
+    network = networks(dtype)[which].train()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    x, cotangent = samples(network, 64, dtype), cotangent_of(network, 64)
+    first = {name: value.clone() for name, value in step(network, x, cotangent).items()}
+    network.load_state_dict(state)
+    second = step(network, x, cotangent)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
+def test_autocast(which: int) -> None:
+    """bfloat16 inside, float32 parameters and gradients."""
+    network = networks(torch.float32)[which].train()
+    x, cotangent = samples(network, 64, torch.float32), cotangent_of(network, 64)
+    wide, plain = twin(network), twin(network, torch.float32)
+    expected = step(wide, x.double(), cotangent)
+    eager = step(plain, x, cotangent, torch.bfloat16)
+    with ops.recording() as choices:
+        found = step(network, x, cotangent, torch.bfloat16)
+    assert {choice.engine for choice in choices} == {"triton"}
+    assert found["output"].dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for name, t in found.items() if name.startswith("gradient"))
+    assert_as_good_as_eager(found, eager, expected, "bfloat16")
+
+
+def test_grad_scaler() -> None:
+    """float16 with a scaled loss: a step of SGD lands where float64's lands, and nothing overflows."""
+    network = networks(torch.float32)[0].train()
+    reference = twin(network)
+    z, cotangent = samples(network, 32, torch.float32), cotangent_of(network, 32)
+    before = {name: p.detach().double() for name, p in network.named_parameters()}
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with torch.autocast("cuda", torch.float16):
+        loss = (network(z).float() * cotangent.float()).sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**8
+    (reference(z.double()) * cotangent).sum().backward()
+    for name, parameter in network.named_parameters():
+        wanted = reference.get_parameter(name).grad
+        assert wanted is not None
+        moved = (before[name] - parameter.detach().double()) / 0.1
+        assert error(moved, wanted) <= 0.1, name  # what changes of sign before a ReLU may do
