@@ -30,12 +30,13 @@ test: setup
 	@echo "== The native engine's own tests, under AddressSanitizer and UBSan too =="
 	$(MAKE) --no-print-directory -C csrc/tests
 	@echo "== The Triton kernels in Triton's interpreter =="
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(PY) -m pytest -m "not slow" tests/interpreter
 	@echo "== Everything else =="
 	$(PY) -m pytest -m "not slow"
 
 test-slow: setup
 	@echo "== Exhaustive tests =="
+	TRITON_INTERPRET=1 $(PY) -m pytest -m slow tests/interpreter
 	$(PY) -m pytest -m slow
 
 $(VENV)/.peers: $(VENV)/.installed

@@ -72,11 +72,7 @@ def _times(problem: tiles.Problem, tile: tiles.Tile, launches: Launches) -> tupl
     product = model.predict(problem, tile, splits).seconds
     after = 0.0
     if launches.reduction is not None:
-        after = (
-            model.chunks_seconds(problem, splits)
-            if problem.kernel.startswith("wgrad")
-            else model.merge_seconds(launches.product.arguments["partial_ptr"].numel())
-        )
+        after = model.reduction_seconds(problem, launches.product.arguments["partial_ptr"].shape)
     return product, after
 
 

@@ -16,10 +16,7 @@ def seconds(problem: tiles.Problem, launches: Launches, tile: tiles.Tile, proces
     if launches.passes:
         total += model.pass_seconds(problem, shared=False)
     if launches.reduction is not None:
-        if problem.kernel.startswith("wgrad"):
-            total += model.chunks_seconds(seen, splits)
-        else:
-            total += model.merge_seconds(launches.reduction.arguments["partial_ptr"].numel())
+        total += model.reduction_seconds(seen, launches.product.arguments["partial_ptr"].shape)
     return total
 
 

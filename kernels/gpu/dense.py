@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import epilogue, prologue, reads_other
+from .device import epilogue, prologue
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -85,7 +85,7 @@ def _dense_kernel(
         x_at = x_rows[:, None] + x_k[None, :]
         x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         other = x
-        if reads_other(X_PROLOGUE):
+        if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
             other_k = (tap // W) * X_OTHER_STRIDE[2] + (tap % W) * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1]
             other_at = other_rows[:, None] + other_k[None, :]
             other = tl.load(other_at, mask=mask, other=0.0)

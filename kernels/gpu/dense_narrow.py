@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import activate, prologue, reads_other
+from .device import activate, prologue
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile
 
@@ -75,7 +75,7 @@ def _dense_narrow_kernel(
         x_at = x_ptr + n * X_STRIDE[0] + h * X_STRIDE[2] + w * X_STRIDE[3] + c * X_STRIDE[1]
         x = tl.load(x_at, mask=seen, other=0.0)
         other = x
-        if reads_other(X_PROLOGUE):
+        if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
             other_k = h * X_OTHER_STRIDE[2] + w * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1]
             other = tl.load(x_other_ptr + n * X_OTHER_STRIDE[0] + other_k, mask=seen, other=0.0)
         x = prologue(

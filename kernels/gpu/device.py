@@ -66,12 +66,6 @@ def _vector(ptr, channel, C: tl.constexpr):
 
 
 @triton.jit
-def reads_other(PROLOGUE: tl.constexpr) -> tl.constexpr:
-    """Whether the prologue reads a second tensor beside x."""
-    return PROLOGUE == "gradient" or PROLOGUE == "statistics"
-
-
-@triton.jit
 def prologue(
     x,
     other,
@@ -96,7 +90,9 @@ def prologue(
         statistics   x + (other - center[c])·2·scale[c]·per_count + shift[c]·per_count:
                      center, scale, shift = mean, dvar, dmean, and other = y
 
-    ``channel`` and ``seen`` broadcast against x. x and other are 0 where not ``seen``, and so is the result:
+    ``other`` is x itself where the prologue reads no second tensor; that is asked in each kernel in so many
+    words, since Triton 3.6 takes a function's answer for a value of run time. ``channel`` and ``seen``
+    broadcast against x. x and other are 0 where not ``seen``, and so is the result:
     padding pads what the convolution takes.
     """
     if PROLOGUE != "none":

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import epilogue, prologue, reads_other, rows
+from .device import epilogue, prologue, rows
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -79,7 +79,7 @@ def _down_narrow_kernel(
     for c in tl.static_range(C_IN):
         patch = tl.load(x_at + c * X_STRIDE[1], mask=seen, other=0.0)  # [BLOCK_M, 16]
         other = patch
-        if reads_other(X_PROLOGUE):
+        if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
             other = tl.load(other_at + c * X_OTHER_STRIDE[1], mask=seen, other=0.0)
         patch = prologue(
             patch, other, seen, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,

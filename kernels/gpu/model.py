@@ -17,6 +17,7 @@ what the roofline allows, and beside measurements where there are some.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 from .tiles import Problem, Tile, fit, programs
@@ -194,9 +195,15 @@ def chunks_seconds(problem: Problem, splits: int) -> float:
     return LATENCY + moving(moved) + GAP
 
 
-def merge_seconds(sums: int) -> float:
-    """Of the kernel that merges the tiles' sums: a few programs that read them all."""
-    return LATENCY + 4 * sums / (L2 / 8) + GAP
+def reduction_seconds(problem: Problem, partial: tuple[int, ...]) -> float:
+    """Of the kernel that puts a launch's partial sums together: chunks, or sums [2, T, C] of T tiles.
+
+    The latter are C/8 programs that take 1024 rows a step, one step after the other, twice for a variance.
+    """
+    if problem.kernel.startswith("wgrad"):
+        return chunks_seconds(problem, partial[0])
+    steps = -(-partial[1] // 1024) * (2 if problem.fusion.endswith("statistics") else 1)
+    return LATENCY * (1 + steps) + 4 * math.prod(partial) / (L2 / 8) + GAP
 
 
 def pack_seconds(kernels: int) -> float:
@@ -230,7 +237,7 @@ def splits(problem: Problem, tile: Tile, processors: int) -> int:
     steps = -(-problem.depth // tile.block_k)
     counts = {
         -(-steps // -(-steps // wanted))
-        for wanted in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+        for wanted in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 96, 128, 192, 256)
         if wanted <= steps
     }
     return min(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import memory_format
-from .device import prologue, reads_other, rows
+from .device import prologue, rows
 from .launch import Launch, Prologue, operand, operand_constants, wide
 from .tiles import Tile, power_of_two
 
@@ -51,7 +51,7 @@ def _pass_kernel(
     at = n * X_STRIDE[0] + h * X_STRIDE[2] + w * X_STRIDE[3]
     x = tl.load(x_ptr + at[:, None] + c * X_STRIDE[1], mask=mask, other=0.0)
     other = x
-    if reads_other(X_PROLOGUE):
+    if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
         at = n * X_OTHER_STRIDE[0] + h * X_OTHER_STRIDE[2] + w * X_OTHER_STRIDE[3]
         other = tl.load(x_other_ptr + at[:, None] + c * X_OTHER_STRIDE[1], mask=mask, other=0.0)
     x = prologue(

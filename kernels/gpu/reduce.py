@@ -19,6 +19,7 @@ from .tiles import Tile, power_of_two
 
 _BLOCK_C = 8  # channels a program: one 32-byte sector of a row, and many programs
 _TILE = Tile(1, 1, 1, 4, 1)
+_MERGING = Tile(1, 1, 1, 8, 1)  # few programs, which want many loads under way
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def _chunks_kernel(
     tap = tl.arange(0, BLOCK_T)
     mask = (tap < TAPS)[:, None] & (e < ELEMENTS)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
-    for split in range(0, SPLITS):
+    for split in tl.range(0, SPLITS, loop_unroll_factor=8):  # or each load would wait for the one before
         at = partial_ptr + (split * TAPS + tap)[:, None] * ELEMENTS + e[None, :]
         acc += tl.load(at, mask=mask, other=0.0)
     at = (e // SIZE[1]) * STRIDE[0] + (e % SIZE[1]) * STRIDE[1]
@@ -109,7 +110,7 @@ def _chunks_kernel(
 
 
 def _rows_a_step(tiles: int) -> int:
-    return min(128, power_of_two(tiles))
+    return min(1024, power_of_two(tiles))
 
 
 def statistics(partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int, block_m: int) -> Launch:
@@ -118,7 +119,7 @@ def statistics(partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int
     arguments = {"partial_ptr": partial, "mean_ptr": mean, "var_ptr": var, "TILES": tiles, "M": rows}
     constants = {"C": channels, "GROUP": group, "BLOCK_M": block_m}
     constants |= {"BLOCK_T": _rows_a_step(tiles), "BLOCK_C": _BLOCK_C}
-    return Launch(_statistics_kernel, -(-channels // _BLOCK_C), arguments, constants, _TILE)
+    return Launch(_statistics_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGING)
 
 
 def sums(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift: Tensor) -> Launch:
@@ -127,7 +128,7 @@ def sums(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift
     arguments = {"partial_ptr": partial, "scale_ptr": scale, "TILES": tiles}
     arguments |= {"dcenter_ptr": dcenter, "dscale_ptr": dscale, "dshift_ptr": dshift}
     constants = {"C": channels, "BLOCK_T": _rows_a_step(tiles), "BLOCK_C": _BLOCK_C}
-    return Launch(_sums_kernel, -(-channels // _BLOCK_C), arguments, constants, _TILE)
+    return Launch(_sums_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGING)
 
 
 def chunks(partial: Tensor, dw: Tensor) -> Launch:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import affine, prologue, reads_other, rows
+from .device import affine, prologue, rows
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -81,7 +81,7 @@ def _up_narrow_kernel(
         x_at = x_rows[:, None] + (dp * X_STRIDE[2] + dq * X_STRIDE[3] + c * X_STRIDE[1])[None, :]
         x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         other = x
-        if reads_other(X_PROLOGUE):
+        if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
             other_at = (
                 other_rows[:, None]
                 + (dp * X_OTHER_STRIDE[2] + dq * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1])[None, :]

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import model, packing
-from .device import prologue, reads_other, rows
+from .device import prologue, rows
 from .launch import Launch, Prologue, operand, operand_constants, precision, wide
 from .tiles import Problem, Tile, power_of_two, programs
 
@@ -101,7 +101,7 @@ def _wgrad_kernel(
         at = n * SMALL_STRIDE[0] + p * SMALL_STRIDE[2] + q * SMALL_STRIDE[3]
         small = tl.load(small_ptr + at[:, None] + s[None, :] * SMALL_STRIDE[1], mask=mask, other=0.0)
         other = small  # [BLOCK_K, BLOCK_M]
-        if reads_other(SMALL_PROLOGUE):
+        if SMALL_PROLOGUE == "gradient" or SMALL_PROLOGUE == "statistics":
             at = n * SMALL_OTHER_STRIDE[0] + p * SMALL_OTHER_STRIDE[2] + q * SMALL_OTHER_STRIDE[3]
             other_at = small_other_ptr + at[:, None] + s[None, :] * SMALL_OTHER_STRIDE[1]
             other = tl.load(other_at, mask=mask, other=0.0)
@@ -121,7 +121,7 @@ def _wgrad_kernel(
         )
         large = tl.load(large_ptr + at, mask=seen, other=0.0)  # [BLOCK_K, BLOCK_N]
         other = large
-        if reads_other(LARGE_PROLOGUE):
+        if LARGE_PROLOGUE == "gradient" or LARGE_PROLOGUE == "statistics":
             at = n[:, None] * LARGE_OTHER_STRIDE[0] + channel * LARGE_OTHER_STRIDE[1]
             at += h * LARGE_OTHER_STRIDE[2] + w * LARGE_OTHER_STRIDE[3]
             other = tl.load(large_other_ptr + at, mask=seen, other=0.0)

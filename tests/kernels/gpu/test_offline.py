@@ -174,8 +174,8 @@ def test_a_tile_of_each_kernel_in_training(dtype: str, arch: int) -> None:
 def test_every_tile_in_training(channels: int, dtype: str, arch: int) -> None:
     """Fused and not, whatever the model lets through; float16's code is bfloat16's.
 
-    Of tiles that the model would not choose itself some spill up to 16 registers on sm_80, whose products
-    take an operand from registers: tuning times them as they are.
+    Of tiles that are not the default some spill up to 16 registers on sm_80, whose products take their
+    operands from registers, and two elsewhere: tuning times them as they are.
     """
     distinct = {
         code(launch): (name, launch)
@@ -183,7 +183,7 @@ def test_every_tile_in_training(channels: int, dtype: str, arch: int) -> None:
         for tile in tiles_of(layer, arch, every=True)
         for name, launch in with_others(layer, layer.launches(tile, MULTIPROCESSORS[arch]))
     }
-    check_all(distinct.values(), arch, bytes_spilled=64 if arch == 80 else 0)
+    check_all(distinct.values(), arch, bytes_spilled=64 if arch == 80 else 8)
 
 
 @pytest.mark.slow
