@@ -1,9 +1,11 @@
-"""Every kernel against float64: shapes, layouts, dtypes, activations, tiles, borders, 64-bit offsets."""
+"""The kernels of inference against float64: shapes, layouts, dtypes, activations, tiles, borders, 64 bits."""
 
 from __future__ import annotations
 
 import pytest
+import repair
 import torch
+from cases import SHAPES, far_apart, listed, operands, surrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,28 +19,6 @@ from dcgan.kernels.reference import ACTIVATIONS, accumulator_dtype
 # left is float32 accumulation, of K ≤ 2·10³ terms of random sign, about √K·2⁻²⁴ ≤ 3e-6 of the sum, and one
 # rounding of the result: half a unit in the last place.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-
-SHAPES = {  # transposed, N, C_in, C_out, H, W, kernel, stride, padding
-    "up": (True, 2, 20, 24, 4, 3, 4, 2, 1),
-    "up_wide": (True, 1, 33, 40, 3, 5, 4, 2, 1),
-    "up_narrow_1": (True, 3, 24, 1, 5, 3, 4, 2, 1),
-    "up_narrow_3": (True, 2, 17, 3, 4, 4, 4, 2, 1),
-    "down": (False, 2, 20, 24, 6, 4, 4, 2, 1),
-    "down_odd": (False, 2, 18, 20, 7, 5, 4, 2, 1),
-    "down_narrow_1": (False, 3, 1, 20, 6, 10, 4, 2, 1),
-    "down_narrow_3": (False, 2, 3, 20, 8, 4, 4, 2, 1),
-    "dense_up": (True, 5, 20, 12, 1, 1, 4, 1, 0),
-    "dense_down": (False, 5, 12, 20, 4, 4, 4, 1, 0),
-    "dense_narrow_1": (False, 5, 20, 1, 4, 4, 4, 1, 0),
-    "dense_narrow_3": (False, 2, 16, 3, 3, 3, 3, 1, 0),
-}
-
-
-def operands(shape: tuple[bool, int, int, int, int, int, int, int, int], dtype: torch.dtype) -> Call:
-    transposed, n, c_in, c_out, h, w, k, stride, padding = shape
-    x = torch.randn(n, c_in, h, w).to(dtype)
-    weight = torch.randn(*((c_in, c_out) if transposed else (c_out, c_in)), k, k).to(dtype)
-    return Call(x, weight, stride=stride, padding=padding)
 
 
 def expected(call: Call, transposed: bool) -> Tensor:
@@ -103,27 +83,9 @@ def test_tanh_is_accurate_near_zero() -> None:
     torch.testing.assert_close(y[:, :1], x[:, :, ::2, ::2].tanh(), rtol=5e-7, atol=0)
 
 
-def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
-    """A tile of the same proportions that a test's shapes fill more than once."""
-    if kernel == "dense_narrow":
-        return tile._replace(block_k=tile.block_k // 16)
-    return tile._replace(
-        block_m=max(16, tile.block_m // 4),
-        block_n=max(16, tile.block_n // 4),
-        block_k=max(16, tile.block_k // 4),
-    )
-
-
-LISTED = [
-    pytest.param(kernel, precision, tile, id=f"{kernel}-{precision}-{'x'.join(map(str, tile[:5]))}")
-    for kernel in tiles.KERNELS
-    if not kernel.startswith("wgrad")
-    for precision in tiles.PRECISIONS
-    for tile in tiles.candidates(kernel, precision)
-]
-
-
-@pytest.mark.parametrize(("kernel", "precision", "tile"), LISTED)
+@pytest.mark.parametrize(
+    ("kernel", "precision", "tile"), listed(*(name for name in tiles.KERNELS if not name.startswith("wgrad")))
+)
 def test_every_tile(kernel: str, precision: str, tile: tiles.Tile) -> None:
     shape = next(s for name, s in SHAPES.items() if name.startswith(kernel) and "wide" not in name)
     if kernel == "dense":
@@ -134,7 +96,7 @@ def test_every_tile(kernel: str, precision: str, tile: tiles.Tile) -> None:
     y = gpu.output(call, shape[0]).fill_(float("nan"))
     product = products.forward(call, shape[0], y)
     chosen = gpu.kernel_for(product)
-    chosen.launch(product, chosen.pack(call.weight), None, shrunk(tile, kernel))()
+    chosen.launch(product, chosen.pack(call.weight), None, tile)()
     assert_close(y, call, shape[0])
 
 
@@ -143,11 +105,6 @@ def test_nothing_outside_is_read_or_written(shape: tuple) -> None:
     """x, weight and vectors lie in NaN; y lies in a sentinel and is NaN where it is to be written."""
     call = operands(shape, torch.float32)
     transposed, c_out = shape[0], shape[3]
-
-    def surrounded(t: Tensor) -> Tensor:
-        framed = torch.full([size + 4 for size in t.shape], float("nan"))
-        inner = framed[tuple(slice(2, -2) for _ in t.shape)]
-        return inner.copy_(t)
 
     call = call._replace(
         x=surrounded(call.x),
@@ -174,10 +131,8 @@ def test_offsets_beyond_int32(name: str) -> None:
     """Two images more than 2³¹ elements apart; the memory between them is never touched, so never there."""
     shape = SHAPES[name]
     call = operands((shape[0], 2, *shape[2:]), torch.float16)
-    far = torch.empty(2**31 + 4096, dtype=torch.float16)
-    n, c, h, w = call.x.shape
-    x = far.as_strided((n, c, h, w), (2**31 + 16, 1, w * c, c)).copy_(call.x)
-    check(call._replace(x=x), shape[0])
+    with repair.overflow_checked():
+        check(call._replace(x=far_apart(call.x)), shape[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,0 +1,360 @@
+"""Calls for the kernels' tests: geometries, options, operands; and what results are held against."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from statement import column, gradients, leaves, op, state
+from tolerance import relative
+from torch import Tensor
+
+from dcgan.kernels import ops
+from dcgan.kernels.call import Backward, Call
+from dcgan.kernels.gpu import model, plans, tiles, wgrad
+from dcgan.kernels.reference import accumulator_dtype, activation_backward, empty_gradient, memory_format
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAN = float("nan")
+
+
+class Shape(NamedTuple):
+    transposed: bool
+    n: int
+    c_in: int
+    c_out: int
+    h: int
+    w: int
+    kernel: int
+    stride: int
+    padding: int
+
+
+SHAPES = {
+    name: Shape(*sizes)
+    for name, sizes in {
+        "up": (True, 2, 20, 24, 4, 3, 4, 2, 1),
+        "up_wide": (True, 1, 33, 40, 3, 5, 4, 2, 1),
+        "up_few": (True, 2, 3, 20, 3, 4, 4, 2, 1),
+        "up_narrow_1": (True, 3, 24, 1, 5, 3, 4, 2, 1),
+        "up_narrow_3": (True, 2, 17, 3, 4, 4, 4, 2, 1),
+        "down": (False, 2, 20, 24, 6, 4, 4, 2, 1),
+        "down_odd": (False, 2, 18, 20, 7, 5, 4, 2, 1),
+        "down_narrow_1": (False, 3, 1, 20, 6, 10, 4, 2, 1),
+        "down_narrow_3": (False, 2, 3, 20, 8, 4, 4, 2, 1),
+        "dense_up": (True, 5, 20, 12, 1, 1, 4, 1, 0),
+        "dense_up_few": (True, 5, 4, 12, 1, 1, 4, 1, 0),
+        "dense_down": (False, 5, 12, 20, 4, 4, 4, 1, 0),
+        "dense_narrow_1": (False, 5, 20, 1, 4, 4, 4, 1, 0),
+        "dense_narrow_3": (False, 2, 16, 3, 3, 3, 3, 1, 0),
+    }.items()
+}
+"""The kernel that serves it first in each name; ``few`` channels make the adjoint a narrow one."""
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+class Before(NamedTuple):
+    """A prologue."""
+
+    affine: bool
+    act: str
+
+
+class After(NamedTuple):
+    """Statistics, or an epilogue."""
+
+    stats: bool = False
+    scale: bool = False
+    shift: bool = False
+    act: str = "none"
+
+
+PROLOGUES = {
+    "as_it_is": Before(False, "none"),
+    "relu": Before(False, "relu"),
+    "leaky_relu": Before(False, "leaky_relu"),
+    "sigmoid": Before(False, "sigmoid"),  # of a padded zero it is not zero
+    "affine": Before(True, "none"),
+    "affine_relu": Before(True, "relu"),
+    "affine_leaky_relu": Before(True, "leaky_relu"),
+    "affine_tanh": Before(True, "tanh"),
+    "affine_sigmoid": Before(True, "sigmoid"),
+}
+TAILS = {
+    "statistics": After(stats=True),
+    "raw": After(),
+    "tanh": After(act="tanh"),
+    "scale": After(scale=True),
+    "shift_sigmoid": After(shift=True, act="sigmoid"),
+    "scale_shift_tanh": After(scale=True, shift=True, act="tanh"),
+    "scale_shift_leaky_relu": After(scale=True, shift=True, act="leaky_relu"),
+    "scale_relu": After(scale=True, act="relu"),
+}
+
+
+# --- operands -----------------------------------------------------------------------------------------------
+
+
+def exact(*size: int, deviation: float = 1.0) -> Tensor:
+    """Random float32 numbers that every dtype here holds exactly."""
+    return (deviation * torch.randn(*size)).bfloat16().half().float()
+
+
+def operands(shape: tuple[bool, int, int, int, int, int, int, int, int], dtype: torch.dtype) -> Call:
+    transposed, n, c_in, c_out, h, w, k, stride, padding = shape
+    x = torch.randn(n, c_in, h, w).to(dtype)
+    weight = torch.randn(*((c_in, c_out) if transposed else (c_out, c_in)), k, k).to(dtype)
+    return Call(x, weight, stride=stride, padding=padding)
+
+
+def training_call(
+    shape: Shape,
+    before: str,
+    after: str,
+    dtype: torch.dtype = torch.float32,
+    x_nhwc: bool = True,
+    **changes: Any,
+) -> Call:
+    """A call with everything that the prologue and the tail of those names want."""
+    prologue, tail = PROLOGUES[before], TAILS[after]
+    order = (shape.c_in, shape.c_out) if shape.transposed else (shape.c_out, shape.c_in)
+    x = exact(shape.n, shape.c_in, shape.h, shape.w).to(dtype)
+    center, scale, shift = (exact(shape.c_in) if prologue.affine else None for _ in range(3))
+    terms = (
+        shape.c_in * (shape.kernel // shape.stride) ** 2 if shape.transposed else shape.c_in * shape.kernel**2
+    )
+    terms = shape.c_in if (shape.h, shape.w) == (1, 1) else terms
+    deviation = max(terms, 1) ** -0.5  # y of order one, where no activation is flat
+    call = Call(
+        x.contiguous(memory_format=memory_format(x_nhwc)),
+        exact(*order, shape.kernel, shape.kernel, deviation=deviation).to(dtype),
+        center,
+        scale,
+        shift,
+        prologue.act,
+        exact(shape.c_out) if tail.scale else None,
+        exact(shape.c_out) if tail.shift else None,
+        tail.act,
+        tail.stats,
+        0.1,
+        shape.stride,
+        shape.padding,
+    )
+    return call._replace(**changes)
+
+
+Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def cotangents(call: Call, transposed: bool, layout: str = "nhwc") -> Cotangents:
+    """dy, laid out as ``nhwc``, ``nchw`` or ``expanded`` (strides of 0), and dmean and dvar if there are any.
+
+    The latter reach du divided by the number of pixels, and are as many times larger, so as to be seen.
+    """
+    n, c, h, w = ops.empty(call, ops.check(call, transposed))[0].shape
+    if layout == "expanded":
+        dy = exact(1, c, 1, 1).to(call.x.dtype).expand(n, c, h, w)
+    else:
+        dy = exact(n, c, h, w).to(call.x.dtype).contiguous(memory_format=memory_format(layout == "nhwc"))
+    if not call.stats:
+        return dy, None, None
+    return dy, n * h * w * exact(c), n * h * w * exact(c)
+
+
+def backward_of(call: Call, transposed: bool, given: Cotangents) -> Backward:
+    """What autograd would ask of an engine for all gradients, with the reference's outputs."""
+    with ops.use_engine("reference"):
+        y, mean, _ = op(transposed)(*call)
+    dy, dmean, dvar = given
+    dy = torch.zeros_like(y) if dy is None else dy
+    kept = y if call.stats or call.out_act != "none" else None
+    return Backward(
+        dy, dmean, dvar, call.x, call.weight, call.center, call.scale, call.shift, call.in_act,
+        call.out_scale, call.out_act, kept, mean if call.stats else None, call.stats,
+        call.slope, call.stride, call.padding, (True,) * 5,
+    )  # fmt: skip
+
+
+def surrounded(t: Tensor, value: float = NAN) -> Tensor:
+    """A copy that lies in ``value`` on all sides."""
+    framed = torch.full([size + 4 for size in t.shape], value, dtype=t.dtype)
+    return framed[tuple(slice(2, -2) for _ in t.shape)].copy_(t)
+
+
+def far_apart(t: Tensor) -> Tensor:
+    """A copy [2, C, H, W] whose two images are more than 2³¹ elements apart.
+
+    The memory between them is never touched, and so never there.
+    """
+    n, c, h, w = t.shape
+    assert n == 2
+    far = torch.empty(2**31 + 4096, dtype=t.dtype)
+    return far.as_strided((n, c, h, w), (2**31 + 16, 1, w * c, c)).copy_(t)
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def results(
+    call: Call, transposed: bool, given: Cotangents, wanted: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name, of the engine in force; only the ``wanted`` inputs require one."""
+    fresh = call._replace(
+        **{
+            name: t.detach().requires_grad_(wanted is None or name in wanted)
+            for name, t in leaves(call).items()
+        }
+    )
+    outputs = op(transposed)(*fresh)
+    inputs = {name: t for name, t in leaves(fresh).items() if t.requires_grad}
+    named = dict(zip(("y", "mean", "var") if call.stats else ("y",), outputs, strict=False))
+    found = {name: t.detach() for name, t in named.items()}
+    return found | {f"d{name}": t for name, t in gradients(outputs, given, inputs).items()}
+
+
+def exact_results(call: Call, transposed: bool, given: Cotangents) -> dict[str, Tensor]:
+    """The same in float64, by autograd."""
+    wide = call._replace(**{name: t.detach().double().requires_grad_() for name, t in leaves(call).items()})
+    outputs = state(wide, transposed)
+    found = {name: t.detach() for name, t in zip(("y", "mean", "var"), outputs, strict=True) if t.numel()}
+    return found | {f"d{name}": t for name, t in gradients(outputs, given, leaves(wide)).items()}
+
+
+def triton_results(
+    call: Call, transposed: bool, given: Cotangents, wanted: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """Of the Triton engine, forward and backward, with the strides that they should have."""
+    with ops.use_engine("triton"), ops.recording() as choices:
+        made = results(call, transposed, given, wanted)
+    name = ops.NAMES[transposed]
+    assert choices == [ops.Choice(name, "triton", ""), ops.Choice(f"{name}_backward", "triton", "")]
+    assert made["y"].stride() == ops.empty(call, ops.check(call, transposed))[0].stride()
+    for name, gradient in made.items():
+        if name in ("y", "mean", "var"):
+            continue
+        argument = getattr(call, name[1:])
+        assert (gradient.shape, gradient.dtype) == (argument.shape, argument.dtype), name
+        if name == "dx":
+            assert gradient.stride() == empty_gradient(call.x).stride()
+        elif name == "dweight":
+            assert gradient.stride() == call.weight.stride()
+    return made
+
+
+# The kernels round the operands of a product, x̂ and du, to x's dtype, and its result. The reference, whose
+# products are float32, rounds x̂ and the result alone. An error is measured by the reference's, or by the
+# reference's with du rounded too where that is more: in 16 bits they are then all but the same errors. Twice
+# that is for other orders of summation and other tanhs and sigmoids. Where the reference is exact by chance,
+# there remain float32 accumulation of K ≤ 2·10³ terms, √K·2⁻²⁴ ≤ 3e-6, and an operand or two that this rounds
+# to the other side.
+TIMES = 2
+MORE = 3e-6
+
+
+def with_du_rounded(call: Call, transposed: bool, given: Cotangents) -> dict[str, Tensor]:
+    """The reference's gradients, of all but out_shift, from a du that was rounded to x's dtype."""
+    it = backward_of(call, transposed, given)
+    du, found = it.dy.to(accumulator_dtype(call.x.dtype)), {}
+    if call.stats:
+        assert it.y is not None
+        assert it.mean is not None
+        count = it.y.numel() // it.y.shape[1]
+        if it.dmean is not None:
+            du = du + column(it.dmean / count)
+        if it.dvar is not None:
+            du = du + column(2 * it.dvar / count) * (it.y - column(it.mean))
+    else:
+        if it.y is not None:
+            du = activation_backward(du, it.y.to(du.dtype), call.out_act, call.slope)
+        if call.out_scale is not None:
+            linear = call._replace(out_shift=None, out_act="none")
+            of_linear = results(linear, transposed, (du.to(call.x.dtype), None, None))
+            found["dout_scale"] = of_linear["dout_scale"]
+            du = du * column(call.out_scale)
+    plain = call._replace(stats=False, out_scale=None, out_shift=None, out_act="none")
+    of_plain = results(plain, transposed, (du.to(call.x.dtype), None, None))
+    return found | {name: t for name, t in of_plain.items() if name != "y"}
+
+
+def assert_right(made: dict[str, Tensor], call: Call, transposed: bool, given: Cotangents) -> None:
+    """Every result there is, against float64."""
+    exactly = exact_results(call, transposed, given)
+    with ops.use_engine("reference"):
+        measures = [results(call, transposed, given), with_du_rounded(call, transposed, given)]
+    for name, result in made.items():
+        error = relative(result, exactly[name])
+        own = max(relative(found[name], exactly[name]) for found in measures if name in found)
+        allowed = TIMES * own + MORE
+        assert error <= allowed, f"{name}: error {error:.2e} where {allowed:.2e} is allowed"
+
+
+def check(call: Call, transposed: bool, layout: str = "nhwc") -> dict[str, Tensor]:
+    """Outputs and all gradients of the Triton engine, found right."""
+    given = cotangents(call, transposed, layout)
+    made = triton_results(call, transposed, given)
+    expected = {"y", *(f"d{name}" for name in leaves(call))} | ({"mean", "var"} if call.stats else set())
+    assert made.keys() == expected
+    assert made["y"].dtype == call.x.dtype
+    assert all(made[name].dtype == accumulator_dtype(call.x.dtype) for name in ("mean", "var") if call.stats)
+    assert_right(made, call, transposed, given)
+    return made
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
+
+
+def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
+    """A tile of the same proportions that a test's shapes fill more than once."""
+    if kernel == "dense_narrow":
+        return tile._replace(block_k=tile.block_k // 16)
+    return tile._replace(
+        block_m=max(16, tile.block_m // 4),
+        block_n=max(16, tile.block_n // 4),
+        block_k=max(16, tile.block_k // 4),
+    )
+
+
+def listed(*kernels: str) -> list[Any]:
+    """Parameters (kernel, precision, tile) for each listed tile, shrunk.
+
+    Those that then differ in warps and stages alone, which the interpreter knows nothing of, are there once;
+    those that differ in precision alone, once in the fast tests.
+    """
+    found: dict[tuple[str, str, tuple[int, ...]], Any] = {}
+    seen = set()
+    for kernel in kernels:
+        for precision in tiles.PRECISIONS:
+            for tile in tiles.candidates(kernel, precision):
+                small = shrunk(tile, kernel)
+                blocks = small[:3]
+                if (kernel, precision, blocks) in found:
+                    continue
+                marks = [pytest.mark.slow] if (kernel, blocks) in seen else []
+                seen.add((kernel, blocks))
+                name = f"{kernel}-{precision}-{'x'.join(map(str, blocks))}"
+                found[kernel, precision, blocks] = pytest.param(
+                    kernel, precision, small, id=name, marks=marks
+                )
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def prologues(products: bool, gradients: bool) -> Iterator[None]:
+    """Those of products, and of weight gradients, inside or as passes of their own, on the same tiles."""
+
+    def choose(problem: tiles.Problem, *_: Any) -> tiles.Tile:
+        tile = tiles.estimate(model.plain(problem), model.PROCESSORS)
+        inside = gradients if problem.kernel.startswith("wgrad") else products
+        return tile._replace(fused=inside or set(model.prologues(problem)) == {"none"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "_plans", {})  # where it is kept which prologues are passes
+        patch.setattr(plans, "choose", choose)
+        patch.setattr(wgrad, "model", types.SimpleNamespace(splits=lambda *_: 2))
+        yield
