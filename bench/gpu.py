@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton.errors import TritonError
@@ -125,10 +125,10 @@ def tune(args: argparse.Namespace, budget: Budget) -> int:
     name = torch.cuda.get_device_name()
     path, cache = args.out / tiles.gpu_file(name), tiles.cache_file(name)
     tuned = tiles.read(path)
-    properties = torch.cuda.get_device_properties(0)
+    properties: Any = torch.cuda.get_device_properties(0)
     processors, shared = (
         properties.multi_processor_count,
-        tiles.SHARED_LIMIT[90 if properties.major >= 9 else 80],
+        properties.shared_memory_per_block_optin,
     )
     with warm.Compilers() as compilers:
         for batch, dtype in groups(args.batch or TUNED_BATCHES):

@@ -47,7 +47,7 @@ def tiles_of(layer: Layer, arch: int, every: bool) -> Iterator[tiles.Tile]:
             if model.fits(problem, tile, tiles.SHARED_LIMIT[arch]):
                 yield tile
     else:
-        yield tiles.estimate(problem, MULTIPROCESSORS[arch], arch)
+        yield tiles.estimate(problem, MULTIPROCESSORS[arch], tiles.SHARED_LIMIT[arch])
 
 
 def networks(channels: int) -> tuple[Any, Any]:

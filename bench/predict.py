@@ -5,8 +5,8 @@ memory give the programs a multiprocessor holds, the grid gives the waves, and :
 the time. ``apart`` is the other way to do a prologue (a pass of its own where it is fused, and the reverse).
 ``--measured`` fills the last column from what ``make gpu`` wrote.
 
-A step is the training loop's: two forwards and backwards of D, then one of G through D, whose weights then
-need no gradient.
+A step is two forwards and backwards of D, on real and made images, then a forward and a backward of G
+through D. The gradients of D's weights in G's backward, which nothing reads, are not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import DTYPES
-from bench.layers import Launches, Layer, after_pass, training
+from bench.layers import Launches, Layer, after_pass, layers, training
 from bench.usage import UsageError, positive
 from dcgan import models
 from dcgan.kernels import gpu
@@ -37,7 +37,10 @@ COLUMNS = (
 
 
 class Row(NamedTuple):
-    """One layer in one phase; times in µs, ``seconds`` with the kernels before and after the product."""
+    """One layer in one phase; ``seconds`` with the kernels before and after the product.
+
+    ``apart`` is the other way's, by guessed resources, since it is not compiled.
+    """
 
     network: str
     layer: Layer
@@ -78,7 +81,7 @@ def _times(problem: tiles.Problem, tile: tiles.Tile, launches: Launches) -> tupl
 
 def predicted(network: str, layer: Layer, processors: int = model.PROCESSORS, compiled: bool = True) -> Row:
     """The layer at its default tile, with the resources that its code for sm_90 takes, or guessed ones."""
-    tile = tiles.estimate(layer.problem, processors, CAPABILITY)
+    tile = tiles.estimate(layer.problem, processors)
     launches = layer.launches(tile, processors)
     problem = layer.problem if tile.fused else model.plain(layer.problem)
     if compiled:
@@ -88,7 +91,9 @@ def predicted(network: str, layer: Layer, processors: int = model.PROCESSORS, co
         resources = model.guess(problem, tile)
     splits = launches.product.constants.get("SPLITS", 1)
     prediction = model.predict(problem, tile, splits, resources)
-    _, after = _times(problem, tile, launches)
+    after = 0.0
+    if launches.reduction is not None:
+        after = model.reduction_seconds(problem, launches.product.arguments["partial_ptr"].shape)
     passes = 0.0 if tile.fused else model.pass_seconds(layer.problem, shared=False)
     other = None
     if set(model.prologues(layer.problem)) != {"none"}:
@@ -108,9 +113,13 @@ def rows(batch: int, dtype: str, channels: int, compiled: bool = True) -> list[R
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     found: list[Row] = []
     for name, network in networks(channels).items():
+        first = layers(network, batch, DTYPES[dtype])[0].name
         for layer in training(network, batch, DTYPES[dtype], input_gradient=name == "D"):
-            if layer.phase == "wgrad" and found[-1].layer.name == layer.name and not found[-1].tile.fused:
-                layer = after_pass(layer)  # the adjoint's pass has written du for both
+            before = found[-1] if found else None
+            shared = layer.phase == "wgrad" and before is not None and before.layer.phase == "dgrad"
+            # The adjoint's pass has written du for both; but the first layer's runs in G's phase alone.
+            if shared and before is not None and not before.tile.fused and before.layer.name != first:
+                layer = after_pass(layer)
             found.append(predicted(name, layer, compiled=compiled))
     return found
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import models
-from .kernels import weights
+from .kernels import ops, weights
 
 Network = models.Generator | models.Discriminator
 
@@ -70,7 +70,7 @@ class Graphed:
             raise ValueError("a graphed model must be in eval mode: its replay would update no statistics")
         identities = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        return identities, weights.epoch(), autocast, precision(torch.float32)
+        return identities, weights.epoch(), autocast, precision(torch.float32), ops.engine()
 
     @torch.no_grad()
     def _capture(self) -> None:

@@ -37,20 +37,15 @@ def _reference_backward(logits: Tensor, dloss: Tensor, dprobability: Tensor, tar
 
 def _triton(logits: Tensor) -> bool:
     """Whether the kernels run; raises RuntimeError where they are asked for and cannot."""
-    forced = ops.engine()
-    wanted = forced == "triton" or (forced == "auto" and logits.is_cuda)
-    why_not = None
-    if wanted:
+
+    def why_not() -> str | None:
         from . import gpu
 
-        why_not = gpu.why_not_here(logits)
-    if why_not is not None and forced == "triton":
-        raise RuntimeError(
-            f"engine 'triton' was asked for, but does not cover this bce_with_logits: {why_not}"
-        )
-    engine = "triton" if wanted and why_not is None else "reference"
-    ops.record(ops.Choice("bce_with_logits", engine, why_not or ""))
-    return engine == "triton" and logits.numel() > 0
+        return gpu.why_not_here(logits)
+
+    choice = ops.choose_triton("bce_with_logits", logits, why_not)
+    ops.record(choice)
+    return choice.engine == "triton" and logits.numel() > 0
 
 
 def _run(logits: Tensor, target: float) -> tuple[Tensor, Tensor]:

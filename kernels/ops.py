@@ -20,7 +20,8 @@ outputs y alone is kept. Derivatives of these (``create_graph=True``) are the re
 
 Engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
 ``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest.
-A forced engine that does not cover a call is an error, never another engine.
+A forced engine that does not cover a call is an error, never another engine; but the native engine has no
+backward and no loss, which are the reference's where it is forced.
 """
 
 from __future__ import annotations
@@ -270,7 +271,12 @@ def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 def _run_backward(call: Backward, transposed: bool) -> Gradients:
-    choice = _choose_backward(call, transposed)
+    def why_not() -> str | None:
+        from . import gpu
+
+        return gpu.why_not(call, transposed)
+
+    choice = choose_triton(f"{NAMES[transposed]}_backward", call.x, why_not)
     record(choice)
     if choice.engine == "triton" and call.dy.numel():
         from . import gpu
@@ -284,20 +290,23 @@ def _run_backward(call: Backward, transposed: bool) -> Gradients:
     return results
 
 
-def _choose_backward(call: Backward, transposed: bool) -> Choice:
-    name = f"{NAMES[transposed]}_backward"
-    engine = _forced if _forced != "auto" else _ENGINE_OF.get(call.x.device.type, "reference")
-    if engine != "triton":
-        reason = f"the {engine} engine has no backward" if engine == "native" else ""
-        return Choice(name, "reference", reason or "engine 'reference' was asked for")
-    from . import gpu
+def choose_triton(name: str, x: Tensor, why_not: Callable[[], str | None]) -> Choice:
+    """The engine of what only Triton and the reference have; ``why_not`` is asked where Triton is wanted.
 
-    why_not = gpu.why_not(call, transposed)
-    if why_not is None:
+    Raises RuntimeError where Triton is forced and does not cover the call. The native engine has none of it.
+    """
+    if _forced == "reference":
+        return Choice(name, "reference", "engine 'reference' was asked for")
+    if _forced == "native":
+        return Choice(name, "reference", f"the native engine has no {name}")
+    if _forced == "auto" and _ENGINE_OF.get(x.device.type) != "triton":
+        return Choice(name, "reference", f"no faster engine for {x.device.type} tensors")
+    reason = why_not()
+    if reason is None:
         return Choice(name, "triton", "")
     if _forced == "triton":
-        raise RuntimeError(f"engine 'triton' was asked for, but does not cover this {name}: {why_not}")
-    return Choice(name, "reference", f"triton: {why_not}")
+        raise RuntimeError(f"engine 'triton' was asked for, but does not cover this {name}: {reason}")
+    return Choice(name, "reference", f"triton: {reason}")
 
 
 # --- registration ------------------------------------------------------------------------------------------

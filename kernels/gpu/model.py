@@ -175,7 +175,7 @@ def predict(
     mine = -(-total // processors)  # programs of the busiest multiprocessor
     full, rest = divmod(mine, resident)
     compute, bound = group(min(resident, mine))
-    compute *= max(full, 0) if full else 0
+    compute *= full
     if rest:
         last, last_bound = group(rest)
         compute += last

@@ -81,13 +81,9 @@ def _put(key: Hashable, plan: Plan | None) -> None:
     _plans[key] = plan
 
 
-def _aligned(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all start on 16 bytes: code compiled for that would fault on another address."""
-    addresses = 0
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    return addresses % 16 == 0
+def _aligned(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    """Which start on 16 bytes: code compiled for one that does would fault on another address."""
+    return tuple([tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors])
 
 
 def _described(x: Tensor, prologue: Prologue) -> tuple[Hashable, ...]:

@@ -10,19 +10,21 @@ from .launch import Epilogue, Product, Prologue
 from .wgrad import Gradient
 
 
+def _of_x(call: Call | Backward) -> Prologue:
+    """x̂ from x."""
+    if call.center is not None:
+        return Prologue("affine", call.in_act, call.center, call.scale, call.shift)
+    return Prologue("act", call.in_act) if call.in_act != "none" else Prologue()
+
+
 def forward(call: Call, transposed: bool, y: Tensor) -> Product:
     """The call itself."""
-    prologue = Prologue()
-    if call.center is not None:
-        prologue = Prologue("affine", call.in_act, call.center, call.scale, call.shift)
-    elif call.in_act != "none":
-        prologue = Prologue("act", call.in_act)
     if call.stats:
         epilogue = Epilogue("statistics")
     else:
         epilogue = Epilogue("affine", call.out_act, None, call.out_scale, call.out_shift)
     return Product(
-        call.x, call.weight, transposed, y, prologue, epilogue, call.slope, call.stride, call.padding
+        call.x, call.weight, transposed, y, _of_x(call), epilogue, call.slope, call.stride, call.padding
     )
 
 
@@ -33,8 +35,8 @@ def _gradient(call: Backward, scale: Tensor | None) -> Prologue:
             return Prologue()
         assert call.mean is not None
         nothing = torch.zeros_like(call.mean)
-        dmean = nothing if call.dmean is None else call.dmean.contiguous()
-        dvar = nothing if call.dvar is None else call.dvar.contiguous()
+        dmean = nothing if call.dmean is None else call.dmean
+        dvar = nothing if call.dvar is None else call.dvar
         return Prologue("statistics", "none", call.mean, dvar, dmean, call.y)
     if call.out_act == "none" and scale is None:
         return Prologue()
@@ -58,14 +60,8 @@ def adjoint(call: Backward, transposed: bool, dx: Tensor) -> Product:
 
 def weight_gradient(call: Backward, transposed: bool, du: Tensor | None = None) -> Gradient:
     """dweight before ``out_scale``, which multiplies it by output channel; from ``du`` if that is there."""
-    if call.center is not None:
-        prologue = Prologue("affine", call.in_act, call.center, call.scale, call.shift)
-    elif call.in_act != "none":
-        prologue = Prologue("act", call.in_act)
-    else:
-        prologue = Prologue()
     of_y = (call.dy, _gradient(call, None)) if du is None else (du, Prologue())
-    of_x = (call.x, prologue)
+    of_x = (call.x, _of_x(call))
     first, second = (of_x, of_y) if transposed else (of_y, of_x)
     c_small, c_large, k_h, k_w = call.weight.shape
     return Gradient(

@@ -75,6 +75,8 @@ def backward(call: Backward, transposed: bool) -> Gradients:
         shift=_dense(call.shift),
         out_scale=_dense(call.out_scale),
         mean=_dense(call.mean),
+        dmean=_dense(call.dmean),
+        dvar=_dense(call.dvar),
     )
     need_x, need_weight, need_prologue, need_out_scale, need_out_shift = call.needs
     need_prologue = need_prologue and call.center is not None

@@ -18,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,12 +87,12 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory a program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table 24)."""
 
 
-def estimate(problem: Problem, processors: int, capability: int = 90) -> Tile:
-    """The candidate that should be fastest (see :mod:`.model`)."""
+def estimate(problem: Problem, processors: int, shared: int = SHARED_LIMIT[90]) -> Tile:
+    """The candidate that should be fastest (see :mod:`.model`) of those that fit ``shared`` bytes."""
     from . import model
 
     listed = candidates(problem.kernel, problem.precision)
-    return model.estimate(problem, listed, processors, SHARED_LIMIT[90 if capability >= 90 else 80])
+    return model.estimate(problem, listed, processors, shared)
 
 
 # --- tuned choices ------------------------------------------------------------------------------------------
@@ -143,8 +143,8 @@ def _tuned(gpu: str) -> dict[str, Tile]:
 
 @functools.cache
 def _device(index: int) -> tuple[str, int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count, 10 * properties.major
+    properties: Any = torch.cuda.get_device_properties(index)  # its stub lacks the last
+    return properties.name, properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -159,7 +159,7 @@ def choose(problem: Problem, device: torch.device, run: Callable[[Tile], object]
     if device.type != "cuda":  # Triton's interpreter
         return estimate(problem, multiprocessors(device))
     index = torch.cuda.current_device() if device.index is None else device.index
-    gpu, processors, capability = _device(index)
+    gpu, processors, shared = _device(index)
     tuned = _tuned(gpu)
     tile = tuned.get(problem.key())
     if tile is not None:
@@ -169,7 +169,7 @@ def choose(problem: Problem, device: torch.device, run: Callable[[Tile], object]
         tuned[problem.key()] = tile
         write(cache_file(gpu), read(cache_file(gpu)) | {problem.key(): tile})
         return tile
-    return estimate(problem, processors, capability)
+    return estimate(problem, processors, shared)
 
 
 def tune(problem: Problem, run: Callable[[Tile], object]) -> Tile:
@@ -179,6 +179,9 @@ def tune(problem: Problem, run: Callable[[Tile], object]) -> Tile:
 
     from . import model
 
+    # The benchmark's stream does not wait for this one, whose kernels may still read what run() overwrites.
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     fitted = dict.fromkeys(fit(t, problem) for t in candidates(problem.kernel, problem.precision))
     if set(model.prologues(problem)) != {"none"}:
         fitted |= dict.fromkeys(tile._replace(fused=False) for tile in fitted)

@@ -85,8 +85,8 @@ def taken(t: Tensor) -> Tensor:
     return values
 
 
-def launched(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor, int, int]:
-    """Run it; (partial sums, rows, rows of partial that a row tile leaves)."""
+def launched(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor | None, int, int]:
+    """Run it; (partial sums or None, rows, rows of partial that a row tile leaves)."""
     chosen = gpu.kernel_for(product)
     assert chosen.name.startswith(kernel)
     rows, group = chosen.problem(product).rows, chosen.tiles_a_row(product)
@@ -94,7 +94,7 @@ def launched(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor, i
     packed = surrounded(packed.flatten()).view(packed.shape)
     if not product.epilogue.sums:
         chosen.launch(product, packed, None, tile)()
-        return packed, rows, group
+        return None, rows, group
     partial = contiguous(2, -(-rows // tile.block_m) * group, product.y.shape[1])
     chosen.launch(product, packed, partial, tile)()
     found = taken(partial)
@@ -107,7 +107,7 @@ def forward_results(
 ) -> dict[str, Tensor]:
     y = strided(gpu.output(call, transposed)) if y is None else y
     partial, rows, group = launched(products.forward(call, transposed, y), kernel, tile)
-    if not call.stats:
+    if partial is None:
         return {"y": y}
     mean, var = contiguous(y.shape[1]), contiguous(y.shape[1])
     reduce.statistics(partial, mean, var, rows, group, tile.block_m)()
@@ -119,8 +119,9 @@ def adjoint_results(
 ) -> dict[str, Tensor]:
     dx = strided(empty_gradient(it.x)) if dx is None else dx
     partial, _, _ = launched(products.adjoint(it, transposed, dx), kernel, tile)
-    if it.scale is None:
+    if partial is None:
         return {"dx": dx}
+    assert it.scale is not None
     dcenter, dscale, dshift = (contiguous(it.x.shape[1]) for _ in range(3))
     reduce.sums(partial, it.scale, dcenter, dscale, dshift)()
     return {"dx": dx, "dcenter": taken(dcenter), "dscale": taken(dscale), "dshift": taken(dshift)}

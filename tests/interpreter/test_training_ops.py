@@ -142,6 +142,22 @@ def test_any_strides(name: str, after: str) -> None:
         assert_right(triton_results(now, shape.transposed, given), now, shape.transposed, given)
 
 
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("name", ["up_few", "dense_down"])
+def test_the_derivative_at_a_kink(name: str, act: str) -> None:
+    """Of relu and leaky_relu at exactly 0 it is eager's: 0 and the slope."""
+    shape = SHAPES[name]
+    call = training_call(shape, "affine", "raw", in_act=act)
+    assert call.center is not None
+    at_kink = call._replace(
+        x=torch.zeros_like(call.x), shift=torch.zeros(shape.c_in), center=torch.zeros(shape.c_in)
+    )
+    flat = call._replace(out_act=act, weight=torch.zeros_like(call.weight))
+    for now in (at_kink, flat, flat._replace(out_scale=torch.ones(shape.c_out))):
+        given = cotangents(now, shape.transposed)
+        assert_right(triton_results(now, shape.transposed, given), now, shape.transposed, given)
+
+
 @pytest.mark.parametrize("name", ["up_few", "down", "up_narrow_1", "dense_down"])
 def test_the_same_bits_again(name: str) -> None:
     shape = SHAPES[name]

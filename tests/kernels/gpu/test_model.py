@@ -51,7 +51,7 @@ def listed(problem: Problem, arch: int = 90) -> Iterator[tuple[Problem, Tile]]:
 
 def chosen(problem: Problem, arch: int) -> tuple[Problem, Tile, int]:
     """(the problem as its product sees it, the tile, the chunks) of the estimate."""
-    tile = tiles.estimate(problem, MULTIPROCESSORS[arch], arch)
+    tile = tiles.estimate(problem, MULTIPROCESSORS[arch], tiles.SHARED_LIMIT[arch])
     seen = problem if tile.fused else model.plain(problem)
     wgrad = problem.kernel.startswith("wgrad")
     return seen, tile, model.splits(seen, tile, MULTIPROCESSORS[arch]) if wgrad else 1

@@ -98,7 +98,8 @@ def with_others(layer: Layer, launches: Launches) -> Iterator[tuple[str, Launch]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tiles(dtype: str, arch: int) -> None:
     for layer in cases(1, dtype):
-        check(layer, tiles.estimate(layer.problem, MULTIPROCESSORS[arch]), arch)
+        limit = tiles.SHARED_LIMIT[arch]
+        check(layer, tiles.estimate(layer.problem, MULTIPROCESSORS[arch], limit), arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -141,7 +142,7 @@ def test_default_tiles_in_training() -> None:
     """Of passes and reductions one for all sizes: their code differs in numbers alone."""
     distinct: dict[Hashable, tuple[str, Launch]] = {}
     for layer in training_cases(1, "bfloat16"):
-        launches = layer.launches(tiles.estimate(layer.problem, MULTIPROCESSORS[90], 90), MULTIPROCESSORS[90])
+        launches = layer.launches(tiles.estimate(layer.problem, MULTIPROCESSORS[90]), MULTIPROCESSORS[90])
         for name, launch in with_others(layer, launches):
             key = code(launch, () if launch is launches.product else SIZES)
             distinct.setdefault(key, (name, launch))
@@ -162,7 +163,8 @@ def test_a_tile_of_each_kernel_in_training(dtype: str, arch: int) -> None:
     assert len(chosen) == 9
     found = []
     for layer in chosen.values():
-        tile = tiles.estimate(layer.problem, MULTIPROCESSORS[arch], arch)._replace(fused=True)
+        limit = tiles.SHARED_LIMIT[arch]
+        tile = tiles.estimate(layer.problem, MULTIPROCESSORS[arch], limit)._replace(fused=True)
         found.append((described(layer), layer.launches(tile, MULTIPROCESSORS[arch]).product))
     check_all(found, arch)
 

@@ -122,6 +122,18 @@ def test_another_layout_alignment_or_activation_is_another_plan() -> None:
         assert len(plans._plans) == before + 1
 
 
+def test_each_tensor_has_an_alignment_of_its_own() -> None:
+    """Code for an unaligned x and an aligned scale would fault on the reverse."""
+    first = call(True, 32, 16, 8, True)
+    assert first.out_scale is not None
+    x = torch.randn(1 + first.x.numel())[1:].view(2, 8, 8, 32).permute(0, 3, 1, 2)
+    scale = torch.randn(17)[1:]
+    assert x.stride() == first.x.stride()
+    gpu.forward(first._replace(x=x), True)
+    gpu.forward(first._replace(out_scale=scale), True)
+    assert len(plans._plans) == 2
+
+
 @pytest.mark.parametrize("c_in", [3, 32], ids=["down_narrow", "down"])
 def test_an_unaligned_weight_that_needs_no_packing_is_another_plan(c_in: int) -> None:
     """Code that assumes 16-byte alignment would fault on it."""
