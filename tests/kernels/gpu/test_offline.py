@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from native import THREADS
 
 from bench.cases import DTYPES
 from bench.inspect import MULTIPROCESSORS, networks, tiles_of
@@ -66,7 +64,7 @@ def code(launch: Launch, without: tuple[str, ...] = ()) -> Hashable:
 
 
 def check_all(found: Iterable[tuple[str, Launch]], arch: int, bytes_spilled: int = 0) -> None:
-    """No launch has a fault; the compiler and the disassembler leave Python alone most of the time."""
+    """No launch has a fault. One after the other: ``ast.parse`` in two threads is an error of CPython 3.11."""
 
     def faults(case: tuple[str, Launch]) -> list[str]:
         name, launch = case
@@ -78,8 +76,7 @@ def check_all(found: Iterable[tuple[str, Launch]], arch: int, bytes_spilled: int
             for fault in offline.faults(launch, report, arch)
         ]
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        assert [fault for each in pool.map(faults, found) for fault in each] == []
+    assert [fault for case in found for fault in faults(case)] == []
 
 
 def described(layer: Layer) -> str:
@@ -95,7 +92,9 @@ def with_others(layer: Layer, launches: Launches) -> Iterator[tuple[str, Launch]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", ["float32", "tf32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_default_tiles(dtype: str, arch: int) -> None:
     for layer in cases(1, dtype):
         limit = tiles.SHARED_LIMIT[arch]
@@ -103,7 +102,7 @@ def test_default_tiles(dtype: str, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_default_tiles_with_their_epilogue(dtype: str, arch: int) -> None:
     """Scale, shift and the activation that takes most registers cost no spill."""
     for layer in cases(1, dtype):
