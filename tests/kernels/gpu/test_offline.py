@@ -64,7 +64,7 @@ def code(launch: Launch, without: tuple[str, ...] = ()) -> Hashable:
 
 
 def check_all(found: Iterable[tuple[str, Launch]], arch: int, bytes_spilled: int = 0) -> None:
-    """No launch has a fault. One after the other: ``ast.parse`` in two threads is an error of CPython 3.11."""
+    """No launch has a fault. One after the other: ``ast.parse`` in two threads fails on CPython 3.11."""
 
     def faults(case: tuple[str, Launch]) -> list[str]:
         name, launch = case
