@@ -91,9 +91,13 @@ def with_others(layer: Layer, launches: Launches) -> Iterator[tuple[str, Launch]
             yield described(layer), launch
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    "dtype", ["float32", "tf32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+    ("dtype", "arch"),
+    [
+        *(("float32", 90), ("tf32", 90), ("bfloat16", 90), ("bfloat16", 80)),
+        *(pytest.param(dtype, 80, marks=pytest.mark.slow) for dtype in ("float32", "tf32", "float16")),
+        pytest.param("float16", 90, marks=pytest.mark.slow),
+    ],
 )
 def test_default_tiles(dtype: str, arch: int) -> None:
     for layer in cases(1, dtype):
@@ -101,7 +105,7 @@ def test_default_tiles(dtype: str, arch: int) -> None:
         check(layer, tiles.estimate(layer.problem, MULTIPROCESSORS[arch], limit), arch)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_default_tiles_with_their_epilogue(dtype: str, arch: int) -> None:
     """Scale, shift and the activation that takes most registers cost no spill."""
