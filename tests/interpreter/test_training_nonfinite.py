@@ -106,21 +106,3 @@ def test_up_narrow_spreads_to_the_next_pixel(transposed: bool) -> None:
     wrong, eager = made[key].isnan(), own[key].isnan()
     assert (wrong >= eager).all()
     assert (wrong <= (F.max_pool2d(eager.float(), 3, 1, 1) > 0)).all()
-
-
-@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
-def test_at_zero_the_derivative_is_the_left_one(act: str) -> None:
-    """As aten's: 0 of a ReLU, the slope of a LeakyReLU, where x̂'s argument or y is exactly 0."""
-    weight = torch.randn(16, 20, 4, 4)
-    nothing = torch.zeros_like(weight).requires_grad_()
-    x = torch.randn(2, 20, 4, 4)
-    x[:, ::2] = 0
-    x.requires_grad_()
-    found = []
-    for engine in ("triton", "reference"):
-        with ops.use_engine(engine):
-            y = ops.conv2d_fused(x, weight, in_act=act, slope=0.1)[0]
-            zero = ops.conv2d_fused(x, nothing, out_act=act, slope=0.1)[0]
-            found.append(torch.autograd.grad((y * y).sum() + zero.sum(), (x, nothing)))
-    for ours, aten in zip(*found, strict=True):
-        torch.testing.assert_close(ours, aten, rtol=1e-4, atol=1e-4)
