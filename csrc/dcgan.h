@@ -89,6 +89,56 @@ int64_t dcgan_packed_size(const dcgan_layer* layer);
 int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t strides[4], float* packed,
                int threads);
 
+// --- training ---
+//
+// One layer, forward and backward; maps are contiguous NHWC.
+//
+//     x̂ = in_act((x - center[c])·scale[c] + shift[c])     prologue; without the three, x̂ = in_act(x)
+//     u = conv(x̂, weight)                                 the zero padding pads x̂, not x
+//     statistics: y = u;  mean[c], variance[c] (biased) of u over all pixels
+//     otherwise:  y = out_act(u·out_scale[c] + out_shift[c])
+//
+//     du = dy + dmean[c]/M + 2·dvariance[c]/M·(y - mean[c])     with statistics, M pixels of y
+//          dy·out_act'(y)·out_scale[c]                          otherwise
+//     dx̂ = adjoint_conv(du, weight);  g = dx̂·in_act'
+//     dx = g·scale[c];  dscale[c] = Σ g·(x - center[c]);  dshift[c] = Σ g;  dcenter = -scale·dshift
+//     dweight = wgrad(x̂, du)
+//
+// Nothing is packed beforehand: weights are transformed in the call, since in training each version of them
+// is used a few times only.
+typedef struct {
+    int32_t transposed;  // of the layer, whichever of its three products is asked for
+    int32_t algorithm;   // enum dcgan_algorithm of that product
+    int32_t c_in, c_out;
+    int32_t height, width;  // of x
+    int32_t kernel, stride, padding;
+    int32_t in_act;   // none, relu or leaky_relu
+    int32_t out_act;  // none with statistics
+    int32_t statistics;
+    float slope;                            // of either leaky_relu
+    const float *center, *scale, *shift;    // [c_in], all or none
+    const float *out_scale, *out_shift;     // [c_out], or null for 1 and 0; not with statistics
+    const float *mean, *dmean, *dvariance;  // [c_out], of a backward with statistics; null for 0
+} dcgan_op;
+
+// Whether the layer and the algorithm of that product go together: 0, or an error that says why not.
+enum dcgan_product { DCGAN_FPROP = 0, DCGAN_DGRAD = 1, DCGAN_WGRAD = 2 };
+int dcgan_op_supports(const dcgan_op* op, int product);
+
+// weight and dweight: [C_out, C_in, k, k], or [C_in, C_out, k, k] if transposed; strides in floats.
+// mean and variance: [c_out], written where op->statistics.
+int dcgan_fprop(const dcgan_op* op, int64_t images, const float* x, const float* weight,
+                const int64_t strides[4], float* y, float* mean, float* variance, int threads);
+// y: the forward's, where statistics or out_act tell the gradient from it. x: the forward's, where in_act or
+// the prologue is. dcenter, dscale, dshift: [c_in], or all null.
+int dcgan_dgrad(const dcgan_op* op, int64_t images, const float* dy, const float* y, const float* weight,
+                const int64_t strides[4], const float* x, float* dx, float* dcenter, float* dscale,
+                float* dshift, int threads);
+int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float* dy, const float* y,
+                float* dweight, const int64_t strides[4], int threads);
+
+// --- inference ---
+//
 // Runs the chain on `images` images. In a forked child it runs on one thread, whatever `threads` says.
 int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_tensor* x,
               const dcgan_tensor* y, int threads);

@@ -21,6 +21,35 @@ struct Job {
     long images;
 };
 
+// What a prologue makes of a map: t is the tensor itself, y the forward's output, [pixels][channels] both.
+enum class Prologue {
+    NONE,        // t
+    AFFINE,      // x̂ = leaky((t - center[c])·scale[c] + shift[c])
+    ACTIVATION,  // x̂ = leaky(t)
+    GRADIENT,    // du = t·act'(y)·scale[c], act' told from y; scale may be null
+    STATISTICS,  // du = t + ((y - center[c])·scale[c] + shift[c])
+};
+
+// A map that a product reads: a tensor [pixels][channels], or what a prologue makes of it.
+struct Source {
+    Prologue prologue;
+    long channels;
+    const float* t;
+    const float* y;  // of GRADIENT (null where act is DCGAN_NONE) and STATISTICS
+    const float *center, *scale, *shift;
+    float slope;  // leaky(t) = t < 0 ? slope·t : t: 0 is ReLU, 1 nothing at all
+    int act;      // of GRADIENT: enum dcgan_activation
+};
+
+// The gradient of a layer's weights, from x̂ [images, height, width, c_in] and du [images, …, c_out].
+struct GradientJob {
+    const dcgan_layer* layer;  // its geometry and algorithm (dense, direct, F4, narrow)
+    Source x, du;
+    long images;
+    float* dweight;  // written, not added to
+    const int64_t* strides;
+};
+
 // The entry points of one instruction set's build of engine.cpp.
 struct Engine {
     const char* name;
