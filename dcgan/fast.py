@@ -2,9 +2,9 @@
 
     from dcgan.fast import Generator        # instead of dcgan.models
 
-``Generator`` and ``Discriminator`` subclass the reference networks and override ``forward`` (and, so that
-cached weights are never stale, the hooks through which weights change). A convolution, its BatchNorm and its
-activation are one op, :mod:`dcgan.kernels.ops`:
+``Generator`` and ``Discriminator`` subclass the reference networks and override ``forward`` and ``logits``
+(and, so that cached weights are never stale, the hooks through which weights change). A convolution, its
+BatchNorm and its activation are one op, :mod:`dcgan.kernels.ops`:
 
 * eval: BatchNorm folded into the op's epilogue, from the live parameters and running statistics; on a CPU,
   where nothing is to be differentiated, all layers are one call (:mod:`dcgan.kernels.chain`);
@@ -351,10 +351,10 @@ class _Fast(nn.Module):
         """
         weights.thaw(self)
 
-    def _fast(self, x: Tensor) -> Tensor:
+    def _fast(self, x: Tensor, sequence: nn.Sequential | None = None) -> Tensor:
         if not self.training and not torch.compiler.is_compiling():
             self._freeze()
-        return _forward(self.main, x)
+        return _forward(self.main if sequence is None else sequence, x)
 
     def train(self: _Self, mode: bool = True) -> _Self:
         super().train(mode)
@@ -399,6 +399,9 @@ class Discriminator(_Fast, models.Discriminator):
 
     def forward(self, image: Tensor) -> Tensor:
         return self._fast(self._image(image)).view(-1, 1).squeeze(1)
+
+    def logits(self, image: Tensor) -> Tensor:
+        return self._fast(self._image(image), models.but_sigmoid(self.main)).view(-1, 1).squeeze(1)
 
 
 Model = TypeVar("Model", models.Generator, models.Discriminator)

@@ -41,6 +41,18 @@ def _positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def but_sigmoid(sequence: nn.Sequential) -> nn.Sequential:
+    """The sequence without the Sigmoid at its end; its modules are shared.
+
+    Raises:
+        TypeError: it does not end in one.
+    """
+    if not len(sequence) or type(sequence[-1]) is not nn.Sigmoid:
+        last = type(sequence[-1]).__name__ if len(sequence) else "nothing"
+        raise TypeError(f"logits are what a final Sigmoid is given, but main ends in {last}")
+    return sequence[:-1]
+
+
 def _ladder(features: int, image_size: int) -> list[int]:
     """Channels of the maps from 4×4 up to ``image_size / 2``: [512, 256, 128, 64] for the defaults."""
     if image_size not in IMAGE_SIZES:
@@ -238,6 +250,15 @@ class Discriminator(_Sized):
     def forward(self, image: Tensor) -> Tensor:
         return self.main(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
 
+    def logits(self, image: Tensor) -> Tensor:
+        """D(image) before its Sigmoid, [N]: what a loss is best computed from.
+
+        Raises:
+            TypeError: ``main`` no longer ends in a Sigmoid.
+            ValueError: as ``forward``.
+        """
+        return but_sigmoid(self.main)(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
+
 
 class MLPGenerator(nn.Module):
     """The original GAN's fully connected generator, for the comparison with DCGAN.
@@ -281,8 +302,15 @@ class MLPDiscriminator(nn.Module):
             layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(LEAKY_SLOPE, inplace=True)]
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], 1), nn.Sigmoid())
 
-    def forward(self, image: Tensor) -> Tensor:
+    def _image(self, image: Tensor) -> Tensor:
         size = self.image_size
         if image.ndim != 4 or image.shape[1:] != (self.channels, size, size):
             raise ValueError(f"image must be [N, {self.channels}, {size}, {size}], got {list(image.shape)}")
-        return self.main(image.flatten(1)).squeeze(1)  # type: ignore[no-any-return]
+        return image.flatten(1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.main(self._image(image)).squeeze(1)  # type: ignore[no-any-return]
+
+    def logits(self, image: Tensor) -> Tensor:
+        """As :meth:`Discriminator.logits`."""
+        return but_sigmoid(self.main)(self._image(image)).squeeze(1)  # type: ignore[no-any-return]
