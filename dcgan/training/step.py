@@ -25,13 +25,28 @@ class Result(NamedTuple):
     """Mean of D(G(z)) over the generated images, before D's update."""
 
 
-def optimizers(generator: nn.Module, discriminator: nn.Module, config: Config) -> tuple[Adam, Adam]:
-    """The seed's two Adams, G's and D's."""
-    betas = (config.beta1, 0.999)
-    return (
-        Adam(generator.parameters(), lr=config.lr, betas=betas),
-        Adam(discriminator.parameters(), lr=config.lr, betas=betas),
+def optimizers(
+    generator: nn.Module, discriminator: nn.Module, config: Config, *, fused: bool = False
+) -> tuple[Adam, Adam]:
+    """The seed's two Adams, G's and D's.
+
+    Args:
+        generator, discriminator: the networks.
+        config: lr and beta1.
+        fused: with torch's fused kernel, and on CUDA ``capturable``: what a CUDA graph of
+            :class:`dcgan.training.TrainStep` takes. The mathematics is the same.
+    """
+    g, d = (
+        Adam(
+            network.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, 0.999),
+            fused=fused or None,
+            capturable=fused and all(p.is_cuda for p in network.parameters()),
+        )
+        for network in (generator, discriminator)
     )
+    return g, d
 
 
 def train_step(

@@ -1,0 +1,441 @@
+"""The seed's step without what it computes and throws away, and on a GPU as one CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.functional import binary_cross_entropy
+from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from dcgan.kernels import ops
+from dcgan.kernels.loss import bce_with_logits
+from dcgan.kernels.reference import accumulator_dtype
+from dcgan.training.config import Loss
+from dcgan.training.graph import Cuda, Graphs
+from dcgan.training.step import Result
+
+Clip = float | tuple[float | None, float | None]
+
+
+class TrainStep:
+    """:func:`dcgan.training.train_step`, faster: ``result = step(real, noise)`` updates D, then G.
+
+    The mathematics is the seed's. With BCE(p, t) = -mean(t·log p + (1-t)·log(1-p)), r the real label::
+
+        loss_d = BCE(D(x), r) + BCE(D(G(z)), 0)         D's step; G(z) detached
+        loss_g = BCE(D(G(z)), r)                        G's step, through the D just updated
+                 mean log(1 - D(G(z)))                  minimax
+
+    G(z) is computed once, D runs three times (x, G(z), G(z) again once it is updated), and each of these
+    updates its BatchNorms' running statistics, in this order. What differs:
+
+    * G's phase computes no gradient of D's weights, which nothing reads: D's parameters require no gradient
+      meanwhile. So afterwards D's ``grad`` is what D's phase made (clipped, if told to); in the seed's loop
+      G's phase has added to it.
+    * Losses are computed from logits, the Sigmoid folded in (:func:`dcgan.kernels.loss.bce_with_logits`), in
+      float32 (float64 for float64) whatever the networks' dtype is. They are the seed's but for rounding, and
+      better where D is sure: in float32 p rounds to 1 for logits above 17, where BCELoss counts log(1-p) as
+      -100 and no gradient comes through. That takes a D with a method ``logits`` beside its ``forward``, as
+      all of this project's have; another D's probabilities go through BCELoss as they are.
+    * On CUDA the whole step is one CUDA graph, see ``capture``.
+
+    Networks and optimizers are the caller's and updated in place. Both networks are expected in training mode
+    (``train()``); in eval mode running statistics are used, and stand still. A parameter with
+    ``requires_grad=False`` stays as it is. A loss that is NaN is returned as NaN.
+
+    Nothing waits for the device: the Result's tensors do when they are read. (The exceptions are torch's: a
+    GradScaler asks whether gradients are finite where the optimizer is not a fused one.)
+
+    Args:
+        generator: noise → images; reference, fast, or any other module.
+        discriminator: images → probabilities, on the generator's device, of its dtype.
+        optimizer_g: of all the generator's parameters that require a gradient, and no others.
+        optimizer_d: of the discriminator's, likewise.
+        real_label: r; the seed smooths it to 0.9.
+        loss: G's loss, 'non-saturating' or 'minimax'.
+        autocast: the dtype that both networks run in under ``torch.autocast``, bfloat16 or float16; None for
+            no autocast but the caller's own.
+        scaler: a GradScaler, for float16: both losses are scaled by its one factor, each optimizer's step is
+            skipped by itself where its gradients overflow, and ``update()`` comes once, after both steps, as
+            torch's page on several losses and optimizers has it. A disabled one is none.
+        clip: the largest norm of a network's gradients, all taken together
+            (``torch.nn.utils.clip_grad_norm_``, after unscaling): one number for both, or a pair (G's, D's),
+            None for no limit.
+        ema: a copy of the generator that follows it: after each step every parameter e becomes
+            ``ema_decay·e + (1 - ema_decay)·p``, and buffers are copied. Its dtype may be a wider one, as 16
+            bits do not hold such small steps. Or a :class:`torch.optim.swa_utils.AveragedModel` of the
+            generator, updated by its own rule (after the graph, not in it).
+        ema_decay: from 0 to below 1.
+        capture: True: replay CUDA graphs. False: never. None: where it is possible, which takes CUDA and
+            optimizers with ``capturable=True`` (``dcgan.training.optimizers(…, fused=True)`` makes them; SGD
+            needs nothing), with a scaler fused ones; :attr:`why_not_captured` says what is missing.
+
+            The first three steps with a shape of batch run eagerly and are steps like others; the fourth is
+            captured. A short last batch therefore runs eagerly, until it has come three times. What the graph
+            depends on is looked at before each replay (training mode, ``requires_grad``, the optimizers'
+            settings, tensors replaced by others), and after a change the shape counts as new. A learning rate
+            that a scheduler moves every step must hence be a tensor on the device, which replays read. What
+            runs in Python during a step, hooks of modules and optimizers, runs at no replay.
+
+    Raises:
+        TypeError: a network, optimizer, scaler or input that is no such thing; real or noise of another dtype
+            than the networks'.
+        ValueError: a value out of its range; networks that differ in device or dtype; an optimizer that
+            lacks its network's parameters or has others; ``capture=True`` where that is not possible; real or
+            noise on another device or of unequal lengths; from BatchNorm itself, one value per channel.
+        RuntimeError: the step, captured, does what a CUDA graph cannot hold.
+
+    Sources: Goodfellow et al., *Generative Adversarial Networks*, 2014 (algorithm 1, both losses); Salimans
+    et al., *Improved Techniques for Training GANs*, 2016 (one-sided label smoothing); Yazıcı et al., *The
+    Unusual Effectiveness of Averaging in GAN Training*, 2019 (EMA of G).
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        optimizer_g: Optimizer,
+        optimizer_d: Optimizer,
+        *,
+        real_label: float = 0.9,
+        loss: Loss = "non-saturating",
+        autocast: torch.dtype | None = None,
+        scaler: GradScaler | None = None,
+        clip: Clip | None = None,
+        ema: nn.Module | None = None,
+        ema_decay: float = 0.999,
+        capture: bool | None = None,
+    ) -> None:
+        networks = {"generator": generator, "discriminator": discriminator}
+        self._device, self._dtype = _common_place(networks)
+        _check_optimizer("optimizer_g", optimizer_g, "generator", generator)
+        _check_optimizer("optimizer_d", optimizer_d, "discriminator", discriminator)
+        if not _is_number(real_label) or not 0 < real_label <= 1:
+            raise ValueError(f"real_label must be in (0, 1], got {real_label!r}")
+        if loss not in get_args(Loss):
+            raise ValueError(f"loss must be one of {get_args(Loss)}, got {loss!r}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__qualname__}")
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
+        if scaler is not None and autocast != torch.float16:
+            raise ValueError(f"a scaler is for autocast=torch.float16, got autocast={autocast}")
+        if ema is not None:
+            _check_ema(ema, generator, self._device)
+        if not _is_number(ema_decay) or not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay!r}")
+
+        self.generator, self.discriminator = generator, discriminator
+        self._optimizer_g, self._optimizer_d = optimizer_g, optimizer_d
+        self._real_label, self._loss = float(real_label), loss
+        self._autocast, self._scaler = autocast, scaler
+        self._clip_g, self._clip_d = _pair_of_norms(clip)
+        self._ema, self._ema_decay = ema, float(ema_decay)
+
+        self.why_not_captured = "capture=False" if capture is False else self._why_not_captured()
+        """Why steps do not run as CUDA graphs; '' where they do."""
+        if capture and self.why_not_captured:
+            raise ValueError(f"capture=True is not possible: {self.why_not_captured}")
+        self._graphs: Graphs | None = None
+        if not self.why_not_captured:
+            self._graphs = Graphs(self._step, self._stamp, Cuda(self._device))
+
+    def __call__(self, real: Tensor, noise: Tensor) -> Result:
+        """One step.
+
+        Args:
+            real: the batch x, [N, channels, size, size].
+            noise: z, [N, latent_dim, 1, 1], or whatever the generator takes.
+
+        Returns:
+            The losses, and the means of D(x) and D(G(z)) before D's update: tensors [], float32 (float64
+            for float64), memory of their own.
+        """
+        self._check_input("real", real)
+        self._check_input("noise", noise)
+        if len(real) != len(noise):
+            raise ValueError(f"real and noise must be equally many, got {len(real)} and {len(noise)}")
+        real, noise = real.detach(), noise.detach()
+        if self._graphs is None:
+            result = self._step(real, noise)
+        else:
+            networks = (self.generator, self.discriminator)
+            parameters = [p for network in networks for p in network.parameters()]
+            averaged = [] if self._ema is None else [*self._ema.parameters(), *self._ema.buffers()]
+            buffers = [b for network in networks for b in network.buffers()]
+            result = self._graphs(real, noise, parameters, [*parameters, *buffers, *averaged])
+        if isinstance(self._ema, AveragedModel):
+            self._ema.update_parameters(self.generator)
+        return result
+
+    # --- the step ---------------------------------------------------------------------------------------
+
+    def _step(self, real: Tensor, noise: Tensor) -> Result:
+        """Everything that happens on the device."""
+        stepped = False
+        try:
+            self._optimizer_d.zero_grad()
+            with self._precision():
+                on_real = self._judge(real)
+                fake = self.generator(noise)
+                on_fake = self._judge(fake.detach())
+            loss_real, d_x = self._bce(on_real, self._real_label)
+            loss_fake, d_g_z = self._bce(on_fake, 0.0)
+            loss_d = loss_real + loss_fake
+            stepped = self._update(loss_d, self.discriminator, self._optimizer_d, self._clip_d)
+
+            self._optimizer_g.zero_grad()
+            with _requiring_no_gradient(self.discriminator):
+                with self._precision():
+                    on_fake = self._judge(fake)
+                loss_g = self._loss_g(on_fake)
+                stepped = self._update(loss_g, self.generator, self._optimizer_g, self._clip_g) or stepped
+        finally:
+            if self._scaler is not None and stepped:  # else it would refuse the next step, after an exception
+                self._scaler.update()
+        if self._ema is not None and not isinstance(self._ema, AveragedModel):
+            _average(self._ema, self.generator, self._ema_decay)
+        return Result(loss_d.detach(), loss_g.detach(), d_x.detach(), d_g_z.detach())
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, self._autocast)
+
+    def _judge(self, image: Tensor) -> tuple[Tensor, bool]:
+        """D's logits and True, or where it has none, its probabilities and False."""
+        logits = _logits(self.discriminator)
+        return (self.discriminator(image), False) if logits is None else (logits(image), True)
+
+    def _bce(self, judged: tuple[Tensor, bool], target: float) -> tuple[Tensor, Tensor]:
+        """BCE against one target, and the mean probability; outside autocast, under which BCELoss raises."""
+        values, are_logits = judged
+        with torch.autocast(self._device.type, enabled=False):
+            return bce_with_logits(values, target) if are_logits else _bce(values, target)
+
+    def _loss_g(self, judged: tuple[Tensor, bool]) -> Tensor:
+        if self._loss == "minimax":
+            return -self._bce(judged, 0.0)[0]
+        return self._bce(judged, self._real_label)[0]
+
+    def _update(self, loss: Tensor, network: nn.Module, optimizer: Optimizer, clip: float | None) -> bool:
+        """Backward and the optimizer's step; False where the network is frozen whole."""
+        if not loss.requires_grad:
+            return False
+        scaler = self._scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if clip is not None:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), clip)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        # Under an autocast of the caller's, the weights as cast before this step would be used after it.
+        torch.clear_autocast_cache()
+        return True
+
+    # --- the graph --------------------------------------------------------------------------------------
+
+    def _why_not_captured(self) -> str:
+        if self._device.type != "cuda":
+            return f"the networks are on {self._device}"
+        for name, optimizer in (("optimizer_g", self._optimizer_g), ("optimizer_d", self._optimizer_d)):
+            stateless = isinstance(optimizer, SGD)
+            if not all(group.get("capturable", stateless) for group in optimizer.param_groups):
+                return f"{name}, {type(optimizer).__name__}, is not capturable=True"
+            if self._scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+                return f"{name}, {type(optimizer).__name__}, is not fused=True, as a scaler needs it"
+        return ""
+
+    def _stamp(self) -> Hashable:
+        """What a captured step depends on and its replay does not look at."""
+        facts: list[Hashable] = [ops.engine(), *_precisions(), *_autocast_state(self._device.type)]
+        networks = [self.generator, self.discriminator]
+        if self._ema is not None:
+            networks.append(self._ema)
+        for network in networks:
+            facts += [module.training for module in network.modules()]
+            facts += [(p.data_ptr(), p.requires_grad) for p in network.parameters()]
+            facts += [b.data_ptr() for b in network.buffers()]
+        for optimizer in (self._optimizer_g, self._optimizer_d):
+            for group in optimizer.param_groups:
+                facts += [(name, _fact(value)) for name, value in group.items()]
+            facts += [_fact(value) for state in optimizer.state.values() for value in state.values()]
+        scaler = self._scaler
+        if scaler is not None:
+            facts += [scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()]
+        return tuple(facts)
+
+    def _check_input(self, name: str, given: Tensor) -> None:
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__qualname__}")
+        if given.dtype != self._dtype:
+            raise TypeError(f"{name} must have the networks' dtype {self._dtype}, got {given.dtype}")
+        if given.device != self._device:
+            raise ValueError(f"{name} must be on the networks' device {self._device}, got {given.device}")
+        if given.ndim < 2:
+            raise ValueError(
+                f"{name} must have a dimension of its own for the batch, got {list(given.shape)}"
+            )
+
+
+# --- pieces of the step -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _requiring_no_gradient(network: nn.Module) -> Iterator[None]:
+    """None of the network's parameters does, inside; those that did, do afterwards."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _logits(discriminator: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The discriminator's ``logits``, where calling it is to leave nothing out.
+
+    None where the class that has its ``forward`` has no ``logits`` (a wrapper; a subclass that does something
+    else), where its Sigmoid is gone, and where what is at its end or around it has hooks or is compiled.
+    """
+    owner = next((c for c in type(discriminator).__mro__ if "forward" in vars(c)), nn.Module)
+    if "logits" not in vars(owner) or getattr(discriminator, "_compiled_call_impl", None) is not None:
+        return None
+    outer: list[nn.Module] = [discriminator]
+    main = getattr(discriminator, "main", None)
+    if isinstance(main, nn.Sequential):
+        if not len(main) or type(main[-1]) is not nn.Sigmoid:
+            return None
+        outer += [main, main[-1]]
+    if any(getattr(module, hooks) for module in outer for hooks in _HOOKS):
+        return None
+    return discriminator.logits  # type: ignore[return-value]
+
+
+def _bce(probabilities: Tensor, target: float) -> tuple[Tensor, Tensor]:
+    """BCELoss and the mean probability. BCELoss itself raises on NaN, on CUDA it ends the process."""
+    p = probabilities.to(accumulator_dtype(probabilities.dtype))
+    missing = p.isnan()
+    loss = binary_cross_entropy(p.masked_fill(missing, 0.5), torch.full_like(p, target))
+    return loss + (p * (p.detach() * 0)).mean(), p.mean()  # + 0, or NaN, which its gradient is then too
+
+
+def _average(ema: nn.Module, generator: nn.Module, decay: float) -> None:
+    with torch.no_grad():
+        averages = [p.detach() for p in ema.parameters()]
+        values = [p.detach().to(e.dtype) for e, p in zip(averages, generator.parameters(), strict=True)]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for copied, buffer in zip(ema.buffers(), generator.buffers(), strict=True):
+            copied.copy_(buffer)
+
+
+# --- what a graph depends on --------------------------------------------------------------------------------
+
+
+def _fact(value: Any) -> Hashable:
+    """A setting, or a tensor's address; a list item by item."""
+    if isinstance(value, Tensor):
+        return "at", value.data_ptr()
+    if isinstance(value, list | tuple):
+        return tuple(map(_fact, value))
+    return value if isinstance(value, Hashable) else id(value)
+
+
+def _precisions() -> tuple[str, ...]:
+    backends: Any = torch.backends
+    places = (backends, backends.cudnn, backends.cudnn.conv, backends.cuda.matmul)
+    return tuple(place.fp32_precision for place in places)
+
+
+def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _pair_of_norms(clip: Clip | None) -> tuple[float | None, float | None]:
+    pair = clip if isinstance(clip, tuple) else (clip, clip)
+    if len(pair) != 2 or any(c is not None and not (_is_number(c) and c > 0) for c in pair):
+        raise ValueError(f"clip must be None, a positive number, or a pair (G's, D's) of these, got {clip!r}")
+    return pair
+
+
+def _common_place(networks: dict[str, nn.Module]) -> tuple[torch.device, torch.dtype]:
+    """The one device of all, and the one dtype (that of each one's first parameter)."""
+    dtypes: dict[str, torch.dtype] = {}
+    devices: dict[torch.device, str] = {}
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__qualname__}")
+        parameters = list(network.parameters())
+        if not parameters:
+            raise ValueError(f"{name} has no parameters to train")
+        dtypes[name] = parameters[0].dtype
+        for tensor in (*parameters, *network.buffers()):
+            devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        found = ", ".join(f"{device} ({name})" for device, name in devices.items())
+        raise ValueError(f"generator and discriminator must be on one device, got {found}")
+    if dtypes["generator"] != dtypes["discriminator"]:
+        found = ", ".join(f"{dtype} ({name})" for name, dtype in dtypes.items())
+        raise ValueError(f"generator and discriminator must have one dtype, got {found}")
+    return next(iter(devices)), dtypes["generator"]
+
+
+def _check_optimizer(name: str, optimizer: Optimizer, of: str, network: nn.Module) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(optimizer).__qualname__}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in network.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"{name} must hold every parameter of the {of} that requires a gradient, "
+            f"but lacks {len(missing)}, e.g. {missing[0]}"
+        )
+    foreign = len(held - {id(p) for p in network.parameters()})
+    if foreign:
+        raise ValueError(f"{name} must hold the {of}'s parameters alone, but has {foreign} others")
+
+
+def _check_ema(ema: nn.Module, generator: nn.Module, device: torch.device) -> None:
+    if not isinstance(ema, nn.Module):
+        raise TypeError(f"ema must be a torch.nn.Module, got {type(ema).__qualname__}")
+    copied = ema.module if isinstance(ema, AveragedModel) else ema
+    wanted = {name: (value.shape, value.is_floating_point()) for name, value in _tensors(generator).items()}
+    found = {name: (value.shape, value.is_floating_point()) for name, value in _tensors(copied).items()}
+    if wanted != found:
+        name = next(n for n in wanted | found if wanted.get(n) != found.get(n))
+        sides = ["none" if n is None else str(list(n[0])) for n in (found.get(name), wanted.get(name))]
+        raise ValueError(f"ema must be a copy of the generator, but {name} is {sides[0]} and not {sides[1]}")
+    own = {value.data_ptr() for value in _tensors(generator).values() if value.numel()}
+    for name, value in _tensors(copied).items():
+        if value.data_ptr() in own:
+            raise ValueError(f"ema must be a copy of the generator, but shares {name} with it")
+        if value.device != device:
+            raise ValueError(f"ema must be on the networks' device {device}, but {name} is on {value.device}")
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
