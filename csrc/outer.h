@@ -1,0 +1,93 @@
+// The matrix product of the weights' gradient: C[m][n] = Σ_k A[k][m]·B[k][n], a sum of outer products.
+//
+// Both operands have k outermost: channels lie next to each other in a map, and the sum runs over its pixels.
+// So A is read by broadcasts of neighbours, and B by vectors.
+#pragma once
+
+#include "micro.h"
+
+namespace dcgan::DCGAN_ISA {
+
+// A row of an operand for each k, `step` floats apart.
+struct Operand {
+    const float* from;
+    long step;
+
+    DCGAN_INLINE Operand at(long k, long channel) const { return {from + k * step + channel, step}; }
+};
+
+// R rows by one panel. `ahead`: what is used soon, of which each four k fetch a line.
+template <long R>
+[[gnu::noinline]] void outer(Operand a, Operand b, long count, float* c, long c_stride, bool add,
+                             const float* ahead) {
+    vec acc[R][2] = {};
+    const auto step = [&] {
+        const vec left = load(b.from), right = load(b.from + LANES);
+#pragma GCC unroll 12
+        for (long r = 0; r < R; ++r) {
+            const vec broadcast = splat(a.from[r]);
+            acc[r][0] += broadcast * left;
+            acc[r][1] += broadcast * right;
+        }
+        a.from += a.step;
+        b.from += b.step;
+    };
+    long k = 0;
+    for (; k + 4 <= count; k += 4) {
+        __builtin_prefetch(ahead);
+        ahead += 16;
+        step();
+        step();
+        step();
+        step();
+    }
+    for (; k < count; ++k) step();
+#pragma GCC unroll 12
+    for (long r = 0; r < R; ++r) {
+        float* to = c + r * c_stride;
+        if (add) {
+            acc[r][0] += load(to);
+            acc[r][1] += load(to + LANES);
+        }
+        store(to, acc[r][0]);
+        store(to + LANES, acc[r][1]);
+    }
+}
+
+DCGAN_INLINE void outer(long rows, Operand a, Operand b, long count, float* c, long c_stride, bool add,
+                        const float* ahead) {
+    switch (rows) {
+#define DCGAN_OUTER(R) \
+    case R:            \
+        return outer<R>(a, b, count, c, c_stride, add, ahead);
+        DCGAN_OUTER(1)
+        DCGAN_OUTER(2)
+        DCGAN_OUTER(3)
+        DCGAN_OUTER(4)
+        DCGAN_OUTER(5)
+        DCGAN_OUTER(6)
+#if DCGAN_LANES == 16
+        DCGAN_OUTER(7)
+        DCGAN_OUTER(8)
+        DCGAN_OUTER(9)
+        DCGAN_OUTER(10)
+        DCGAN_OUTER(11)
+        DCGAN_OUTER(12)
+#endif
+#undef DCGAN_OUTER
+    }
+}
+
+// `rows` rows, in tiles of nearly equal height, by one panel.
+DCGAN_INLINE void outer_panel(long rows, Operand a, Operand b, long count, float* c, long c_stride, bool add,
+                              const float* ahead) {
+    const long tiles = (rows + ROWS - 1) / ROWS, height = rows / tiles, higher = rows % tiles;
+    for (long t = 0, m = 0; t < tiles; ++t) {
+        const long here = height + (t < higher);
+        outer(here, a.at(0, m), b, count, c + m * c_stride, c_stride, add, ahead);
+        ahead += count / 4 * 16;
+        m += here;
+    }
+}
+
+}  // namespace dcgan::DCGAN_ISA

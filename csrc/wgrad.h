@@ -1,0 +1,511 @@
+// The gradient of a layer's weights.
+//
+// A tap joins pixel p of a small map with pixel p·stride - padding + k of a large one. A convolution goes
+// from large to small, its transpose from small to large, and both have weights [C_small, C_large, k, k]: so
+// one correlation is the gradient of either.
+//
+//     dw[s][l][ky][kx] = Σ_p small[p][s]·large[p·stride - padding + k][l]       x̂ is one of the maps, du the
+//     other
+//
+// Images go through it in chunks, in two steps:
+//
+//     operands   in parallel over tiles: both maps through their prologues into scratch with a margin of
+//                zeros, and from there, transformed, to shared memory: V of large, W of small, in panels of
+//                channels [panel][point][tile][PANEL]
+//     products   in parallel over blocks of dw: C[point] = Σ_tile W[point][tile]·V[point][tile] in the
+//                thread's L2, and from the points to the taps
+//
+// Taps of a block are added up from chunk to chunk, and put into dweight after the last: sums have an order
+// that no number of threads changes.
+#pragma once
+
+#include "outer.h"
+#include "prologue.h"
+#include "units.h"
+#include "winograd.h"
+
+namespace dcgan::DCGAN_ISA {
+
+struct Correlation {
+    const Source *large, *small;
+    Size large_map, small_map;
+    long images, kernel, stride, padding;
+    float* dweight;
+    long s, l, row, column;  // strides of dweight
+
+    explicit Correlation(const GradientJob& job)
+        : large(&job.x),
+          small(&job.du),
+          large_map{job.layer->height, job.layer->width},
+          small_map{out_size(*job.layer, job.layer->height), out_size(*job.layer, job.layer->width)},
+          images(job.images),
+          kernel(job.layer->kernel),
+          stride(job.layer->stride),
+          padding(job.layer->padding),
+          dweight(job.dweight),
+          s(0),
+          l(0),
+          row(0),
+          column(0) {
+        if (job.layer->transposed) {
+            large = &job.du;
+            small = &job.x;
+            const Size size = large_map;
+            large_map = small_map;
+            small_map = size;
+        }
+        if (job.strides == nullptr) return;
+        s = job.strides[0];
+        l = job.strides[1];
+        row = job.strides[2];
+        column = job.strides[3];
+    }
+
+    long taps() const { return kernel * kernel; }
+    float* tap(long channel_s, long channel_l, long index) const {
+        return dweight + channel_s * s + channel_l * l + index / kernel * row + index % kernel * column;
+    }
+};
+
+// Part of a map in scratch, where what is outside of the map is zero.
+struct Window {
+    long rows, columns, channels;
+
+    // Rows are an odd number of cache lines apart: those of a tile would else share their sets of L1.
+    long row_stride() const { return odd_lines(columns * channels); }
+    long size() const { return rows * row_stride(); }
+
+    // From pixel (top, left) of the image on.
+    void fill(const Source& source, Size map, long image, long top, long left, float* to) const {
+        const long first = most(0, -left), last = most(first, least(columns, map.width - left));
+        for (long i = 0; i < rows; ++i) {
+            float* const line = to + i * row_stride();
+            const bool inside = top + i >= 0 && top + i < map.height;
+            zero(line, line + (inside ? first : columns) * channels);
+            if (!inside) continue;
+            const long pixel = (image * map.height + top + i) * map.width + left;
+            DCGAN_ISA::fill(source, pixel + first, pixel + last, line + first * channels);
+            zero(line + last * channels, line + columns * channels);
+        }
+    }
+
+    static void zero(float* begin, const float* end) {
+        std::memset(begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+    }
+};
+
+// A tile is a pixel of the small map, and every tap a product of its own.
+struct Taps {
+    static constexpr long OUT = 1, POINTS = 1;
+
+    static long groups(const Correlation& c) { return c.taps(); }
+
+    // Channels of tile (0, 0) of the window, for every point `plane` apart.
+    static DCGAN_INLINE void large(const Correlation& c, const float* from, long row, long column, long group,
+                                   long count, float* to, long) {
+        store(to, load(from + group / c.kernel * row + group % c.kernel * column, count));
+    }
+    static DCGAN_INLINE void small(const float* from, long, long, long count, float* to, long) {
+        store(to, load(from, count));
+    }
+};
+
+// Each parity's 2×2 taps over 4×4 tiles by the transpose of F(4×4, 2×2):
+//
+//     dw = Gᵀ [ Σ_tiles (Bᵀ d B) ⊙ (A e Aᵀ) ] G          d: 5×5 pixels of a parity of the large map, e: 4×4
+//     of the small
+struct Polyphase {
+    static constexpr long OUT = F4::OUT, IN = F4::IN, POINTS = IN * IN;
+
+    static long groups(const Correlation&) { return 4; }
+
+    static DCGAN_INLINE void large(const Correlation&, const float* from, long row, long column, long group,
+                                   long count, float* to, long plane) {
+        from += group / 2 * row + group % 2 * column;
+        vec half[IN][IN];
+#pragma GCC unroll 5
+        for (long i = 0; i < IN; ++i) {
+            vec d[IN];
+#pragma GCC unroll 5
+            for (long j = 0; j < IN; ++j) d[j] = load(from + 2 * i * row + 2 * j * column, count);
+            F4::input(d, half[i]);
+        }
+#pragma GCC unroll 5
+        for (long j = 0; j < IN; ++j) {
+            vec d[IN], v[IN];
+#pragma GCC unroll 5
+            for (long i = 0; i < IN; ++i) d[i] = half[i][j];
+            F4::input(d, v);
+#pragma GCC unroll 5
+            for (long i = 0; i < IN; ++i) store(to + (i * IN + j) * plane, v[i]);
+        }
+    }
+
+    static DCGAN_INLINE void spread(const vec (&e)[OUT], vec (&w)[IN]) {  // A e, the transpose of F4::output
+        w[0] = e[0];
+        w[1] = (e[0] + 0.25f * e[2]) - 0.5f * (e[1] + 0.25f * e[3]);
+        w[2] = (e[0] + e[2]) + (e[1] + e[3]);
+        w[3] = (e[0] + 4.0f * e[2]) - 2.0f * (e[1] + 4.0f * e[3]);
+        w[4] = e[3];
+    }
+
+    static DCGAN_INLINE void small(const float* from, long row, long column, long count, float* to,
+                                   long plane) {
+        vec half[OUT][IN];
+#pragma GCC unroll 4
+        for (long i = 0; i < OUT; ++i) {
+            vec e[OUT];
+#pragma GCC unroll 4
+            for (long j = 0; j < OUT; ++j) e[j] = load(from + i * row + j * column, count);
+            spread(e, half[i]);
+        }
+#pragma GCC unroll 5
+        for (long j = 0; j < IN; ++j) {
+            vec e[OUT], w[IN];
+#pragma GCC unroll 4
+            for (long i = 0; i < OUT; ++i) e[i] = half[i][j];
+            spread(e, w);
+#pragma GCC unroll 5
+            for (long i = 0; i < IN; ++i) store(to + (i * IN + j) * plane, w[i]);
+        }
+    }
+
+    static DCGAN_INLINE void collect(const vec (&c)[IN], vec (&g)[2]) {  // Gᵀ c
+        g[0] = (F4::G[1][0] * c[1] - c[0]) + (F4::G[2][0] * c[2] + F4::G[3][0] * c[3]);
+        g[1] = (F4::G[1][1] * c[1] + c[4]) + (F4::G[2][1] * c[2] + F4::G[3][1] * c[3]);
+    }
+
+    // The parity's four taps, from the points `plane` apart to the taps `plane` apart.
+    static DCGAN_INLINE void taps(const float* sums, long plane, long group, bool add, float* to) {
+        vec half[IN][2];
+#pragma GCC unroll 5
+        for (long i = 0; i < IN; ++i) {
+            vec c[IN];
+#pragma GCC unroll 5
+            for (long j = 0; j < IN; ++j) c[j] = load(sums + (i * IN + j) * plane);
+            collect(c, half[i]);
+        }
+        for (long j = 0; j < 2; ++j) {
+            vec c[IN], g[2];
+#pragma GCC unroll 5
+            for (long i = 0; i < IN; ++i) c[i] = half[i][j];
+            collect(c, g);
+            for (long i = 0; i < 2; ++i) {
+                float* const tap = to + ((group / 2 + 2 * i) * 4 + group % 2 + 2 * j) * plane;
+                store(tap, add ? g[i] + load(tap) : g[i]);
+            }
+        }
+    }
+};
+
+template <class T>
+struct Products {
+    static constexpr long BUDGET = (10L << 20) / 4;  // floats of V and W: a third of a common L3
+    static constexpr long DEPTH = 256;               // tiles of a chunk, if the budget allows
+    static constexpr long MAPS = (256L << 10) / 4;   // floats of the maps in a thread's scratch, about
+
+    const Correlation& c;
+    long down, across;        // tiles of an image
+    long height, per_image;   // rows of tiles in a strip, strips of an image
+    long chunk, chunks;       // strips of a chunk
+    long s_panels, l_panels;  // all of them
+    long s_block, l_block;    // those of a block of dw
+    long groups, plane;       // floats of a point's tiles in a panel
+    long c_stride, c_plane;   // of a block's sums
+    Window large, small;
+
+    Products(const Correlation& correlation, int threads) : c(correlation) {
+        down = ceil_div(c.small_map.height, T::OUT);
+        across = ceil_div(c.small_map.width, T::OUT);
+        large = {0, (across * T::OUT - 1) * c.stride + c.kernel, c.large->channels};
+        small = {0, across * T::OUT, c.small->channels};
+        height = 1;
+        while (height < down && maps(height + 1) <= MAPS) ++height;
+        per_image = ceil_div(down, height);
+        height = ceil_div(down, per_image);
+        set_rows(height);
+        groups = T::groups(c);
+        s_panels = ceil_div(c.small->channels, PANEL);
+        l_panels = ceil_div(c.large->channels, PANEL);
+        const long floats = T::POINTS * (s_panels + groups * l_panels) * PANEL;
+        const long tiles = least(DEPTH, BUDGET / floats), strips = c.images * per_image;
+        chunk = least(most(1, tiles / (height * across)), strips);
+        chunks = ceil_div(strips, chunk);
+        chunk = ceil_div(strips, chunks);
+        plane = odd_lines(chunk * height * across * PANEL);
+
+        s_block = least(s_panels, most(1, 64 / PANEL));
+        l_block = least(l_panels, most(1, 32 / PANEL));
+        while (blocks() < 2 * threads && s_block > 1) s_block = ceil_div(s_block, 2);
+        while (blocks() < 2 * threads && l_block > 1) l_block = ceil_div(l_block, 2);
+        c_stride = odd_lines(l_block * PANEL);
+        c_plane = odd_lines(s_block * PANEL * c_stride);
+    }
+
+    void set_rows(long rows) {
+        large.rows = (rows * T::OUT - 1) * c.stride + c.kernel;
+        small.rows = rows * T::OUT;
+    }
+    long maps(long rows) {
+        set_rows(rows);
+        return large.size() + small.size();
+    }
+    long s_blocks() const { return ceil_div(s_panels, s_block); }
+    long l_blocks() const { return ceil_div(l_panels, l_block); }
+    long blocks() const { return s_blocks() * l_blocks(); }
+
+    long v_size() const { return groups * l_panels * T::POINTS * plane; }
+    long w_size() const { return s_panels * T::POINTS * plane; }
+    long taps_size() const { return round_up(c.taps() * c_plane, 16); }
+    long scratch_size() const {
+        const long maps_size = round_up(large.size(), 16) + round_up(small.size(), 16);
+        return most(maps_size, T::POINTS * c_plane + taps_size());
+    }
+    long memory(int threads) const {
+        return v_size() + w_size() + (chunks > 1 ? blocks() * taps_size() : 0) + threads * scratch_size();
+    }
+
+    void run(int threads, float* memory) const {
+        Scratch all{memory};
+        float* const v = all.floats(v_size());
+        float* const w = all.floats(w_size());
+        float* const taps = chunks > 1 ? all.floats(blocks() * taps_size()) : nullptr;
+        const long strips = c.images * per_image;
+        for (long i = 0; i < chunks; ++i) {
+            const long begin = i * strips / chunks, end = (i + 1) * strips / chunks;
+            parallel(end - begin, threads, all.at, scratch_size(),
+                     [&](long index, Scratch own) { operands(begin, begin + index, v, w, own); });
+            const long tiles = first_tile(end) - first_tile(begin);
+            parallel(blocks(), threads, all.at, scratch_size(), [&](long index, Scratch own) {
+                float* const sums = own.floats(T::POINTS * c_plane);
+                float* const to = chunks > 1 ? taps + index * taps_size() : own.floats(taps_size());
+                products(index, tiles, v, w, i > 0, sums, to);
+                if (i + 1 == chunks) put(index, to);
+            });
+        }
+    }
+
+    long first_tile(long strip) const {
+        return (strip / per_image * down + strip % per_image * height) * across;
+    }
+
+    // A strip's tiles of V and W.
+    void operands(long first, long strip, float* v, float* w, Scratch own) const {
+        const long image = strip / per_image, top = strip % per_image * height;
+        const long rows = least(height, down - top);
+        const long tile = first_tile(strip) - first_tile(first);
+        float* const l = own.floats(large.size());
+        float* const s = own.floats(small.size());
+        Window l_window = large, s_window = small;
+        l_window.rows = (rows * T::OUT - 1) * c.stride + c.kernel;
+        s_window.rows = rows * T::OUT;
+        l_window.fill(*c.large, c.large_map, image, top * T::OUT * c.stride - c.padding, -c.padding, l);
+        s_window.fill(*c.small, c.small_map, image, top * T::OUT, 0, s);
+
+        const auto each = [&](const Window& window, const float* map, long step, float* to, const auto& f) {
+            for (long panel = 0; panel * PANEL < window.channels; ++panel)
+                for (long i = 0; i < rows; ++i)
+                    for (long j = 0; j < across; ++j)
+                        for (long lane = 0; lane < PANEL; lane += LANES) {
+                            const long channel = panel * PANEL + lane;
+                            f(map + i * step * window.row_stride() + j * step * window.channels + channel,
+                              window.row_stride(), window.channels,
+                              most(0, least(LANES, window.channels - channel)),
+                              to + panel * T::POINTS * plane + (tile + i * across + j) * PANEL + lane);
+                        }
+        };
+        for (long group = 0; group < groups; ++group)
+            each(large, l, T::OUT * c.stride, v + group * l_panels * T::POINTS * plane,
+                 [&](const float* from, long row, long column, long count, float* to) {
+                     if (count == LANES)
+                         T::large(c, from, row, column, group, LANES, to, plane);
+                     else
+                         T::large(c, from, row, column, group, count, to, plane);
+                 });
+        each(small, s, T::OUT, w, [&](const float* from, long row, long column, long count, float* to) {
+            if (count == LANES)
+                T::small(from, row, column, LANES, to, plane);
+            else
+                T::small(from, row, column, count, to, plane);
+        });
+    }
+
+    struct Block {
+        Range s, l;  // panels
+    };
+    Block block(long index) const {
+        const long i = index % s_blocks(), j = index / s_blocks();
+        return {{i * s_panels / s_blocks(), (i + 1) * s_panels / s_blocks()},
+                {j * l_panels / l_blocks(), (j + 1) * l_panels / l_blocks()}};
+    }
+
+    void products(long index, long tiles, const float* v, const float* w, bool add, float* sums,
+                  float* taps) const {
+        const Block b = block(index);
+        for (long group = 0; group < groups; ++group) {
+            for (long point = 0; point < T::POINTS; ++point) {
+                const bool direct = T::POINTS == 1;
+                float* const to = direct ? taps + group * c_plane : sums + point * c_plane;
+                for (long l = b.l.begin; l < b.l.end; ++l) {
+                    const Operand right{v + ((group * l_panels + l) * T::POINTS + point) * plane, PANEL};
+                    for (long s = b.s.begin; s < b.s.end; ++s) {
+                        const Operand left{w + (s * T::POINTS + point) * plane, PANEL};
+                        outer_panel(least(PANEL, c.small->channels - s * PANEL), left, right, tiles,
+                                    to + (s - b.s.begin) * PANEL * c_stride + (l - b.l.begin) * PANEL,
+                                    c_stride, direct && add, right.from);
+                    }
+                }
+            }
+            if constexpr (T::POINTS > 1) {
+                const long rows = least(b.s.size() * PANEL, c.small->channels - b.s.begin * PANEL);
+                for (long row = 0; row < rows; ++row)
+                    for (long lane = 0; lane < b.l.size() * PANEL; lane += LANES)
+                        T::taps(sums + row * c_stride + lane, c_plane, group, add,
+                                taps + row * c_stride + lane);
+            }
+        }
+    }
+
+    // A block's taps to where dweight has them.
+    void put(long index, const float* taps) const {
+        const Block b = block(index);
+        const long s_end = least(b.s.end * PANEL, c.small->channels);
+        const long l_begin = b.l.begin * PANEL, l_end = least(b.l.end * PANEL, c.large->channels);
+        for (long s = b.s.begin * PANEL; s < s_end; ++s) {
+            const float* const from = taps + (s - b.s.begin * PANEL) * c_stride - l_begin;
+            if (c.l == 1) {
+                for (long tap = 0; tap < c.taps(); ++tap)
+                    for (long l = l_begin; l < l_end; l += LANES)
+                        store(c.tap(s, l, tap), load(from + tap * c_plane + l), least(LANES, l_end - l));
+            } else {
+                for (long l = l_begin; l < l_end; ++l)
+                    for (long tap = 0; tap < c.taps(); ++tap) *c.tap(s, l, tap) = from[tap * c_plane + l];
+            }
+        }
+    }
+};
+
+// k4 s2 p1 with few channels in the large map, the image: all taps of all of them are the rows of one product
+// [16·C_large, pixels]·[pixels, C_small], which reads the small map once.
+struct NarrowGradient {
+    static constexpr long DEPTH = 128;  // pixels of a block, about
+
+    const Correlation& c;
+    long rows, per_image;  // rows of the small map in a block, blocks of an image
+    long parts;            // sums of their own, whatever the number of threads
+    long taps, columns;
+    Window large, small;
+
+    explicit NarrowGradient(const Correlation& correlation) : c(correlation) {
+        const Size map = c.small_map;
+        rows = least(map.height, most(1, DEPTH / map.width));
+        per_image = ceil_div(map.height, rows);
+        taps = 16 * c.large->channels;
+        columns = round_up(c.small->channels, PANEL);
+        parts = most(1, least(c.images * per_image, least(32, (1L << 21) / (taps * columns))));
+        // A row of the image as one pixel, since a prologue is slow on short ones.
+        large = {2 * rows + 2, 2 * map.width + 2, c.large->channels};
+        small = {rows, map.width, c.small->channels};
+    }
+
+    bool copies() const { return c.small->prologue != Prologue::NONE || c.small->channels % PANEL != 0; }
+    long image_row() const { return c.large_map.width * c.large->channels; }
+    long scratch_size() const {
+        return round_up(large.size(), 16) + round_up(rows * small.columns * columns, 16) +
+               round_up(rows * small.columns * taps, 16);
+    }
+    long memory(int threads) const {
+        return 3 * round_up(image_row(), 16) + parts * taps * columns + threads * scratch_size();
+    }
+
+    void run(int threads, float* memory) const {
+        Scratch all{memory};
+        Source image = *c.large;
+        const auto widen = [&](const float*& channels) {
+            float* const wide = all.floats(image_row());
+            if (channels == nullptr) return;
+            for (long i = 0; i < image_row(); ++i) wide[i] = channels[i % c.large->channels];
+            channels = wide;
+        };
+        widen(image.center);
+        widen(image.scale);
+        widen(image.shift);
+        image.channels = image_row();
+        float* const sums = all.floats(parts * taps * columns);
+        const long blocks = c.images * per_image;
+        parallel(parts, threads, all.at, scratch_size(), [&](long part, Scratch own) {
+            float* const l = own.floats(large.size());
+            float* const s = own.floats(rows * small.columns * columns);
+            float* const a = own.floats(rows * small.columns * taps);
+            const long begin = part * blocks / parts, end = (part + 1) * blocks / parts;
+            for (long block = begin; block < end; ++block)
+                add(image, block, block > begin, l, s, a, sums + part * taps * columns);
+        });
+        for (long part = 1; part < parts; ++part)
+            for (long i = 0; i < taps * columns; i += LANES)
+                store(sums + i, load(sums + i) + load(sums + part * taps * columns + i));
+        for (long s = 0; s < c.small->channels; ++s)
+            for (long l = 0; l < c.large->channels; ++l)
+                for (long tap = 0; tap < 16; ++tap)
+                    *c.tap(s, l, tap) = sums[(tap * c.large->channels + l) * columns + s];
+    }
+
+    void add(const Source& image, long block, bool more, float* l, float* s, float* a, float* sums) const {
+        const long n = block / per_image, top = block % per_image * rows, channels = c.large->channels;
+        const long here = least(rows, c.small_map.height - top), width = c.small_map.width;
+        // The image's rows 2·top - 1 … 2·(top + here), with a margin.
+        for (long i = 0; i < 2 * here + 2; ++i) {
+            float* const line = l + i * large.row_stride();
+            const long row = 2 * top - 1 + i;
+            const bool inside = row >= 0 && row < c.large_map.height;
+            Window::zero(line, line + large.columns * channels);
+            if (!inside) continue;
+            fill(image, n * c.large_map.height + row, n * c.large_map.height + row + 1, line + channels);
+        }
+        const long pixel = (n * c.small_map.height + top) * width, pixels = here * width;
+        Operand right{c.small->t + pixel * c.small->channels, c.small->channels};
+        if (copies()) {
+            right.from = s;
+            fill(*c.small, pixel, pixel + pixels, s);
+        }
+        for (long p = 0; p < here; ++p)
+            for (long ky = 0; ky < 4; ++ky) {
+                const float* const from = l + (2 * p + ky) * large.row_stride();
+                float* const to = a + p * width * taps + ky * 4 * channels;
+                for (long q = 0; q < width; ++q)
+                    std::memcpy(to + q * taps, from + q * 2 * channels,
+                                static_cast<size_t>(4 * channels) * sizeof(float));
+            }
+        for (long panel = 0; panel < columns; panel += PANEL)
+            outer_panel(taps, {a, taps}, right.at(0, panel), pixels, sums + panel, columns, more, a);
+    }
+};
+
+struct WeightGradient {
+    // Floats of workspace, no more for 1,000 images than for a chunk of them.
+    static long memory(const GradientJob& job, int threads) {
+        const Correlation c(job);
+        switch (job.layer->algorithm) {
+            case DCGAN_F4:
+                return Products<Polyphase>(c, threads).memory(threads);
+            case DCGAN_NARROW:
+                return NarrowGradient(c).memory(threads);
+            default:
+                return Products<Taps>(c, threads).memory(threads);
+        }
+    }
+
+    static void run(const GradientJob& job, int threads, float* memory) {
+        const Correlation c(job);
+        switch (job.layer->algorithm) {
+            case DCGAN_F4:
+                return Products<Polyphase>(c, threads).run(threads, memory);
+            case DCGAN_NARROW:
+                return NarrowGradient(c).run(threads, memory);
+            default:
+                return Products<Taps>(c, threads).run(threads, memory);
+        }
+    }
+};
+
+}  // namespace dcgan::DCGAN_ISA
