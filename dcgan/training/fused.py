@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -18,7 +18,7 @@ from dcgan.kernels import ops
 from dcgan.kernels.loss import bce_with_logits
 from dcgan.kernels.reference import accumulator_dtype
 from dcgan.training.config import Loss
-from dcgan.training.graph import Cuda, Graphs
+from dcgan.training.graph import Backend, Cuda, Graphs
 from dcgan.training.step import Result
 
 Clip = float | tuple[float | None, float | None]
@@ -147,7 +147,7 @@ class TrainStep:
             raise ValueError(f"capture=True is not possible: {self.why_not_captured}")
         self._graphs: Graphs | None = None
         if not self.why_not_captured:
-            self._graphs = Graphs(self._step, self._stamp, Cuda(self._device))
+            self._graphs = self._on(Cuda(self._device))
 
     def __call__(self, real: Tensor, noise: Tensor) -> Result:
         """One step.
@@ -165,14 +165,7 @@ class TrainStep:
         if len(real) != len(noise):
             raise ValueError(f"real and noise must be equally many, got {len(real)} and {len(noise)}")
         real, noise = real.detach(), noise.detach()
-        if self._graphs is None:
-            result = self._step(real, noise)
-        else:
-            networks = (self.generator, self.discriminator)
-            parameters = [p for network in networks for p in network.parameters()]
-            averaged = [] if self._ema is None else [*self._ema.parameters(), *self._ema.buffers()]
-            buffers = [b for network in networks for b in network.buffers()]
-            result = self._graphs(real, noise, parameters, [*parameters, *buffers, *averaged])
+        result = (self._graphs or self._step)(real, noise)
         if isinstance(self._ema, AveragedModel):
             self._ema.update_parameters(self.generator)
         return result
@@ -258,20 +251,37 @@ class TrainStep:
                 return f"{name}, {type(optimizer).__name__}, is not fused=True, as a scaler needs it"
         return ""
 
-    def _stamp(self) -> Hashable:
-        """What a captured step depends on and its replay does not look at."""
-        facts: list[Hashable] = [ops.engine(), *_precisions(), *_autocast_state(self._device.type)]
+    def _on(self, backend: Backend) -> Graphs:
+        return Graphs(self._step, self._stamp, self._tensors, backend)
+
+    def _networks(self) -> list[nn.Module]:
         networks = [self.generator, self.discriminator]
-        if self._ema is not None:
-            networks.append(self._ema)
-        for network in networks:
-            facts += [module.training for module in network.modules()]
-            facts += [(p.data_ptr(), p.requires_grad) for p in network.parameters()]
-            facts += [b.data_ptr() for b in network.buffers()]
+        return networks if self._ema is None else [*networks, self._ema]
+
+    def _tensors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The parameters that get gradients, and all that a step changes."""
+        parameters = [*self.generator.parameters(), *self.discriminator.parameters()]
+        return parameters, [t for network in self._networks() for t in _tensors(network).values()]
+
+    def _stamp(self) -> Hashable:
+        """What a captured step depends on and its replay does not look at; told before each replay."""
+        facts: list[Hashable] = [ops.engine(), *_precisions(), *_autocast_state(self._device.type)]
+        modules = self._networks()
+        for module in modules:  # by hand: parameters() and modules() take ten times as long
+            inside = module.__dict__
+            facts.append(inside["training"])
+            for p in inside["_parameters"].values():
+                if p is not None:
+                    facts += (id(p), p.data_ptr(), p.requires_grad)
+            for b in inside["_buffers"].values():
+                if b is not None:
+                    facts += (id(b), b.data_ptr())
+            modules += [child for child in inside["_modules"].values() if child is not None]
         for optimizer in (self._optimizer_g, self._optimizer_d):
             for group in optimizer.param_groups:
-                facts += [(name, _fact(value)) for name, value in group.items()]
-            facts += [_fact(value) for state in optimizer.state.values() for value in state.values()]
+                facts += [_fact(value) for value in group.values()]
+            for state in optimizer.state.values():
+                facts += [_fact(value) for value in state.values()]
         scaler = self._scaler
         if scaler is not None:
             facts += [scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()]
@@ -352,10 +362,10 @@ def _average(ema: nn.Module, generator: nn.Module, decay: float) -> None:
 def _fact(value: Any) -> Hashable:
     """A setting, or a tensor's address; a list item by item."""
     if isinstance(value, Tensor):
-        return "at", value.data_ptr()
-    if isinstance(value, list | tuple):
+        return value.data_ptr()
+    if type(value) in (list, tuple):
         return tuple(map(_fact, value))
-    return value if isinstance(value, Hashable) else id(value)
+    return value if isinstance(value, int | float | str | None) else id(value)
 
 
 def _precisions() -> tuple[str, ...]:

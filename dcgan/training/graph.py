@@ -73,8 +73,10 @@ class _Captured:
     replay: Callable[[], None]
     result: Tensor
     """[4], a Result's values, where a replay leaves them."""
+    parameters: Sequence[Tensor]
     gradients: list[Tensor | None]
     """Of the parameters, likewise: other graphs, and eager steps, have theirs elsewhere."""
+    changed: Sequence[Tensor]
 
 
 @dataclass
@@ -89,28 +91,25 @@ class Graphs:
 
     Args:
         step: (real, noise) → Result; all that it does on the device, it does whenever it is called.
-        stamp: what a captured step depends on and its replay does not look at. Where that has changed,
-            the size is new again.
+        stamp: what a captured step depends on and its replay does not look at, identities of its tensors
+            included. Where that has changed, the size is new again.
+        tensors: the parameters, whose ``grad`` the step makes, and every tensor that it changes in place: a
+            replay raises their versions, by which others (autograd, caches of packed weights) can tell.
         backend: where it runs.
     """
 
     def __init__(
-        self, step: Callable[[Tensor, Tensor], Result], stamp: Callable[[], Hashable], backend: Backend
+        self,
+        step: Callable[[Tensor, Tensor], Result],
+        stamp: Callable[[], Hashable],
+        tensors: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
+        backend: Backend,
     ) -> None:
-        self._step, self._stamp, self._backend = step, stamp, backend
+        self._step, self._stamp, self._tensors, self._backend = step, stamp, tensors, backend
         self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
 
-    def __call__(
-        self, real: Tensor, noise: Tensor, parameters: Sequence[Tensor], changed: Sequence[Tensor]
-    ) -> Result:
-        """One step on one batch.
-
-        Args:
-            real, noise: the batch.
-            parameters: whose ``grad`` the step makes.
-            changed: every tensor that it changes in place; a replay raises their versions, by which others
-                (autograd, caches of packed weights) can tell.
-        """
+    def __call__(self, real: Tensor, noise: Tensor) -> Result:
+        """One step on one batch."""
         key, stamp = (real.shape, noise.shape), self._stamp()
         size = self._sizes.pop(key, None)
         if size is None or size.stamp != stamp:
@@ -126,17 +125,18 @@ class Graphs:
                 size.stamp = self._stamp()  # a first step creates the optimizer's state
                 return result
             if size.captured is None:
-                size.captured = self._capture(real, noise, parameters)
+                size.captured = self._capture(real, noise)
             captured = size.captured
             captured.real.copy_(real)
             captured.noise.copy_(noise)
             captured.replay()
-            for parameter, gradient in zip(parameters, captured.gradients, strict=True):
+            for parameter, gradient in zip(captured.parameters, captured.gradients, strict=True):
                 parameter.grad = gradient
-            torch.autograd.graph.increment_version(list(changed))
+            torch.autograd.graph.increment_version(captured.changed)
             return Result(*captured.result.clone().unbind())
 
-    def _capture(self, real: Tensor, noise: Tensor, parameters: Sequence[Tensor]) -> _Captured:
+    def _capture(self, real: Tensor, noise: Tensor) -> _Captured:
+        parameters, changed = self._tensors()
         static_real, static_noise = torch.empty_like(real), torch.empty_like(noise)
         static_real.copy_(real)
         static_noise.copy_(noise)
@@ -151,4 +151,5 @@ class Graphs:
                 "the training step cannot be captured in a CUDA graph (capture=False runs it eagerly): "
                 f"{error}"
             ) from error
-        return _Captured(static_real, static_noise, replay, result, [p.grad for p in parameters])
+        gradients = [p.grad for p in parameters]
+        return _Captured(static_real, static_noise, replay, result, parameters, gradients, changed)
