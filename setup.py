@@ -68,6 +68,7 @@ class BuildNative(build_ext):
         units = [
             ("csrc/abi.cpp", temporary / "abi.o", with_isas),
             ("csrc/chain.cpp", temporary / "chain.o", []),
+            ("csrc/training.cpp", temporary / "training.o", []),
         ]
         for isa, (lanes, flags) in isas.items():
             defines = [f"-DDCGAN_ISA={isa}", f"-DDCGAN_LANES={lanes}"]
@@ -91,7 +92,7 @@ setup(
     ext_modules=[
         Extension(
             "dcgan.kernels.cpu.libdcgan",
-            ["csrc/abi.cpp", "csrc/chain.cpp", "csrc/engine.cpp"],
+            ["csrc/abi.cpp", "csrc/chain.cpp", "csrc/training.cpp", "csrc/engine.cpp"],
             depends=[str(path) for path in Path("csrc").glob("*.h")],
         )
     ],

@@ -5,10 +5,13 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
+#include <utility>
 
 #include "chain.h"
 #include "dcgan.h"
 #include "engine.h"
+#include "training.h"
 #include "workspace.h"
 
 namespace dcgan {
@@ -168,7 +171,69 @@ int check_tensor(const char* name, const dcgan_tensor* t, bool any_strides, int6
     return 0;
 }
 
+// The layer as `product` computes it, which is what its algorithm has to fit.
+int check_op(const dcgan_op* op, int product) {
+    if (op == nullptr) return fail(DCGAN_EARGUMENT, "op is null");
+    dcgan_layer l = layer_of(*op);
+    if (product < DCGAN_FPROP || product > DCGAN_WGRAD)
+        return fail(DCGAN_EARGUMENT, "product must be from %d to %d, got %d", DCGAN_FPROP, DCGAN_WGRAD,
+                    product);
+    if (const int code = check_geometry(&l)) return code;
+    if (op->in_act < DCGAN_NONE || op->in_act > DCGAN_LEAKY_RELU)
+        return fail(DCGAN_EARGUMENT, "in_act must be none, relu or leaky_relu (0 to %d), got %d",
+                    DCGAN_LEAKY_RELU, op->in_act);
+    if (!(op->slope >= 0.0f)) return fail(DCGAN_EARGUMENT, "slope must not be negative, got %g", op->slope);
+    if ((op->center == nullptr) != (op->scale == nullptr) ||
+        (op->center == nullptr) != (op->shift == nullptr))
+        return fail(DCGAN_EARGUMENT, "center, scale and shift must be given together or not at all");
+    if (op->statistics && (op->out_act != DCGAN_NONE || op->out_scale != nullptr || op->out_shift != nullptr))
+        return fail(DCGAN_EARGUMENT,
+                    "statistics are of the raw output: out_act, out_scale and out_shift must "
+                    "be absent");
+    const bool narrow = op->algorithm == DCGAN_NARROW;
+    if (narrow && product == DCGAN_FPROP && op->transposed && op->statistics)
+        return fail(DCGAN_EARGUMENT, "the narrow transposed convolution gathers no statistics");
+    if (narrow && product == DCGAN_DGRAD && !op->transposed &&
+        (op->scale != nullptr || op->in_act != DCGAN_NONE))
+        return fail(DCGAN_EARGUMENT, "the narrow convolution's dgrad has no prologue to differentiate");
+    if (op->algorithm == DCGAN_F2 && product == DCGAN_WGRAD)
+        return fail(DCGAN_EARGUMENT, "F(2×2) has no wgrad");
+    return 0;
+}
+
+int check_call(const dcgan_op* op, int product, int64_t images, int threads) {
+    if (const int code = check_op(op, product)) return code;
+    if (images < 0 || images > MAX_IMAGES)
+        return fail(DCGAN_EARGUMENT, "images must be from 0 to %lld, got %lld",
+                    static_cast<long long>(MAX_IMAGES), static_cast<long long>(images));
+    if (threads < 1 || threads > 1024)
+        return fail(DCGAN_EARGUMENT, "threads must be from 1 to 1024, got %d", threads);
+    return 0;
+}
+
+int check_given(std::initializer_list<std::pair<const char*, const void*>> pointers) {
+    for (const auto& [name, pointer] : pointers)
+        if (pointer == nullptr) return fail(DCGAN_EARGUMENT, "%s is null", name);
+    return 0;
+}
+
+int check_backward(const dcgan_op& op, const float* y) {
+    const bool needs_y =
+        op.statistics ? op.dmean != nullptr || op.dvariance != nullptr : op.out_act != DCGAN_NONE;
+    if (needs_y && y == nullptr)
+        return fail(DCGAN_EARGUMENT, "y is null, but statistics or out_act tell the gradient from it");
+    if (op.statistics && op.dvariance != nullptr && op.mean == nullptr)
+        return fail(DCGAN_EARGUMENT, "mean is null, but dvariance is not");
+    return 0;
+}
+
 thread_local Workspace workspace;
+
+float* work(size_t bytes) {
+    float* const memory = workspace.get(bytes);
+    if (memory == nullptr) fail(DCGAN_EMEMORY, "no memory for a workspace of %zu bytes", bytes);
+    return memory;
+}
 
 }  // namespace
 }  // namespace dcgan
@@ -240,9 +305,8 @@ int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_
 
     if (forked) threads = 1;
     const Chain chain(engine(), layers, count, images, threads);
-    float* const memory = workspace.get(chain.bytes());
-    if (memory == nullptr)
-        return fail(DCGAN_EMEMORY, "no memory for a workspace of %zu bytes", chain.bytes());
+    float* const memory = work(chain.bytes());
+    if (memory == nullptr) return DCGAN_EMEMORY;
     chain.run(*x, *y, memory);
     return 0;
 }
@@ -251,6 +315,67 @@ int64_t dcgan_workspace(const dcgan_layer* layers, int count, int64_t images, in
     if (const int code = check_chain(layers, count, images, threads)) return code;
     if (images == 0) return 0;
     return static_cast<int64_t>(Chain(engine(), layers, count, images, threads).bytes());
+}
+
+int dcgan_op_supports(const dcgan_op* op, int product) {
+    return check_op(op, product);
+}
+
+int dcgan_fprop(const dcgan_op* op, int64_t images, const float* x, const float* weight,
+                const int64_t strides[4], float* y, float* mean, float* variance, int threads) {
+    if (const int code = check_call(op, DCGAN_FPROP, images, threads)) return code;
+    if (const int code = check_given({{"x", x}, {"weight", weight}, {"strides", strides}, {"y", y}}))
+        return code;
+    if (op->statistics)
+        if (const int code = check_given({{"mean", mean}, {"variance", variance}})) return code;
+    if (images == 0) return 0;
+    const Product product(engine(), *op, false, images, forked ? 1 : threads);
+    float* const memory = work(product.bytes());
+    if (memory == nullptr) return DCGAN_EMEMORY;
+    product.run({x, nullptr, nullptr, y, {mean, variance, nullptr}}, weight, strides, memory);
+    return 0;
+}
+
+int dcgan_dgrad(const dcgan_op* op, int64_t images, const float* dy, const float* y, const float* weight,
+                const int64_t strides[4], const float* x, float* dx, float* dcenter, float* dscale,
+                float* dshift, int threads) {
+    if (const int code = check_call(op, DCGAN_DGRAD, images, threads)) return code;
+    if (const int code = check_given({{"dy", dy}, {"weight", weight}, {"strides", strides}, {"dx", dx}}))
+        return code;
+    if (const int code = check_backward(*op, y)) return code;
+    if ((op->scale != nullptr || op->in_act != DCGAN_NONE) && x == nullptr)
+        return fail(DCGAN_EARGUMENT, "x is null, but the prologue's derivative is told from it");
+    if ((dcenter == nullptr) != (dscale == nullptr) || (dcenter == nullptr) != (dshift == nullptr))
+        return fail(DCGAN_EARGUMENT, "dcenter, dscale and dshift must be given together or not at all");
+    if (dcenter != nullptr && op->scale == nullptr)
+        return fail(DCGAN_EARGUMENT, "dcenter, dscale and dshift are asked for, but there is no prologue");
+    if (images == 0) return 0;
+    const Product product(engine(), *op, true, images, forked ? 1 : threads);
+    float* const memory = work(product.bytes());
+    if (memory == nullptr) return DCGAN_EMEMORY;
+    product.run({dy, y, x, dx, {dcenter, dscale, dshift}}, weight, strides, memory);
+    return 0;
+}
+
+int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float* dy, const float* y,
+                float* dweight, const int64_t strides[4], int threads) {
+    if (const int code = check_call(op, DCGAN_WGRAD, images, threads)) return code;
+    if (const int code = check_given({{"x", x}, {"dy", dy}, {"dweight", dweight}, {"strides", strides}}))
+        return code;
+    if (const int code = check_backward(*op, y)) return code;
+    if (images == 0) return 0;
+    if (forked) threads = 1;
+    const dcgan_layer layer = layer_of(*op);
+    GradientJob job{&layer, source_of_x(*op, x), {}, static_cast<long>(images), dweight, strides};
+    // The prologue's kind decides how much memory it takes; its vectors are in front of that.
+    const size_t vectors = (static_cast<size_t>(3 * op->c_out) + 15) / 16 * 16;
+    job.du = source_of_du(*op, images, dy, y, nullptr);
+    float* const memory =
+        work((vectors + static_cast<size_t>(engine().gradient_memory(job, threads))) * sizeof(float));
+    if (memory == nullptr) return DCGAN_EMEMORY;
+    job.du = source_of_du(*op, images, dy, y, memory);
+    engine().gradient(job, threads, memory + vectors);
+    return 0;
 }
 
 void dcgan_release(void) {

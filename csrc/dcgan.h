@@ -1,4 +1,4 @@
-// The C ABI of the native engine: inference of DCGAN's convolutions on a CPU, float32.
+// The C ABI of the native engine: DCGAN's convolutions on a CPU, inference and training, float32.
 //
 //     y = act((conv(x, weight) - mean[c])·scale[c]/√(variance[c] + epsilon) + shift[c])
 //
@@ -25,7 +25,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-enum { DCGAN_ABI = 1 };
+enum { DCGAN_ABI = 2 };
 
 enum dcgan_algorithm {
     DCGAN_DENSE = 0,   // a matrix product: a layer on a 1×1 map

@@ -52,9 +52,10 @@ struct Dense {
         const Gemm g = shape(l);
         const Split s = plan(job, threads);
         const long per_pixel = round_up(l.c_out, PANEL) / PANEL, c_stride = odd_lines(PASS * PANEL);
-        with_epilogue(l, [&](const auto& epilogue) {
+        with_epilogue(job, [&](const auto& epilogue) {
             parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
                 const Unit u = unit(s, index);
+                const auto& sink = epilogue.unit(index);
                 const long m = u.rows.size();
                 const float** const rows = own.pointers(m * g.taps);
                 float* const sums = own.floats(m * c_stride);
@@ -70,8 +71,8 @@ struct Dense {
                             const long pixel = panel / per_pixel, c = panel % per_pixel * PANEL;
                             float* const y = job.y.data + (u.rows.begin + i) * job.y.n +
                                              pixel / l.kernel * job.y.h + pixel % l.kernel * job.y.w;
-                            epilogue.row(sums + i * c_stride + (panel - first) * PANEL, y, c,
-                                         least(c + PANEL, l.c_out));
+                            put_row(sink, sums + i * c_stride + (panel - first) * PANEL, y, c,
+                                    least(c + PANEL, l.c_out));
                         }
                     }
                 }

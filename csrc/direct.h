@@ -47,7 +47,7 @@ struct Direct {
     }
 
     static Split plan(const Job& job, int threads) {
-        return split(job.images * parity_map(*job.layer).pixels(), 96, shape(*job.layer).panels(),
+        return split(job.images * parity_map(job).pixels(), 96, shape(*job.layer).panels(),
                      groups(*job.layer), threads, true);
     }
 
@@ -61,12 +61,13 @@ struct Direct {
         const dcgan_layer& l = *job.layer;
         const Gemm g = shape(l);
         const Split s = plan(job, threads);
-        const Size size = parity_map(l);
+        const Size size = parity_map(job);
         const long side = l.transposed ? 2 : 4, step = l.transposed ? 2 : 1;
         const long c_stride = odd_lines(s.part_panels() * PANEL);
-        with_epilogue(l, [&](const auto& epilogue) {
+        with_epilogue(job, [&](const auto& epilogue) {
             parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
                 const Unit u = unit(s, index);
+                const auto& sink = epilogue.unit(index);
                 const long m = u.rows.size(), a = u.group / 2, b = u.group % 2;
                 float* const zeros = own.floats(l.c_in);
                 const float** const rows = own.pointers(m * g.taps);
@@ -84,13 +85,15 @@ struct Direct {
                 }
                 gemm(g, rows, m, l.weights + u.group * g.size(), u.panels.begin, u.panels.end, sums,
                      c_stride);
+                const Size present = parity_rows(job, u.group);
                 for (long i = 0; i < m; ++i) {
                     const long pixel = u.rows.begin + i, q = pixel % size.width,
                                p = pixel / size.width % size.height;
+                    if (p >= present.height || q >= present.width) continue;
                     float* const y = job.y.data + pixel / size.pixels() * job.y.n + (p * step + a) * job.y.h +
                                      (q * step + b) * job.y.w;
-                    epilogue.row(sums + i * c_stride, y, u.panels.begin * PANEL,
-                                 least(u.panels.end * PANEL, l.c_out));
+                    put_row(sink, sums + i * c_stride, y, u.panels.begin * PANEL,
+                            least(u.panels.end * PANEL, l.c_out));
                 }
             });
         });

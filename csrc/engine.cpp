@@ -9,6 +9,8 @@
 #include "dense.h"
 #include "direct.h"
 #include "narrow.h"
+#include "streamed.h"
+#include "wgrad.h"
 #include "winograd.h"
 
 namespace dcgan::DCGAN_ISA {
@@ -47,6 +49,11 @@ static long scratch_size(const Job& job, int threads) {
 static void run(const Job& job, int threads, float* scratch, long scratch_stride) {
     with_algorithm(*job.layer,
                    [&](auto algorithm) { decltype(algorithm)::run(job, threads, scratch, scratch_stride); });
+}
+
+static long units(const Job& job, int threads) {
+    return with_algorithm(*job.layer,
+                          [&](auto algorithm) { return decltype(algorithm)::plan(job, threads).units(); });
 }
 
 // 12 independent chains hide an FMA's latency on every machine this is compiled for.
@@ -95,8 +102,19 @@ namespace dcgan {
 #define DCGAN_NAME_OF(isa) #isa
 #define DCGAN_NAME(isa) DCGAN_NAME_OF(isa)
 
-const Engine DCGAN_TABLE(DCGAN_ISA) = {DCGAN_NAME(DCGAN_ISA), DCGAN_ISA::PANEL,        DCGAN_ISA::packed_size,
-                                       DCGAN_ISA::pack,       DCGAN_ISA::scratch_size, DCGAN_ISA::run,
+const Engine DCGAN_TABLE(DCGAN_ISA) = {DCGAN_NAME(DCGAN_ISA),
+                                       DCGAN_ISA::PANEL,
+                                       DCGAN_ISA::packed_size,
+                                       DCGAN_ISA::pack,
+                                       DCGAN_ISA::scratch_size,
+                                       DCGAN_ISA::run,
+                                       DCGAN_ISA::units,
+                                       DCGAN_ISA::fill,
+                                       DCGAN_ISA::Streamed::memory,
+                                       DCGAN_ISA::Streamed::units,
+                                       DCGAN_ISA::Streamed::run,
+                                       DCGAN_ISA::WeightGradient::memory,
+                                       DCGAN_ISA::WeightGradient::run,
                                        DCGAN_ISA::peak};
 
 }  // namespace dcgan

@@ -14,11 +14,32 @@ struct View {
     long n, c, h, w;
 };
 
+// What an epilogue of training does besides writing y: sums over pixels, by unit of work, to be merged in the
+// order of the units.
+struct Gather {
+    enum Kind {
+        STATISTICS,  // y raw, and its statistics
+        ADJOINT,     // y is dx = g·scale[c] with g = sum·leaky'((x - center[c])·scale[c] + shift[c])
+    } kind;
+    const float* x;  // of ADJOINT: where y's data has dx, this has x
+    const float *center, *scale, *shift;
+    float slope;
+    // [unit][ROWS][width]. STATISTICS: pixels, a pivot near the mean, Σ(y - pivot), Σ(y - pivot)²;
+    // ADJOINT: Σ g, Σ g·(x - center).
+    static constexpr long ROWS = 4;
+    float* sums;
+    long width;  // c_out, rounded up to whole cache lines
+};
+
 // One layer of a chain with where it reads and writes.
 struct Job {
     const dcgan_layer* layer;
     View x, y;
     long images;
+    const Gather* gather = nullptr;  // null: the layer's own epilogue
+    // Rows and columns of a transposed convolution's output beyond twice its input's: one where it is the
+    // adjoint of a convolution whose map is odd.
+    long extra_height = 0, extra_width = 0;
 };
 
 // What a prologue makes of a map: t is the tensor itself, y the forward's output, [pixels][channels] both.
@@ -61,6 +82,16 @@ struct Engine {
     // Floats of scratch a thread needs for the job, and the job itself.
     long (*scratch_size)(const Job& job, int threads);
     void (*run)(const Job& job, int threads, float* scratch, long scratch_stride);
+    // Units of work of the job: rows of gather->sums.
+    long (*units)(const Job& job, int threads);
+    void (*fill)(const Source& source, long begin, long end, float* to);
+    // F(4×4) whose weights are too many to be kept transformed: job.x is ignored, x is read from the source.
+    long (*streamed_memory)(const Job& job, const Source& x, int threads);
+    long (*streamed_units)(const Job& job, int threads);
+    void (*streamed)(const Job& job, const Source& x, const float* weight, const int64_t strides[4],
+                     int threads, float* memory);
+    long (*gradient_memory)(const GradientJob& job, int threads);
+    void (*gradient)(const GradientJob& job, int threads, float* memory);
     // Multiply-adds a second on `threads` threads, with every operand in a register.
     double (*peak)(int threads, double seconds);
 };

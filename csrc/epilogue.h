@@ -71,43 +71,152 @@ template <int ACT>
 struct Affine {
     vec scale, shift, slope;
     DCGAN_INLINE vec operator()(vec sum) const { return activate<ACT>(sum * scale + shift, slope); }
+    DCGAN_INLINE void put(vec sum, float* to, long count) { store(to, (*this)(sum), count); }
+    DCGAN_INLINE void done() {}
 };
+
+// A pixel's channels [begin, end), from sums (which may be read to the end of a vector) to y.
+template <class E>
+DCGAN_INLINE void put_row(const E& epilogue, const float* sums, float* y, long begin, long end) {
+    for (long c = begin; c < end; c += LANES) {
+        const long count = end - c < LANES ? end - c : LANES;
+        auto lanes = epilogue.at(c, count);
+        lanes.put(load(sums + c - begin), y + c, count);
+        lanes.done();
+    }
+}
 
 template <int ACT>
 struct Epilogue {
+    static constexpr bool GATHERS = false;
     const float *scale, *shift;
     float slope;
 
-    DCGAN_INLINE explicit Epilogue(const dcgan_layer& l) : scale(l.scale), shift(l.shift), slope(l.slope) {}
+    DCGAN_INLINE explicit Epilogue(const Job& job)
+        : scale(job.layer->scale), shift(job.layer->shift), slope(job.layer->slope) {}
 
+    DCGAN_INLINE const Epilogue& unit(long) const { return *this; }
     // For the channels from c on, of which `count` exist.
     DCGAN_INLINE Affine<ACT> at(long c, long count = LANES) const {
         return {scale == nullptr ? splat(1.0f) : load(scale + c, count),
                 shift == nullptr ? vec{} : load(shift + c, count), splat(slope)};
     }
-    // A pixel's channels [begin, end), from sums (which may be read to the end of a vector) to y.
-    DCGAN_INLINE void row(const float* sums, float* y, long begin, long end) const {
-        for (long c = begin; c < end; c += LANES) {
-            const long count = end - c < LANES ? end - c : LANES;
-            store(y + c, at(c, count)(load(sums + c - begin)), count);
+};
+
+// Statistics of what is written, about a pivot: the unit's first pixel, which is as near its mean as any.
+// Sums of squares about zero would cancel where the mean is many standard deviations.
+struct Statistics {
+    struct Lanes {
+        float* sums;
+        long width;
+        vec pixels, pivot, first, second;
+        bool fresh;
+
+        DCGAN_INLINE void put(vec sum, float* to, long count) {
+            store(to, sum, count);
+            if (fresh) pivot = sum;
+            fresh = false;
+            const vec d = sum - pivot;
+            pixels += 1.0f;
+            first += d;
+            second += d * d;
         }
+        DCGAN_INLINE void done() {
+            store(sums, pixels);
+            store(sums + width, pivot);
+            store(sums + 2 * width, first);
+            store(sums + 3 * width, second);
+        }
+    };
+
+    static constexpr bool GATHERS = true;
+    const Gather& gather;
+    float* sums;
+
+    DCGAN_INLINE explicit Statistics(const Job& job) : gather(*job.gather), sums(gather.sums) {}
+    // Of one unit of work; its sums are zero to begin with.
+    DCGAN_INLINE Statistics unit(long index) const {
+        Statistics own = *this;
+        own.sums += index * Gather::ROWS * gather.width;
+        return own;
+    }
+    DCGAN_INLINE Lanes at(long c, long = LANES) const {
+        float* const from = sums + c;
+        const long width = gather.width;
+        const vec pixels = load(from);
+        return {from,
+                width,
+                pixels,
+                load(from + width),
+                load(from + 2 * width),
+                load(from + 3 * width),
+                pixels[0] == 0.0f};
     }
 };
 
-// Calls f with the layer's Epilogue, its activation known at compile time.
+// The adjoint of a prologue: from the gradient of x̂ to those of x, scale and shift.
+struct Adjoint {
+    struct Lanes {
+        float* sums;
+        long width, offset;
+        vec center, scale, shift, slope, first, second;
+
+        DCGAN_INLINE void put(vec sum, float* to, long count) {
+            const vec centered = load(to + offset, count) - center;
+            const vec g = choose(centered * scale + shift > 0.0f, sum, sum * slope);
+            store(to, g * scale, count);
+            first += g;
+            second += g * centered;
+        }
+        DCGAN_INLINE void done() {
+            store(sums, first);
+            store(sums + width, second);
+        }
+    };
+
+    static constexpr bool GATHERS = true;
+    const Gather& gather;
+    float* sums;
+    long offset;  // from dx to x
+
+    DCGAN_INLINE explicit Adjoint(const Job& job)
+        : gather(*job.gather), sums(gather.sums), offset(gather.x - job.y.data) {}
+    DCGAN_INLINE Adjoint unit(long index) const {
+        Adjoint own = *this;
+        own.sums += index * Gather::ROWS * gather.width;
+        return own;
+    }
+    DCGAN_INLINE Lanes at(long c, long count = LANES) const {
+        float* const from = sums + c;
+        const bool affine = gather.scale != nullptr;
+        return {from,
+                gather.width,
+                offset,
+                affine ? load(gather.center + c, count) : vec{},
+                affine ? load(gather.scale + c, count) : splat(1.0f),
+                affine ? load(gather.shift + c, count) : vec{},
+                splat(gather.slope),
+                load(from),
+                load(from + gather.width)};
+    }
+};
+
+// Calls f with the job's epilogue, its kind known at compile time.
 template <class F>
-DCGAN_INLINE void with_epilogue(const dcgan_layer& l, const F& f) {
-    switch (l.act) {
+DCGAN_INLINE void with_epilogue(const Job& job, const F& f) {
+    if (job.gather != nullptr)
+        return job.gather->kind == Gather::STATISTICS ? f(Statistics(job)) : f(Adjoint(job));
+    switch (job.layer->act) {
         case DCGAN_RELU:
-            return f(Epilogue<DCGAN_RELU>(l));
+            return f(Epilogue<DCGAN_RELU>(job));
         case DCGAN_LEAKY_RELU:
-            return f(Epilogue<DCGAN_LEAKY_RELU>(l));
+            return f(Epilogue<DCGAN_LEAKY_RELU>(job));
         case DCGAN_TANH:
-            return f(Epilogue<DCGAN_TANH>(l));
+            return f(Epilogue<DCGAN_TANH>(job));
         case DCGAN_SIGMOID:
-            return f(Epilogue<DCGAN_SIGMOID>(l));
+            return f(Epilogue<DCGAN_SIGMOID>(job));
         default:
-            return f(Epilogue<DCGAN_NONE>(l));
+            return f(Epilogue<DCGAN_NONE>(job));
     }
 }
 

@@ -41,7 +41,7 @@ struct Narrow {
 
     // Rows of `parity_map`, over all images; blocks end where images do, since neighbours share products.
     static Split plan(const Job& job, int threads) {
-        const Size size = parity_map(*job.layer);
+        const Size size = parity_map(job);
         const long floats =
             size.width * (job.layer->transposed ? shape(*job.layer).columns : job.layer->c_out);
         const long target = least(size.height, most(4, 32768 / floats));  // 128 KB: a quarter of a common L2
@@ -53,9 +53,9 @@ struct Narrow {
     static long scratch_size(const Job& job, int threads) {
         const dcgan_layer& l = *job.layer;
         const Split s = plan(job, threads);
-        const Size size = parity_map(l);
+        const Size size = parity_map(job);
         if (l.transposed) {
-            const long pixels = (s.most_rows + 2) * size.width;
+            const long pixels = (s.most_rows + 2) * l.width;
             return round_up(2 * pixels, 16) + round_up(pixels * shape(l).columns, 16) +
                    round_up(2 * size.width + LANES, 16);
         }
@@ -65,16 +65,19 @@ struct Narrow {
     }
 
     static void run(const Job& job, int threads, float* scratch, long scratch_stride) {
-        const dcgan_layer& l = *job.layer;
         const Split s = plan(job, threads);
-        with_epilogue(l, [&](const auto& epilogue) {
-            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
-                if (l.transposed)
-                    up(job, unit(s, index), epilogue, own);
-                else
-                    down(job, unit(s, index), epilogue, own);
-            });
+        with_epilogue(job, [&](const auto& epilogue) {
+            parallel(s.units(), threads, scratch, scratch_stride,
+                     [&](long index, Scratch own) { one(job, unit(s, index), epilogue.unit(index), own); });
         });
+    }
+
+    template <class E>
+    static void one(const Job& job, const Unit& u, const E& epilogue, Scratch own) {
+        if (!job.layer->transposed)
+            down(job, u, epilogue, own);
+        else if constexpr (!E::GATHERS)  // its epilogue goes along pixels: without sums by channel
+            up(job, u, epilogue, own);
     }
 
     template <class E>
@@ -85,7 +88,8 @@ struct Narrow {
         const long m = (last - first) * l.width;
         const float** const rows = own.pointers(m);
         float* const products = own.floats(m * g.columns);
-        float* const line = own.floats(2L * l.width + LANES);
+        const long width = 2 * l.width + job.extra_width, height = 2 * l.height + job.extra_height;
+        float* const line = own.floats(width + LANES);
         const float* const x = job.x.data + u.group * job.x.n;
         for (long i = 0; i < m; ++i) rows[i] = x + (first + i / l.width) * job.x.h + i % l.width * job.x.w;
         gemm(g, rows, m, l.weights, 0, g.panels(), products, g.columns);
@@ -95,9 +99,9 @@ struct Narrow {
             auto affine = epilogue.at(0, 0);
             affine.scale = splat(l.scale == nullptr ? 1.0f : l.scale[c]);
             affine.shift = splat(l.shift == nullptr ? 0.0f : l.shift[c]);
-            for (long row = 2 * u.rows.begin; row < 2 * u.rows.end; ++row) {
+            for (long row = 2 * u.rows.begin; row < least(2 * u.rows.end, height); ++row) {
                 const long p = row / 2, a = row % 2;
-                for (long q = 0; q < 2L * l.width; ++q) line[q] = 0;
+                for (long q = 0; q < width; ++q) line[q] = 0;
                 for (long i = 0; i < 2; ++i) {
                     const long r = p - 1 + a + i;
                     if (r < 0 || r >= l.height) continue;
@@ -111,11 +115,12 @@ struct Narrow {
                         line[2 * q] += left + product(q, 1);
                         line[2 * q + 1] += product(q, 2) + right;
                     }
+                    if (width > 2L * l.width) line[width - 1] += product(l.width - 1, 3);
                 }
                 float* const y = job.y.data + u.group * job.y.n + c * job.y.c + row * job.y.h;
-                for (long q = 0; q < 2L * l.width; q += LANES) {
+                for (long q = 0; q < width; q += LANES) {
                     const vec out = affine(load(line + q));
-                    const long count = least(LANES, 2L * l.width - q);
+                    const long count = least(LANES, width - q);
                     if (job.y.w == 1)
                         store(y + q, out, count);
                     else
@@ -129,7 +134,7 @@ struct Narrow {
     static void down(const Job& job, const Unit& u, const E& epilogue, Scratch own) {
         const dcgan_layer& l = *job.layer;
         const Gemm g = shape(l);
-        const Size size = parity_map(l);
+        const Size size = parity_map(job);
         const long padded = (2 * size.width + 2) * l.c_in, c_stride = odd_lines(g.columns);
         const long m = u.rows.size() * size.width, top = 2 * u.rows.begin - 1, height = 2 * u.rows.size() + 2;
         float* const copy = own.floats(height * padded);
@@ -151,10 +156,10 @@ struct Narrow {
                     copy + (2 * (i / size.width) + ky) * padded + 2 * (i % size.width) * l.c_in;
         gemm(g, rows, m, l.weights, 0, g.panels(), sums, c_stride);
         for (long i = 0; i < m; ++i)
-            epilogue.row(sums + i * c_stride,
-                         job.y.data + u.group * job.y.n + (u.rows.begin + i / size.width) * job.y.h +
-                             i % size.width * job.y.w,
-                         0, l.c_out);
+            put_row(epilogue, sums + i * c_stride,
+                    job.y.data + u.group * job.y.n + (u.rows.begin + i / size.width) * job.y.h +
+                        i % size.width * job.y.w,
+                    0, l.c_out);
     }
 };
 

@@ -56,9 +56,17 @@ struct Size {
 };
 
 // Output pixels of one parity: of `up` every input pixel has one, of `down` there is one parity.
-inline Size parity_map(const dcgan_layer& l) {
-    if (l.transposed) return {l.height, l.width};
+inline Size parity_map(const Job& job) {
+    const dcgan_layer& l = *job.layer;
+    if (l.transposed) return {l.height + job.extra_height, l.width + job.extra_width};
     return {out_size(l, l.height), out_size(l, l.width)};
+}
+
+// Those that y has: of an odd map the second parity has one row less.
+inline Size parity_rows(const Job& job, long group) {
+    const Size size = parity_map(job);
+    if (!job.layer->transposed) return size;
+    return {size.height - job.extra_height * (group / 2), size.width - job.extra_width * (group % 2)};
 }
 
 struct Unit {
@@ -124,6 +132,20 @@ struct Weights {
 
     // All taps of a 4×4 kernel for PANEL output channels from c_out on, of which those below `end` exist.
     void panel(long c_in, long c_out, long end, float (&taps)[4][4][PANEL]) const {
+        if (row == 4 && column == 1 && c_out + PANEL <= end) {  // 16 taps next to each other
+            const float* const from = data + c_in * in + c_out * out;
+            for (long lane = 0; lane < PANEL; lane += LANES)
+                for (long tap = 0; tap < 16; tap += LANES) {
+                    vec block[LANES];
+#pragma GCC unroll 16
+                    for (long i = 0; i < LANES; ++i) block[i] = load(from + (lane + i) * out + tap);
+                    transpose(block);
+#pragma GCC unroll 16
+                    for (long i = 0; i < LANES; ++i)
+                        store(&taps[(tap + i) / 4][(tap + i) % 4][lane], block[i]);
+                }
+            return;
+        }
         for (long lane = 0; lane < PANEL; ++lane) {
             const float* const from = data + c_in * in + (c_out + lane) * out;
             for (long y = 0; y < 4; ++y)

@@ -41,6 +41,40 @@ DCGAN_INLINE void store(float* p, vec v, long count) {
     std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(float));
 }
 
+// The halves of a and b, one lane of each in turn.
+DCGAN_INLINE vec interleave_low(vec a, vec b) {
+#if DCGAN_LANES == 4
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#elif DCGAN_LANES == 8
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#endif
+}
+DCGAN_INLINE vec interleave_high(vec a, vec b) {
+#if DCGAN_LANES == 4
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#elif DCGAN_LANES == 8
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#endif
+}
+
+// The transpose of LANES×LANES floats: log2(LANES) perfect shuffles of the whole.
+DCGAN_INLINE void transpose(vec (&rows)[LANES]) {
+    for (long step = 1; step < LANES; step *= 2) {
+        vec next[LANES];
+#pragma GCC unroll 8
+        for (long i = 0; i < LANES / 2; ++i) {
+            next[2 * i] = interleave_low(rows[i], rows[i + LANES / 2]);
+            next[2 * i + 1] = interleave_high(rows[i], rows[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (long i = 0; i < LANES; ++i) rows[i] = next[i];
+    }
+}
+
 DCGAN_INLINE vec choose(ivec mask, vec yes, vec no) {
     return reinterpret_cast<vec>((mask & reinterpret_cast<ivec>(yes)) | (~mask & reinterpret_cast<ivec>(no)));
 }

@@ -72,7 +72,10 @@ struct Winograd {
         return {l.transposed ? 1 : 4, l.c_in, round_up(l.c_out, PANEL)};
     }
 
-    static long packed_size(const dcgan_layer& l) { return groups(l) * POINTS * shape(l).size(); }
+    // From one point's matrix to the next: an odd number of cache lines, since packing writes all at once.
+    static long plane(const dcgan_layer& l) { return odd_lines(shape(l).size()); }
+
+    static long packed_size(const dcgan_layer& l) { return groups(l) * POINTS * plane(l); }
 
     // U[parity][ξ] = G g Gᵀ.
     static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
@@ -87,21 +90,32 @@ struct Winograd {
                         return taps[tap_row(l.transposed, a, i)][tap_row(l.transposed, b, j)];
                     };
                     // `down` has the parities one after the other in K, `up` as matrices of their own.
-                    float* const to = packed + (l.transposed ? parity * POINTS * g.size() : 0) +
-                                      g.offset((l.transposed ? 0 : parity * l.c_in) + c_in, panel);
-                    for (long lane = 0; lane < PANEL; lane += LANES)
-                        transform(load(tap(0, 0) + lane), load(tap(0, 1) + lane), load(tap(1, 0) + lane),
-                                  load(tap(1, 1) + lane), to + lane, g.size());
+                    transform(tap(0, 0), tap(0, 1), tap(1, 0), tap(1, 1),
+                              packed + (l.transposed ? parity * POINTS * plane(l) : 0) +
+                                  g.offset((l.transposed ? 0 : parity * l.c_in) + c_in, panel),
+                              plane(l));
                 }
             }
         });
     }
 
-    static DCGAN_INLINE void transform(vec g00, vec g01, vec g10, vec g11, float* to, long plane) {
+    // G g Gᵀ of PANEL channels, to one place in each of the points' matrices.
+    static DCGAN_INLINE void transform(const float* g00, const float* g01, const float* g10, const float* g11,
+                                       float* to, long stride) {
+        const vec a00 = load(g00), a01 = load(g01), a10 = load(g10), a11 = load(g11);
+        const vec b00 = load(g00 + LANES), b01 = load(g01 + LANES), b10 = load(g10 + LANES),
+                  b11 = load(g11 + LANES);
+#pragma GCC unroll 5
         for (long i = 0; i < F::IN; ++i) {
-            const vec left = F::G[i][0] * g00 + F::G[i][1] * g10, right = F::G[i][0] * g01 + F::G[i][1] * g11;
-            for (long j = 0; j < F::IN; ++j)
-                store(to + (i * F::IN + j) * plane, F::G[j][0] * left + F::G[j][1] * right);
+            const vec left = F::G[i][0] * a00 + F::G[i][1] * a10, right = F::G[i][0] * a01 + F::G[i][1] * a11;
+            const vec left2 = F::G[i][0] * b00 + F::G[i][1] * b10,
+                      right2 = F::G[i][0] * b01 + F::G[i][1] * b11;
+#pragma GCC unroll 5
+            for (long j = 0; j < F::IN; ++j) {  // a whole cache line at a time
+                float* const line = to + (i * F::IN + j) * stride;
+                store(line, F::G[j][0] * left + F::G[j][1] * right);
+                store(line + LANES, F::G[j][0] * left2 + F::G[j][1] * right2);
+            }
         }
     }
 
@@ -110,7 +124,7 @@ struct Winograd {
     };
 
     static Tiles tiles(const Job& job) {
-        const Size size = parity_map(*job.layer);
+        const Size size = parity_map(job);
         const long down = ceil_div(size.height, F::OUT), across = ceil_div(size.width, F::OUT);
         return {down, across, job.images * down * across};
     }
@@ -176,8 +190,8 @@ struct Winograd {
     }
 
     template <class E>
-    static DCGAN_INLINE void output_channels(const float* s, long plane, const E& affine, long rows,
-                                             long columns, float* y, long y_row, long y_column, long count) {
+    static DCGAN_INLINE void output_channels(const float* s, long plane, E& lanes, long rows, long columns,
+                                             float* y, long y_row, long y_column, long count) {
         vec half[F::IN][F::OUT];
 #pragma GCC unroll 5
         for (long i = 0; i < F::IN; ++i) {
@@ -197,7 +211,7 @@ struct Winograd {
                 if (i >= rows || j >= columns) continue;
                 float* const to = y + i * y_row + j * y_column;
                 __builtin_prefetch(to + F::OUT * y_column, 1);  // the next tile's
-                store(to, affine(out[i]), count);
+                lanes.put(out[i], to, count);
             }
         }
     }
@@ -208,12 +222,12 @@ struct Winograd {
         const Split s = plan(job, threads);
         const Strides st = strides(l, s.block_rows(), s.part_panels());
         const Tiles grid = tiles(job);
-        const Size size = parity_map(l);
         const long parities = l.transposed ? 1 : 4, step = l.transposed ? 2 : 1;
         const long parity_row = round_up(l.c_in, LANES);
-        with_epilogue(l, [&](const auto& epilogue) {
+        with_epilogue(job, [&](const auto& epilogue) {
             parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
                 const Unit u = unit(s, index);
+                const auto& sink = epilogue.unit(index);
                 const long m = u.rows.size();
                 float* const zeros = own.floats(l.c_in + LANES);
                 const float** const rows = own.pointers(m * g.taps);
@@ -248,9 +262,10 @@ struct Winograd {
                     for (long tap = 0; tap < parities; ++tap)
                         for (long t = 0; t < m; ++t)
                             rows[tap * m + t] = v + point * st.v_plane + t * st.v_row + tap * parity_row;
-                    gemm(g, rows, m, l.weights + (u.group * POINTS + point) * g.size(), u.panels.begin,
+                    gemm(g, rows, m, l.weights + (u.group * POINTS + point) * plane(l), u.panels.begin,
                          u.panels.end, sums + point * st.s_plane, st.s_row);
                 }
+                const Size size = parity_rows(job, u.group);
                 const long begin = u.panels.begin * PANEL, end = least(u.panels.end * PANEL, l.c_out);
                 for (long t = 0; t < m; ++t) {
                     long image, p, q;
@@ -259,9 +274,10 @@ struct Winograd {
                                      (q * step + u.group % 2) * job.y.w;
                     for (long c = begin; c < end; c += LANES) {
                         const long count = least(LANES, end - c);
-                        output_channels(sums + t * st.s_row + c - begin, st.s_plane, epilogue.at(c, count),
-                                        size.height - p, size.width - q, y + c, step * job.y.h,
-                                        step * job.y.w, count);
+                        auto lanes = sink.at(c, count);
+                        output_channels(sums + t * st.s_row + c - begin, st.s_plane, lanes, size.height - p,
+                                        size.width - q, y + c, step * job.y.h, step * job.y.w, count);
+                        lanes.done();
                     }
                 }
             });

@@ -21,7 +21,7 @@ outputs y alone is kept. Derivatives of these (``create_graph=True``) are the re
 Engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
 ``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest.
 A forced engine that does not cover a call is an error, never another engine; but the native engine has no
-backward and no loss, which are the reference's where it is forced.
+loss, which is the reference's where it is forced.
 """
 
 from __future__ import annotations
@@ -155,21 +155,44 @@ def recording() -> Iterator[list[Choice]]:
 
 def choose(call: Call, transposed: bool) -> Choice:
     """The engine for a call. Raises RuntimeError where the forced one does not cover it."""
-    name = NAMES[transposed]
+    return choose_engine(
+        NAMES[transposed],
+        call.x,
+        triton=lambda gpu: gpu.why_not(call, transposed),
+        native=lambda: cpu.why_not(call, transposed, forced=_forced == "native"),
+    )
+
+
+def choose_engine(
+    name: str,
+    x: Tensor,
+    triton: Callable[[Any], str | None],
+    native: Callable[[], str | None] | None = None,
+) -> Choice:
+    """The engine for what is called ``name`` on x: the forced one, or else that of x's device.
+
+    ``triton`` (given the package, which is imported where a GPU, or a wish for it, makes it needed) and
+    ``native`` say why that engine does not cover it, or None. What the native engine has nothing of, as
+    ``native`` None says, is the reference's.
+
+    Raises:
+        RuntimeError: the forced engine does not cover it.
+    """
     if _forced == "reference":
         return Choice(name, "reference", "engine 'reference' was asked for")
     engine = _forced
     if engine == "auto":
-        engine = _ENGINE_OF.get(call.x.device.type, "reference")
+        engine = _ENGINE_OF.get(x.device.type, "reference")
     if engine == "reference":
-        return Choice(name, "reference", f"no faster engine for {call.x.device.type} tensors")
-    # Triton is imported where a GPU, or a wish for it, makes it needed.
+        return Choice(name, "reference", f"no faster engine for {x.device.type} tensors")
     if engine == "triton":
         from . import gpu
 
-        why_not = gpu.why_not(call, transposed)
+        why_not = triton(gpu)
+    elif native is None:
+        return Choice(name, "reference", f"the native engine has no {name}")
     else:
-        why_not = cpu.why_not(call, transposed, forced=_forced == "native")
+        why_not = native()
     if why_not is None:
         return Choice(name, engine, "")
     if _forced == engine:
@@ -271,42 +294,26 @@ def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 def _run_backward(call: Backward, transposed: bool) -> Gradients:
-    def why_not() -> str | None:
-        from . import gpu
-
-        return gpu.why_not(call, transposed)
-
-    choice = choose_triton(f"{NAMES[transposed]}_backward", call.x, why_not)
+    choice = choose_engine(
+        f"{NAMES[transposed]}_backward",
+        call.x,
+        triton=lambda gpu: gpu.why_not(call, transposed),
+        native=lambda: cpu.training.why_not(call, transposed),
+    )
     record(choice)
-    if choice.engine == "triton" and call.dy.numel():
-        from . import gpu
+    if call.dy.numel():
+        if choice.engine == "triton":
+            from . import gpu
 
-        return gpu.backward(call, transposed)
+            return gpu.backward(call, transposed)
+        if choice.engine == "native":
+            return cpu.training.backward(call, transposed)
     made = reference.backward(call, transposed)
     results = empty_gradients(call)
     for result, gradient in zip(results, made, strict=True):
         if gradient is not None and result.numel():
             result.copy_(gradient)
     return results
-
-
-def choose_triton(name: str, x: Tensor, why_not: Callable[[], str | None]) -> Choice:
-    """The engine of what only Triton and the reference have; ``why_not`` is asked where Triton is wanted.
-
-    Raises RuntimeError where Triton is forced and does not cover the call. The native engine has none of it.
-    """
-    if _forced == "reference":
-        return Choice(name, "reference", "engine 'reference' was asked for")
-    if _forced == "native":
-        return Choice(name, "reference", f"the native engine has no {name}")
-    if _forced == "auto" and _ENGINE_OF.get(x.device.type) != "triton":
-        return Choice(name, "reference", f"no faster engine for {x.device.type} tensors")
-    reason = why_not()
-    if reason is None:
-        return Choice(name, "triton", "")
-    if _forced == "triton":
-        raise RuntimeError(f"engine 'triton' was asked for, but does not cover this {name}: {reason}")
-    return Choice(name, "reference", f"triton: {reason}")
 
 
 # --- registration ------------------------------------------------------------------------------------------

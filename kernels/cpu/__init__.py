@@ -1,11 +1,38 @@
-"""The native engine: csrc's layers on CPU tensors, in inference form.
+"""The native engine: csrc's layers on CPU tensors.
 
-:mod:`.library` loads the shared library, :mod:`.select` chooses a layer's algorithm, :mod:`.run` packs
-weights (cached, :mod:`..weights`) and runs one layer or a chain of them. float32 inside; 16-bit tensors are
-converted at both ends.
+:mod:`.library` loads the shared library, :mod:`.select` chooses a layer's algorithm. :mod:`.run` is inference:
+it packs weights (cached, :mod:`..weights`) and runs one layer or a chain of them, float32 inside, 16-bit tensors
+converted at both ends. :mod:`.training` is training, float32: prologue, statistics, dgrad and wgrad.
 """
 
-from .run import Prepared, run, why_not
+from .. import weights
+from ..call import Call, Outputs
+from . import run as inference
+from . import training
+from .run import Prepared
 from .select import MAX_LAYERS, Geometry
 
-__all__ = ["MAX_LAYERS", "Geometry", "Prepared", "run", "why_not"]
+__all__ = ["MAX_LAYERS", "Geometry", "Prepared", "run", "training", "why_not"]
+
+
+def _of_training(call: Call) -> bool:
+    """Whether only the training kernels have what the call asks for."""
+    return call.stats or call.scale is not None or call.in_act != "none"
+
+
+def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
+    """Why the native engine does not cover the call, or None if it does.
+
+    Unless ``forced``, it leaves alone a call of inference whose weights it would transform for that call
+    only, where that takes longer than what it saves.
+    """
+    if _of_training(call):
+        return training.why_not(call, transposed)
+    return inference.why_not(call, transposed, forced)
+
+
+def run(call: Call, transposed: bool) -> Outputs:
+    """(y, mean, var) of a call that :func:`why_not` has nothing against."""
+    if _of_training(call) or not (weights.frozen(call.weight) or training.why_not(call, transposed)):
+        return training.fprop(call, transposed)
+    return inference.run(call, transposed)

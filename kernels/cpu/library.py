@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 PATH = Path(__file__).with_name("libdcgan.so")
 BUILD_ERROR = Path(__file__).with_name("build-error.txt")  # what setup.py leaves when the compiler fails
 
@@ -42,6 +42,19 @@ class Layer(ctypes.Structure):
         ("shift", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
         ("variance", ctypes.c_void_p),
+    )
+
+
+class Op(ctypes.Structure):
+    """``dcgan_op``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("transposed", "algorithm", "c_in", "c_out", "height", "width")),
+        *((name, ctypes.c_int32) for name in ("kernel", "stride", "padding")),
+        *((name, ctypes.c_int32) for name in ("in_act", "out_act", "statistics")),
+        ("slope", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("center", "scale", "shift", "out_scale", "out_shift")),
+        *((name, ctypes.c_void_p) for name in ("mean", "dmean", "dvariance")),
     )
 
 
@@ -79,6 +92,10 @@ def _declare(library: ctypes.CDLL) -> None:
         ("dcgan_pack", integer, pointer, pointer, pointer, pointer, integer),
         ("dcgan_run", integer, pointer, integer, wide, pointer, pointer, integer),
         ("dcgan_workspace", wide, pointer, integer, wide, integer),
+        ("dcgan_op_supports", integer, pointer, integer),
+        ("dcgan_fprop", integer, pointer, wide, *(pointer,) * 6, integer),
+        ("dcgan_dgrad", integer, pointer, wide, *(pointer,) * 9, integer),
+        ("dcgan_wgrad", integer, pointer, wide, *(pointer,) * 5, integer),
         ("dcgan_release", None),
         ("dcgan_peak", ctypes.c_double, integer, ctypes.c_double),
     ):

@@ -40,10 +40,6 @@ def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
         return f"x is on the {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"the kernels have no {str(x.dtype).removeprefix('torch.')}"
-    if call.stats:
-        return "the inference kernels gather no statistics"
-    if call.scale is not None or call.in_act != "none":
-        return "the inference kernels have no prologue"
     if weight.shape[2] != weight.shape[3]:
         return "the kernel is not square"
     g = geometry(transposed, weight.shape, x.shape[2], x.shape[3], call.stride, call.padding)

@@ -128,3 +128,26 @@ def worthwhile(g: Geometry, images: int, threads: int, isa: str) -> bool:
     """Whether the fastest candidate, packing included, beats a library, which reads the weights twice."""
     library = images * g.macs / (RATE[isa] * LIBRARY_RATE) + 2 * packed_bytes(g, "direct") / BANDWIDTH
     return min(costs(g, images, threads, isa, False).values()) < library / threads
+
+
+FPROP, DGRAD, WGRAD = range(3)
+
+
+@functools.lru_cache(maxsize=1024)
+def training(
+    g: Geometry, product: int, dressed: tuple[bool, bool], images: int, threads: int, isa: str
+) -> str:
+    """The algorithm of a layer's product in training; ``dressed``: with a prologue, with statistics."""
+    prologue, stats = dressed
+    if g.dense:
+        return "dense"
+    few = (g.c_out if g.transposed else g.c_in) <= NARROW
+    # The narrow transposed convolution's epilogue goes along pixels, and has no sums by channel.
+    sums = (g.transposed and product == FPROP and stats) or (
+        not g.transposed and product == DGRAD and prologue
+    )
+    if few and not sums:
+        return "narrow"
+    height, width = (g.height, g.width) if g.transposed else g.output
+    tiles = images * -(-height // 4) * -(-width // 4)
+    return "f4" if tiles >= 32 else "direct"

@@ -1,0 +1,160 @@
+"""The native engine in training: fprop with prologue and statistics, dgrad, wgrad; float32.
+
+csrc/dcgan.h says what each computes. Maps are contiguous NHWC there: what is not, is copied here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..call import Backward, Call, Gradients, Outputs
+from . import library, select
+from .run import geometry
+from .select import DGRAD, FPROP, WGRAD, Geometry
+
+ACTIVATIONS = ("none", "relu", "leaky_relu")  # of a prologue
+
+
+def why_not(call: Call | Backward, transposed: bool) -> str | None:
+    """Why the training kernels do not cover the call, or None if they do."""
+    x, weight = call.x, call.weight
+    if x.device.type != "cpu":
+        return f"x is on the {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"the training kernels have no {str(x.dtype).removeprefix('torch.')}"
+    if call.in_act not in ACTIVATIONS:
+        return f"the training kernels have no {call.in_act} in a prologue"
+    if isinstance(call, Backward) and (call.needs[3] or call.needs[4]):
+        return "the training kernels have no gradients of out_scale and out_shift"
+    if weight.shape[2] != weight.shape[3]:
+        return "the kernel is not square"
+    g = geometry(transposed, weight.shape, x.shape[2], x.shape[3], call.stride, call.padding)
+    if not g.fits:
+        return "the layer is larger than the engine takes"
+    if not select.candidates(g):
+        return "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
+    missing = library.problem()
+    return missing.splitlines()[0] if missing is not None else None
+
+
+def fprop(call: Call, transposed: bool, algorithm: str | None = None) -> Outputs:
+    """(y, mean, var) of a call that :func:`why_not` has nothing against; ``algorithm`` forces one."""
+    x, weight = _nhwc(call.x), call.weight.detach().resolve_neg()
+    g = _geometry(call, transposed)
+    threads = torch.get_num_threads()
+    chosen = algorithm or select.training(g, FPROP, _dressed(call), x.shape[0], threads, library.isa())
+    op, held = _op(call, g, chosen)
+    op.statistics = call.stats
+    op.out_act = library.ACTIVATIONS.index(call.out_act)
+    op.out_scale, op.out_shift = _address(call.out_scale, held), _address(call.out_shift, held)
+    either = g.c_out == 1 or g.output == (1, 1)
+    y = torch.empty(
+        (x.shape[0], g.c_out, *g.output),
+        dtype=torch.float32,
+        device="cpu",
+        memory_format=reference.memory_format(call.channels_last or not either),
+    )
+    size = g.c_out if call.stats else 0
+    mean, var = x.new_empty(size), x.new_empty(size)
+    strides = library.Strides(*weight.stride())
+    library.checked(
+        library.library().dcgan_fprop(
+            *(ctypes.addressof(op), x.shape[0], x.data_ptr(), weight.data_ptr(), ctypes.addressof(strides)),
+            *(y.data_ptr(), mean.data_ptr(), var.data_ptr(), threads),
+        )
+    )
+    return (y if call.channels_last else y.contiguous()), mean, var
+
+
+def backward(
+    call: Backward, transposed: bool, dgrad: str | None = None, wgrad: str | None = None
+) -> Gradients:
+    """Gradients of a call that :func:`why_not` has nothing against; ``dgrad``, ``wgrad`` force algorithms."""
+    need_x, need_weight, need_prologue, _, _ = call.needs
+    need_prologue = need_prologue and call.center is not None
+    nothing = call.x.new_empty(0)
+    dx, dweight, dcenter, dscale, dshift = (nothing.clone() for _ in range(5))
+    x, dy = _nhwc(call.x), _nhwc(call.dy)
+    y = None if call.y is None else _nhwc(call.y)
+    weight = call.weight.detach().resolve_neg()
+    g = _geometry(call, transposed)
+    images, threads = x.shape[0], torch.get_num_threads()
+    how = (_dressed(call), images, threads, library.isa())
+    op, held = _op(call, g, dgrad or select.training(g, DGRAD, *how))
+    op.statistics = call.stats
+    op.out_act = library.ACTIVATIONS.index(call.out_act)
+    op.out_scale = _address(call.out_scale, held)
+    op.mean, op.dmean, op.dvariance = (_address(v, held) for v in (call.mean, call.dmean, call.dvar))
+    address = ctypes.addressof(op)
+    if need_x or need_prologue:
+        wanted = reference.empty_gradient(call.x)
+        in_place = wanted.is_contiguous(memory_format=torch.channels_last)
+        dx = wanted if in_place else torch.empty_like(x, memory_format=torch.channels_last)
+        if need_prologue:
+            dcenter, dscale, dshift = (x.new_empty(g.c_in) for _ in range(3))
+        strides = library.Strides(*weight.stride())
+        library.checked(
+            library.library().dcgan_dgrad(
+                *(address, images, dy.data_ptr(), _pointer(y), weight.data_ptr(), ctypes.addressof(strides)),
+                *(x.data_ptr(), dx.data_ptr()),
+                *(v.data_ptr() if need_prologue else None for v in (dcenter, dscale, dshift)),
+                threads,
+            )
+        )
+        if not need_x:
+            dx = nothing
+        elif not in_place:
+            dx = wanted.copy_(dx)
+    if need_weight:
+        op.algorithm = library.ALGORITHMS.index(wgrad or select.training(g, WGRAD, *how))
+        dweight = torch.empty_like(call.weight)
+        strides = library.Strides(*dweight.stride())
+        library.checked(
+            library.library().dcgan_wgrad(
+                *(address, images, x.data_ptr(), dy.data_ptr(), _pointer(y), dweight.data_ptr()),
+                *(ctypes.addressof(strides), threads),
+            )
+        )
+    return dx, dweight, dcenter, dscale, dshift, nothing.clone(), nothing.clone()
+
+
+def _geometry(call: Call | Backward, transposed: bool) -> Geometry:
+    height, width = call.x.shape[2:]
+    return geometry(transposed, call.weight.shape, height, width, call.stride, call.padding)
+
+
+def _dressed(call: Call | Backward) -> tuple[bool, bool]:
+    """Whether there are a prologue and statistics: the narrow form has no sums of either."""
+    return call.scale is not None or call.in_act != "none", call.stats
+
+
+def _op(call: Call | Backward, g: Geometry, algorithm: str) -> tuple[library.Op, list[Tensor]]:
+    """The op with its prologue, and what it points to."""
+    held: list[Tensor] = []
+    op = library.Op(g.transposed, library.ALGORITHMS.index(algorithm), *g[1:])
+    op.in_act = library.ACTIVATIONS.index(call.in_act)
+    op.slope = call.slope
+    op.center, op.scale, op.shift = (_address(v, held) for v in (call.center, call.scale, call.shift))
+    return op, held
+
+
+def _address(vector: Tensor | None, held: list[Tensor]) -> int | None:
+    if vector is None:
+        return None
+    ready = vector.detach().contiguous().resolve_neg()
+    held.append(ready)
+    return ready.data_ptr()
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """The map, contiguous as [N, H, W, C]."""
+    t = t.detach().resolve_neg()
+    return t.contiguous(memory_format=torch.channels_last)
