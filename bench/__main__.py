@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from bench.usage import UsageError
 
 COMMANDS = (
-    *("generate", "discriminate", "accuracy", "scale", "ladder", "profile"),
-    *("inspect", "predict", "gpu", "kernels", "plot"),
+    *("generate", "discriminate", "train", "accuracy", "scale", "ladder", "profile"),
+    *("inspect", "predict", "gpu", "kernels", "learn", "plot"),
 )
 
 

@@ -7,7 +7,7 @@ import math
 import pickle
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ def allowed(bound: float, *eager: float) -> float:
 @dataclass(frozen=True)
 class Case:
     """One race: everything that determines the answer, and where it is computed."""
+
+    worker: ClassVar[str] = "bench.worker"
+    """Module of the process that builds, checks and times a provider."""
 
     command: str
     """Key of NETWORKS."""
@@ -214,6 +217,17 @@ class Materials:
     @staticmethod
     def load(path: Path) -> Materials:
         return Materials(**torch.load(path, map_location="cpu", weights_only=True))
+
+
+class Prepared(NamedTuple):
+    """What came of building a provider."""
+
+    error: float
+    """‖out - ref‖₂/‖ref‖₂ against float64."""
+    note: str
+    """The engines that run it, for a network of :mod:`dcgan.fast`; '' for any other."""
+    wrong: str = ""
+    """What else is wrong with what it computes."""
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:

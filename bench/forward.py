@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from bench import machine, options, results, table
 from bench.cases import DTYPES, Case
@@ -69,6 +72,12 @@ def run(args: argparse.Namespace, command: str) -> int:
             results.append(args.json, results.rows([report], load))
     if len(reports) > 1:
         out.print(table.summary_table(reports))
+    print_remarks(out, load)
+    return status(reports)
+
+
+def print_remarks(out: Console, load: float | None) -> None:
+    """What a reader has to know of the machine."""
     if load is not None and load > BUSY * machine.cores():
         out.print(
             f"busy: the load was {load:.1f} on {machine.cores()} cores before measuring; "
@@ -76,7 +85,6 @@ def run(args: argparse.Namespace, command: str) -> int:
         )
     if not torch.cuda.is_available():
         out.print(f"cuda: {NO_GPU}")
-    return status(reports)
 
 
 def status(reports: list[Report]) -> int:
@@ -85,22 +93,30 @@ def status(reports: list[Report]) -> int:
     return int(any(o.status == "wrong" or (o.status == "failed" and o.provider.ours) for o in outcomes))
 
 
-def find_providers(names: list[str]) -> list[Provider]:
+def find_providers(
+    names: list[str], registry: Mapping[str, Provider[Any]] = PROVIDERS
+) -> list[Provider[Any]]:
     try:
-        return find_all(names)
+        return find_all(names, registry)
     except ValueError as error:
         raise UsageError(f"argument --providers: {error}") from error
 
 
-def make_cases(args: argparse.Namespace, command: str) -> list[Case]:
-    """Every dtype with every batch. Raises UsageError for what can't be asked for."""
-    device = args.device
+def find_device(asked: str, dtypes: Collection[str]) -> str:
+    """``asked``, or what there is for ``auto``. Raises UsageError where it or a dtype is not to be had."""
+    device = asked
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"argument --device: cuda: {NO_GPU}")
-    if device == "cpu" and "tf32" in args.dtype:
+    if device == "cpu" and "tf32" in dtypes:
         raise UsageError("argument --dtype: tf32 is a setting of CUDA devices")
+    return device
+
+
+def make_cases(args: argparse.Namespace, command: str) -> list[Case]:
+    """Every dtype with every batch. Raises UsageError for what can't be asked for."""
+    device = find_device(args.device, args.dtype)
     sizes = options.sizes(args, command, args.checkpoint)
     return [
         Case(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,16 @@ from bench.cases import Case, Network
 
 Runner = Callable[[Tensor], Tensor]
 Build = Callable[[Network, Tensor, int], Runner]
+B = TypeVar("B", covariant=True)
 
 
 @dataclass(frozen=True)
-class Provider:
+class Provider(Generic[B]):
     """One contestant."""
 
     name: str
-    build: Build
+    build: B
+    """Build, or another registry's kind of function."""
     ours: bool = False
     """This project's: not a baseline."""
     package: str | None = None
@@ -131,7 +134,7 @@ def _fast_graph(model: Network, example: Tensor, threads: int) -> Runner:
     return fast.graphed(fast.convert(model), example.shape[0])
 
 
-PROVIDERS: dict[str, Provider] = {
+PROVIDERS: dict[str, Provider[Build]] = {
     provider.name: provider
     for provider in (
         Provider("eager", _eager),
@@ -155,23 +158,23 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def find(name: str) -> Provider:
+def find(name: str, registry: Mapping[str, Provider[Any]] = PROVIDERS) -> Provider[Any]:
     """A provider by its name, or ``module:function`` for a build function of one's own.
 
     Raises:
         ValueError: there is no such provider; the message lists those there are.
     """
-    if name in PROVIDERS:
-        return PROVIDERS[name]
+    if name in registry:
+        return registry[name]
     module, colon, function = name.partition(":")
     if colon:
         try:
             return Provider(name, getattr(importlib.import_module(module), function))
         except (ImportError, AttributeError) as error:
             raise ValueError(f"no provider {name!r}: {error}") from error
-    raise ValueError(f"no provider {name!r}; there are {', '.join(PROVIDERS)}, or MODULE:FUNCTION")
+    raise ValueError(f"no provider {name!r}; there are {', '.join(registry)}, or MODULE:FUNCTION")
 
 
-def find_all(names: Iterable[str]) -> list[Provider]:
+def find_all(names: Iterable[str], registry: Mapping[str, Provider[Any]] = PROVIDERS) -> list[Provider[Any]]:
     """Providers by name, each once, in the order given."""
-    return [find(name) for name in dict.fromkeys(names)]
+    return [find(name, registry) for name in dict.fromkeys(names)]

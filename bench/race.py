@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from bench.cases import Case, Materials
 from bench.ceiling import Ceiling
@@ -39,7 +39,7 @@ class Settings:
 class Outcome:
     """What became of one provider in one case."""
 
-    provider: Provider
+    provider: Provider[Any]
     status: str
     """``ok``, ``wrong`` (an error beyond the tolerance: not timed), ``failed`` or ``skipped``."""
     reason: str = ""
@@ -62,7 +62,7 @@ class WorkerFailed(Exception):
 class Process:
     """A worker process and the pipe to it."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, worker: str = Case.worker) -> None:
         self._pipe, theirs = Pipe()
         self._stderr: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         root = str(Path(__file__).resolve().parent.parent)
@@ -73,7 +73,7 @@ class Process:
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", str(theirs.fileno()), str(threads)],
+            [sys.executable, "-m", worker, str(theirs.fileno()), str(threads)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
@@ -111,8 +111,9 @@ class Process:
 
 
 @contextmanager
-def _process(threads: int) -> Iterator[Process]:
-    process = Process(threads)
+def started(case: Case) -> Iterator[Process]:
+    """A worker for ``case``, ended after use."""
+    process = Process(case.threads, case.worker)
     try:
         yield process
     finally:
@@ -121,24 +122,37 @@ def _process(threads: int) -> Iterator[Process]:
 
 def measure_ceiling(case: Case) -> Ceiling:
     """The machine's limits with the case's device and dtype, measured in a process of its own."""
-    with _process(case.threads) as process:
-        ceiling: Ceiling = process.ask(PREPARE_SECONDS, "ceiling", case.device, case.dtype)
+    with started(case) as worker:
+        ceiling: Ceiling = worker.ask(PREPARE_SECONDS, "ceiling", case.device, case.dtype)
     return ceiling
 
 
-Entry = tuple[Case, Provider]
+class Saved(Protocol):
+    """What a case's providers are handed, and held against."""
+
+    @property
+    def tolerance(self) -> float: ...
+
+    def save(self, path: Path) -> None: ...
+
+
+Entry = tuple[Case, Provider[Any]]
 
 
 def race(
-    case: Case, providers: Sequence[Provider], settings: Settings, log: Callable[[str], None]
+    case: Case,
+    providers: Sequence[Provider[Any]],
+    settings: Settings,
+    log: Callable[[str], None],
+    materials: Callable[[Case], Saved] = Materials.of,
 ) -> list[Outcome]:
     """Checks and times ``providers`` on ``case``: one outcome each, in their order. ``log`` gets progress."""
-    return contest([(case, provider) for provider in providers], Materials.of, settings, log)
+    return contest([(case, provider) for provider in providers], materials, settings, log)
 
 
 def contest(
     entries: Sequence[Entry],
-    materials: Callable[[Case], Materials],
+    materials: Callable[[Case], Saved],
     settings: Settings,
     log: Callable[[str], None],
 ) -> list[Outcome]:
@@ -154,7 +168,7 @@ def contest(
             if reason := provider.unavailable(case):
                 outcomes[i] = Outcome(provider, "skipped", reason)
             else:
-                processes[i] = Process(case.threads)  # all import PyTorch at once
+                processes[i] = Process(case.threads, case.worker)  # all import PyTorch at once
         with tempfile.TemporaryDirectory() as folder:
             path, written, tolerance = Path(folder) / "case.pt", None, 0.0
             several = any(case != entries[0][0] for case, _ in entries)
@@ -178,15 +192,17 @@ def contest(
 
 
 def _check(
-    process: Process, case: Case, provider: Provider, path: Path, tolerance: float, settings: Settings
+    process: Process, case: Case, provider: Provider[Any], path: Path, tolerance: float, settings: Settings
 ) -> Outcome:
     try:
-        error, note = process.ask(settings.prepare_seconds, "prepare", case, provider.name, str(path))
+        error, note, wrong = process.ask(settings.prepare_seconds, "prepare", case, provider.name, str(path))
     except WorkerFailed as failure:
         return Outcome(provider, "failed", str(failure))
     outcome = Outcome(provider, "ok", error=error, tolerance=tolerance, note=note)
     if not error <= tolerance:
-        outcome.status, outcome.reason = "wrong", f"error {error:.1e} > {tolerance:.0e}"
+        wrong = f"error {error:.1e} > {tolerance:.0e}"
+    if wrong:
+        outcome.status, outcome.reason = "wrong", wrong
     return outcome
 
 

@@ -66,9 +66,9 @@ def common(kind: str, load: float | None = None) -> dict[str, Any]:
     }
 
 
-def rows(reports: Iterable[Report], load: float | None = None) -> list[dict[str, Any]]:
+def rows(reports: Iterable[Report], load: float | None = None, kind: str = "race") -> list[dict[str, Any]]:
     """The JSON objects of ``reports``. Rates are images/s and FLOP/s, times seconds, memory bytes."""
-    shared = common("race", load)
+    shared = common(kind, load)
     return [shared | row(report, outcome) for report in reports for outcome in report.ranked()]
 
 

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bench.stats import Spread, summarise
 
 Runner = Callable[[Tensor], Tensor]
 Times = dict[str, list[float]]
+T = TypeVar("T")
 
 MIN_CALLS = 3
 MAX_CALLS = 2000  # events of one CUDA burst
@@ -34,20 +35,25 @@ class Sampler(Protocol):
         ...
 
 
-class CpuSampler:
-    """Wall clock around each call, inputs in turn."""
+class CpuSampler(Generic[T]):
+    """Wall clock around each call, inputs in turn.
+
+    ``long`` calls, of a good part of a second, may be one a burst, and none goes before to wake threads and
+    fill caches.
+    """
 
     overhead = 0
 
-    def __init__(self, run: Runner, inputs: Sequence[Tensor]) -> None:
-        self._run, self._inputs = run, inputs
+    def __init__(self, run: Callable[[T], object], inputs: Sequence[T], long: bool = False) -> None:
+        self._run, self._inputs, self._long = run, inputs, long
 
     def burst(self, seconds: float) -> Times:
-        self._run(self._inputs[0])  # its threads sleep and its weights left the cache while others ran
+        if not self._long:
+            self._run(self._inputs[0])  # its threads sleep and its weights left the cache while others ran
         times: list[float] = []
         now = time.perf_counter()
         end = now + seconds
-        while now < end or len(times) < MIN_CALLS:
+        while now < end or len(times) < (1 if self._long else MIN_CALLS):
             x = self._inputs[len(times) % len(self._inputs)]
             start = time.perf_counter()
             self._run(x)
@@ -116,12 +122,12 @@ class CudaSampler:
     def burst(self, seconds: float) -> Times:
         share = seconds / (2 if self._graph is None else 3)
         times = {
-            "warm": self._events(self._call, share, cold=False),
-            "cold": self._events(self._call, share, cold=True),
+            "warm": events(self._call, share),
+            "cold": events(self._call, share, self._flush),
         }
         if self._graph is not None:
             replay = self._graph.replay
-            times["graph"] = [t / GRAPH_CALLS for t in self._events(lambda i: replay(), share, cold=False)]
+            times["graph"] = [t / GRAPH_CALLS for t in events(lambda i: replay(), share)]
         return times
 
     def _call(self, i: int) -> None:
@@ -138,24 +144,38 @@ class CudaSampler:
             return None
         return graph
 
-    def _events(self, call: Callable[[int], None], seconds: float, cold: bool) -> list[float]:
-        for i in range(MIN_CALLS):
-            call(i)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call(0)
-        if cold:
-            self._flush.zero_()
-        torch.cuda.synchronize()
-        count = int(seconds / (time.perf_counter() - start))
-        count = min(max(count, MIN_CALLS), MAX_CALLS)
-        before = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
-        after = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
-        for i in range(count):
-            if cold:
-                self._flush.zero_()
-            before[i].record()
-            call(i)
-            after[i].record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(before, after, strict=True)]
+
+class CudaSteps(Generic[T]):
+    """Device events around each call, back to back, of what takes long and changes what it works on."""
+
+    overhead = 0
+
+    def __init__(self, run: Callable[[T], object], inputs: Sequence[T]) -> None:
+        self._run, self._inputs = run, inputs
+
+    def burst(self, seconds: float) -> Times:
+        return {"warm": events(lambda i: self._run(self._inputs[i % len(self._inputs)]), seconds)}
+
+
+def events(call: Callable[[int], object], seconds: float, flush: Tensor | None = None) -> list[float]:
+    """Seconds of each call on the device; before each, ``flush`` is overwritten."""
+    for i in range(MIN_CALLS):
+        call(i)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call(0)
+    if flush is not None:
+        flush.zero_()
+    torch.cuda.synchronize()
+    count = int(seconds / (time.perf_counter() - start))
+    count = min(max(count, MIN_CALLS), MAX_CALLS)
+    before = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+    after = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+    for i in range(count):
+        if flush is not None:
+            flush.zero_()
+        before[i].record()
+        call(i)
+        after[i].record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in zip(before, after, strict=True)]

@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import ceiling
-from bench.cases import Case, Materials, relative_error
+from bench.cases import Case, Materials, Prepared, relative_error
 from bench.providers import find
 from bench.timing import CpuSampler, CudaSampler, Sampler, Times
 from dcgan.kernels.cpu import library
@@ -36,16 +35,15 @@ SETTLE_SECONDS = 2.0
 class Worker:
     """The methods the coordinator may call."""
 
+    differentiates = False
+
     def __init__(self) -> None:
         self._baseline = _resident("VmRSS")
         self._sampler: Sampler | None = None
         self._device = "cpu"
 
-    def prepare(self, case: Case, provider_name: str, materials_path: str) -> tuple[float, str]:
-        """Builds the provider, runs it and returns its error against float64: the worst over the inputs.
-
-        And the engines that run it, for a network of :mod:`dcgan.fast`; '' for any other.
-        """
+    def prepare(self, case: Case, provider_name: str, materials_path: str) -> Prepared:
+        """Builds the provider, runs it and checks it: its error is the worst over the inputs."""
         provider = find(provider_name)
         materials = Materials.load(Path(materials_path))
         self._device = case.device
@@ -69,7 +67,7 @@ class Worker:
         else:
             self._sampler = CpuSampler(run, inputs)
         self._reset_peak()
-        return max(errors), note
+        return Prepared(max(errors), note)
 
     def burst(self, seconds: float) -> tuple[Times, int]:
         """Seconds a call, by column, and the most memory used by any burst so far, in bytes.
@@ -143,22 +141,16 @@ def _settle() -> None:
             return
 
 
-def serve(pipe: Connection) -> None:
+def serve(pipe: Connection, worker: Worker) -> None:
     """Answers requests until the pipe is closed."""
-    worker = Worker()
-    methods: dict[str, Callable[..., Any]] = {
-        "prepare": worker.prepare,
-        "burst": worker.burst,
-        "ceiling": worker.ceiling,
-    }
     while True:
         try:
             method, *arguments = pipe.recv()
         except EOFError:
             return
         try:
-            with torch.no_grad():
-                value = methods[method](*arguments)
+            with torch.set_grad_enabled(worker.differentiates):
+                value = getattr(worker, method)(*arguments)
         except Exception as error:
             pipe.send(("error", describe(error)))
             continue
@@ -172,9 +164,9 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def main() -> None:
+def main(worker: type[Worker] = Worker) -> None:
     torch.set_num_threads(int(sys.argv[2]))
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), worker())
 
 
 if __name__ == "__main__":
