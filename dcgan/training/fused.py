@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from dcgan import models
 from dcgan.kernels import ops
 from dcgan.kernels.loss import bce_with_logits
 from dcgan.kernels.reference import accumulator_dtype
@@ -164,6 +165,8 @@ class TrainStep:
         self._check_input("noise", noise)
         if len(real) != len(noise):
             raise ValueError(f"real and noise must be equally many, got {len(real)} and {len(noise)}")
+        if isinstance(self.generator, models.Generator):
+            self.generator._latent(noise)  # before D(x) has moved D's running statistics
         real, noise = real.detach(), noise.detach()
         result = (self._graphs or self._step)(real, noise)
         if isinstance(self._ema, AveragedModel):
