@@ -49,6 +49,8 @@ bench: setup
 	@echo "== Generation, every provider checked, then timed (\`make peers\` installs the rival runtimes) =="
 	$(PY) -m bench generate --batch 1 8 64 256 --json bench/results/cpu.jsonl
 	$(PY) -m bench discriminate --batch 1 8 64 --json bench/results/cpu-discriminate.jsonl
+	@echo "== Training, every way checked, then timed, and where its time goes =="
+	$(PY) -m bench train --json bench/results/train.jsonl
 	@echo "== The native engine: errors, the steps to it, where its time goes, by batch and threads =="
 	$(PY) -m bench accuracy
 	$(PY) -m bench ladder --json bench/results/ladder.jsonl

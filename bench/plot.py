@@ -1,7 +1,7 @@
 """``python -m bench plot FILE --out FILE.png``: results of ``--json`` as a picture.
 
-Races as grouped bars under the ceiling; ``scale`` as curves (:mod:`bench.plot_scale`), ``ladder`` as one bar
-below the other (:mod:`bench.plot_ladder`).
+Races, training's too, as grouped bars under the ceiling; ``scale`` as curves (:mod:`bench.plot_scale`),
+``ladder`` as one bar below the other (:mod:`bench.plot_ladder`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bench.cases import title
 from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
 from bench.providers import PROVIDERS
 from bench.usage import UsageError
+from bench.ways import WAYS
 
 HELP = "draw results written by --json"
 
@@ -52,7 +53,7 @@ def arrange(rows: list[Row]) -> dict[Panel, dict[int, dict[str, Row]]]:
     """Timed rows by panel, batch and provider; the last of several measurements counts."""
     panels: dict[Panel, dict[int, dict[str, Row]]] = {}
     for row in rows:
-        if row["status"] != "ok":
+        if row.get("status") != "ok":  # or a part of a training step
             continue
         case, hardware = row["case"], row["hardware"]
         device = (
@@ -108,9 +109,9 @@ def case_rate(row: Row, seconds_a_call: float) -> float:
 
 
 def _order(batches: dict[int, dict[str, Row]]) -> dict[str, str]:
-    """Providers with their colours, in the registry's order: rivals in greys, then this project's."""
+    """Providers with their colours, in the registries' order: rivals in greys, then this project's."""
     found = {name: row["ours"] for rows in batches.values() for name, row in rows.items()}
-    names = sorted(found, key=[*PROVIDERS, *found].index)
+    names = sorted(found, key=[*WAYS, *PROVIDERS, *found].index)
     rivals = [name for name in names if not found[name]]
     ours = [name for name in names if found[name]]
     colors = {name: RIVALS[i % len(RIVALS)] for i, name in enumerate(rivals)}
@@ -119,6 +120,7 @@ def _order(batches: dict[int, dict[str, Row]]) -> dict[str, str]:
 
 DRAWN: dict[str, tuple[Callable[[list[Row]], Any], Callable[[Any, Path], None]]] = {
     "race": (arrange, draw),
+    "train": (arrange, draw),
     "scale": (plot_scale.arrange, plot_scale.draw),
     "ladder": (plot_ladder.arrange, plot_ladder.draw),
 }

@@ -223,7 +223,7 @@ def profile_rows(
     case: Case, name: str, profile: Profile, ceiling: Ceiling, load: float | None
 ) -> list[dict[str, Any]]:
     """The JSON objects: times in seconds, rates in FLOP/s of the direct convolution."""
-    shared = results.common("train-phases", load) | {
+    shared = results.common("train", load) | {
         "case": case.to_json(),
         "provider": name,
         "ceiling": ceiling.to_json(),
