@@ -120,8 +120,8 @@ def _order(batches: dict[int, dict[str, Row]]) -> dict[str, str]:
 
 DRAWN: dict[str, tuple[Callable[[list[Row]], Any], Callable[[Any, Path], None]]] = {
     "race": (arrange, draw),
-    "train": (arrange, draw),
     "scale": (plot_scale.arrange, plot_scale.draw),
     "ladder": (plot_ladder.arrange, plot_ladder.draw),
+    "train": (arrange, draw),
 }
 """By the kind of result: rows into panels, panels into a file."""
