@@ -165,17 +165,44 @@ def test_float64_is_the_seeds_loop(kind: str, size: int, loss: str) -> None:
         assert_states_close(state_of(networks, ours), state_of(seeds, theirs), 1e-10)
 
 
-# What an engine may have where eager is at its best, without a sign changed before a LeakyReLU: sums of some
-# hundred terms, 1e-6 in eager, and a Winograd that rounds 6 times as much (the README's accuracy).
+# What an engine may have at least. Where no sign changes before a LeakyReLU, sums of some hundred terms are
+# off by 1e-6 in eager, and a Winograd rounds 6 times as much (the README's accuracy).
 ROUNDING = 2**-17
+# Where one does, a gradient changes by as much as it is, 1e-2 of all in a small network, whoever rounds. So
+# small networks are given batches on which no pre-activation is that near to 0, of the size of its map: 1e-5
+# is some times what such a Winograd is off by in one pixel. The real ones have millions of pre-activations,
+# and eager's two layouts themselves differ by some: one of the 2¹⁷ of the smallest map is 2^-8.5 of its
+# gradient, and a few of them add up as their root.
+KINK = 1e-5
+FLIPS = 2**-7
 
 
-def gradient_errors(networks: Pair, count: int) -> tuple[dict[str, float], dict[str, float]]:
+def nearest_to_a_kink(networks: Pair, real: Tensor, noise: Tensor) -> float:
+    """The smallest |pre-activation| in a step, relative to its map's size."""
+    nearest = []
+
+    def measure(module: nn.Module, args: tuple[Tensor]) -> None:
+        (x,) = args
+        nearest.append(float(x.abs().min() / x.square().mean().sqrt()))
+
+    generator, discriminator = (network.double() for network in reference_of(networks))
+    for module in (*generator.modules(), *discriminator.modules()):
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.register_forward_pre_hook(measure)
+    with torch.no_grad():
+        discriminator(generator(noise.double()))
+        discriminator(real.double())
+    return min(nearest)
+
+
+Errors = dict[str, float]
+
+
+def gradient_errors(networks: Pair, real: Tensor, noise: Tensor) -> tuple[Errors, Errors]:
     """‖error‖/‖gradients‖ of D's and of G's, no step between: ours, and of eager's worse layout.
 
     Asserts losses to 1e-4.
     """
-    real, noise = batch_of(networks, count)
 
     def seeds(dtype: torch.dtype, layout: torch.memory_format) -> tuple[list[Tensor], ...]:
         plain = reference_of(networks)
@@ -209,30 +236,37 @@ def gradient_errors(networks: Pair, count: int) -> tuple[dict[str, float], dict[
     return ours, worse
 
 
-def assert_at_most_twice(found: list[tuple[dict[str, float], dict[str, float]]]) -> None:
-    """The largest over the seeds: whether a sign changes is luck, by seed and engine."""
+def assert_at_most_twice(found: list[tuple[Errors, Errors]], least: float) -> None:
+    """The largest over the seeds: where a sign changes is luck, by seed and engine."""
     for which in "DG":
         ours, worse = (max(errors[side][which] for errors in found) for side in (0, 1))
-        assert ours <= max(2 * worse, ROUNDING), f"{which}'s gradients: {ours:.1e}, eager has {worse:.1e}"
+        assert ours <= max(2 * worse, least), f"{which}'s gradients: {ours:.1e}, eager has {worse:.1e}"
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_float32_gradients(image_size: int) -> None:
     found = []
-    for seed in range(4):
+    for seed in range(100):
         torch.manual_seed(seed)
-        found.append(gradient_errors(pair(image_size=image_size), 8))
-    assert_at_most_twice(found)
+        networks = pair(image_size=image_size)
+        batch = batch_of(networks, 4)
+        if nearest_to_a_kink(networks, *batch) > KINK:
+            found.append(gradient_errors(networks, *batch))
+        if len(found) == 4:
+            break
+    assert len(found) == 4
+    assert_at_most_twice(found, ROUNDING)
 
 
 @pytest.mark.slow
 def test_float32_gradients_of_the_real_networks() -> None:
-    """Where some of the two million values before a LeakyReLU do change their sign: eager's error is 1e-3."""
+    """Eager's own error is 1e-6 on one batch and 4e-3 on another."""
     found = []
     for seed in range(4):
         torch.manual_seed(seed)
-        found.append(gradient_errors(pair(features=64, image_size=64), 16))
-    assert_at_most_twice(found)
+        networks = pair(features=64, image_size=64)
+        found.append(gradient_errors(networks, *batch_of(networks, 16)))
+    assert_at_most_twice(found, FLIPS)
 
 
 @pytest.mark.parametrize("kind", ["fast", "reference", "mlp"])
