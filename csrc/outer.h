@@ -16,7 +16,7 @@ struct Operand {
     DCGAN_INLINE Operand at(long k, long channel) const { return {from + k * step + channel, step}; }
 };
 
-// R rows by one panel. `ahead`: what is used soon, of which each four k fetch a line.
+// R rows by one panel. `ahead`: what is used soon, of which four k fetch a line.
 template <long R>
 [[gnu::noinline]] void outer(Operand a, Operand b, long count, float* c, long c_stride, bool add,
                              const float* ahead) {
@@ -33,15 +33,13 @@ template <long R>
         b.from += b.step;
     };
     long k = 0;
-    for (; k + 4 <= count; k += 4) {
-        __builtin_prefetch(ahead);
-        ahead += 16;
-        step();
-        step();
+    for (; k + 2 <= count; k += 2) {  // four at once are slower: GCC then runs out of registers
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += 8;
         step();
         step();
     }
-    for (; k < count; ++k) step();
+    if (k < count) step();
 #pragma GCC unroll 12
     for (long r = 0; r < R; ++r) {
         float* to = c + r * c_stride;
@@ -85,7 +83,7 @@ DCGAN_INLINE void outer_panel(long rows, Operand a, Operand b, long count, float
     for (long t = 0, m = 0; t < tiles; ++t) {
         const long here = height + (t < higher);
         outer(here, a.at(0, m), b, count, c + m * c_stride, c_stride, add, ahead);
-        ahead += count / 4 * 16;
+        ahead += count * 4;
         m += here;
     }
 }

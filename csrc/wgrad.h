@@ -119,6 +119,12 @@ struct Polyphase {
 
     static long groups(const Correlation&) { return 4; }
 
+    // To lines that come from L3, 25 streams of them: too many for the hardware's prefetcher.
+    static DCGAN_INLINE void put(float* to, vec v) {
+        store(to, v);
+        __builtin_prefetch(to + 2 * PANEL, 1);
+    }
+
     static DCGAN_INLINE void large(const Correlation&, const float* from, long row, long column, long group,
                                    long count, float* to, long plane) {
         from += group / 2 * row + group % 2 * column;
@@ -137,7 +143,7 @@ struct Polyphase {
             for (long i = 0; i < IN; ++i) d[i] = half[i][j];
             F4::input(d, v);
 #pragma GCC unroll 5
-            for (long i = 0; i < IN; ++i) store(to + (i * IN + j) * plane, v[i]);
+            for (long i = 0; i < IN; ++i) put(to + (i * IN + j) * plane, v[i]);
         }
     }
 
@@ -166,7 +172,7 @@ struct Polyphase {
             for (long i = 0; i < OUT; ++i) e[i] = half[i][j];
             spread(e, w);
 #pragma GCC unroll 5
-            for (long i = 0; i < IN; ++i) store(to + (i * IN + j) * plane, w[i]);
+            for (long i = 0; i < IN; ++i) put(to + (i * IN + j) * plane, w[i]);
         }
     }
 
@@ -198,11 +204,30 @@ struct Polyphase {
     }
 };
 
+// 16 taps, `plane` apart, of 4 channels next to each other: to 4 channels of 16 taps next to each other.
+inline void transpose(const float* from, long plane, float* to, long stride) {
+    using quad = float __attribute__((vector_size(16)));
+    for (long tap = 0; tap < 16; tap += 4) {
+        quad a[4];
+        for (long i = 0; i < 4; ++i) std::memcpy(&a[i], from + (tap + i) * plane, sizeof a[i]);
+        const quad low01{a[0][0], a[1][0], a[0][1], a[1][1]}, high01{a[0][2], a[1][2], a[0][3], a[1][3]};
+        const quad low23{a[2][0], a[3][0], a[2][1], a[3][1]}, high23{a[2][2], a[3][2], a[2][3], a[3][3]};
+        const quad columns[4] = {{low01[0], low01[1], low23[0], low23[1]},
+                                 {low01[2], low01[3], low23[2], low23[3]},
+                                 {high01[0], high01[1], high23[0], high23[1]},
+                                 {high01[2], high01[3], high23[2], high23[3]}};
+        for (long i = 0; i < 4; ++i) std::memcpy(to + i * stride + tap, &columns[i], sizeof columns[i]);
+    }
+}
+
 template <class T>
 struct Products {
     static constexpr long BUDGET = (10L << 20) / 4;  // floats of V and W: a third of a common L3
     static constexpr long DEPTH = 256;               // tiles of a chunk, if the budget allows
     static constexpr long MAPS = (256L << 10) / 4;   // floats of the maps in a thread's scratch, about
+
+    // W lies half a way of L1 off V: rows of both at one place of their ways would evict each other.
+    static constexpr long SHIFT = 2048 / 4;
 
     const Correlation& c;
     long down, across;        // tiles of an image
@@ -210,8 +235,9 @@ struct Products {
     long chunk, chunks;       // strips of a chunk
     long s_panels, l_panels;  // all of them
     long s_block, l_block;    // those of a block of dw
-    long groups, plane;       // floats of a point's tiles in a panel
-    long c_stride, c_plane;   // of a block's sums
+    long groups;
+    long plane, panel;       // floats of a point's tiles in a panel, and of a panel
+    long c_stride, c_plane;  // of a block's sums
     Window large, small;
 
     Products(const Correlation& correlation, int threads) : c(correlation) {
@@ -233,9 +259,10 @@ struct Products {
         chunks = ceil_div(strips, chunk);
         chunk = ceil_div(strips, chunks);
         plane = odd_lines(chunk * height * across * PANEL);
+        panel = round_up(T::POINTS * plane, 2 * SHIFT);
 
-        s_block = least(s_panels, most(1, 64 / PANEL));
-        l_block = least(l_panels, most(1, 32 / PANEL));
+        s_block = least(s_panels, most(1, 32 / PANEL));
+        l_block = least(l_panels, most(1, 64 / PANEL));
         while (blocks() < 2 * threads && s_block > 1) s_block = ceil_div(s_block, 2);
         while (blocks() < 2 * threads && l_block > 1) l_block = ceil_div(l_block, 2);
         c_stride = odd_lines(l_block * PANEL);
@@ -254,8 +281,8 @@ struct Products {
     long l_blocks() const { return ceil_div(l_panels, l_block); }
     long blocks() const { return s_blocks() * l_blocks(); }
 
-    long v_size() const { return groups * l_panels * T::POINTS * plane; }
-    long w_size() const { return s_panels * T::POINTS * plane; }
+    long v_size() const { return groups * l_panels * panel + SHIFT; }
+    long w_size() const { return s_panels * panel; }
     long taps_size() const { return round_up(c.taps() * c_plane, 16); }
     long scratch_size() const {
         const long maps_size = round_up(large.size(), 16) + round_up(small.size(), 16);
@@ -303,19 +330,19 @@ struct Products {
         s_window.fill(*c.small, c.small_map, image, top * T::OUT, 0, s);
 
         const auto each = [&](const Window& window, const float* map, long step, float* to, const auto& f) {
-            for (long panel = 0; panel * PANEL < window.channels; ++panel)
+            for (long index = 0; index * PANEL < window.channels; ++index)
                 for (long i = 0; i < rows; ++i)
                     for (long j = 0; j < across; ++j)
                         for (long lane = 0; lane < PANEL; lane += LANES) {
-                            const long channel = panel * PANEL + lane;
+                            const long channel = index * PANEL + lane;
                             f(map + i * step * window.row_stride() + j * step * window.channels + channel,
                               window.row_stride(), window.channels,
                               most(0, least(LANES, window.channels - channel)),
-                              to + panel * T::POINTS * plane + (tile + i * across + j) * PANEL + lane);
+                              to + index * panel + (tile + i * across + j) * PANEL + lane);
                         }
         };
         for (long group = 0; group < groups; ++group)
-            each(large, l, T::OUT * c.stride, v + group * l_panels * T::POINTS * plane,
+            each(large, l, T::OUT * c.stride, v + group * l_panels * panel,
                  [&](const float* from, long row, long column, long count, float* to) {
                      if (count == LANES)
                          T::large(c, from, row, column, group, LANES, to, plane);
@@ -342,19 +369,30 @@ struct Products {
     void products(long index, long tiles, const float* v, const float* w, bool add, float* sums,
                   float* taps) const {
         const Block b = block(index);
+        constexpr bool direct = T::POINTS == 1;
+        const long s_count = b.s.size(), l_count = b.l.size();
+        const float* const w_block = w + b.s.begin * panel;
         for (long group = 0; group < groups; ++group) {
+            const float* const v_block = v + (group * l_panels + b.l.begin) * panel;
             for (long point = 0; point < T::POINTS; ++point) {
-                const bool direct = T::POINTS == 1;
+                // The next point's panels, brought to L2 a share with each product.
+                const bool last = point + 1 == T::POINTS;
+                const float* const w_next = last ? w_block : w_block + (point + 1) * plane;
+                const float* const v_next = last ? v_block + l_panels * panel : v_block + (point + 1) * plane;
+                const auto ahead = [&](long product) {
+                    const long at = product * (s_count + l_count) * tiles / (s_count * l_count);
+                    const long next = at / tiles, line = at % tiles * PANEL;
+                    return line +
+                           (next < s_count ? w_next + next * panel : v_next + (next - s_count) * panel);
+                };
                 float* const to = direct ? taps + group * c_plane : sums + point * c_plane;
-                for (long l = b.l.begin; l < b.l.end; ++l) {
-                    const Operand right{v + ((group * l_panels + l) * T::POINTS + point) * plane, PANEL};
-                    for (long s = b.s.begin; s < b.s.end; ++s) {
-                        const Operand left{w + (s * T::POINTS + point) * plane, PANEL};
-                        outer_panel(least(PANEL, c.small->channels - s * PANEL), left, right, tiles,
-                                    to + (s - b.s.begin) * PANEL * c_stride + (l - b.l.begin) * PANEL,
-                                    c_stride, direct && add, right.from);
-                    }
-                }
+                for (long l = 0; l < l_count; ++l)
+                    for (long s = 0; s < s_count; ++s)
+                        outer_panel(least(PANEL, c.small->channels - (b.s.begin + s) * PANEL),
+                                    {w_block + s * panel + point * plane, PANEL},
+                                    {v_block + l * panel + point * plane, PANEL}, tiles,
+                                    to + (s * c_stride + l) * PANEL, c_stride, direct && add,
+                                    ahead(l * s_count + s));
             }
             if constexpr (T::POINTS > 1) {
                 const long rows = least(b.s.size() * PANEL, c.small->channels - b.s.begin * PANEL);
@@ -378,7 +416,10 @@ struct Products {
                     for (long l = l_begin; l < l_end; l += LANES)
                         store(c.tap(s, l, tap), load(from + tap * c_plane + l), least(LANES, l_end - l));
             } else {
-                for (long l = l_begin; l < l_end; ++l)
+                long l = l_begin;
+                if (c.kernel == 4 && c.column == 1 && c.row == 4)
+                    for (; l + 4 <= l_end; l += 4) transpose(from + l, c_plane, c.tap(s, l, 0), c.l);
+                for (; l < l_end; ++l)
                     for (long tap = 0; tap < c.taps(); ++tap) *c.tap(s, l, tap) = from[tap * c_plane + l];
             }
         }
