@@ -1,7 +1,8 @@
 """``python -m bench plot FILE --out FILE.png``: results of ``--json`` as a picture.
 
 Races, training's too, as grouped bars under the ceiling; ``scale`` as curves (:mod:`bench.plot_scale`),
-``ladder`` as one bar below the other (:mod:`bench.plot_ladder`).
+``ladder`` as one bar below the other (:mod:`bench.plot_ladder`), ``learn`` as curves with samples
+(:mod:`bench.plot_learn`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import plot_ladder, plot_scale, results
+from bench import plot_ladder, plot_learn, plot_scale, results
 from bench.cases import title
 from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
 from bench.providers import PROVIDERS
@@ -122,6 +123,7 @@ DRAWN: dict[str, tuple[Callable[[list[Row]], Any], Callable[[Any, Path], None]]]
     "race": (arrange, draw),
     "scale": (plot_scale.arrange, plot_scale.draw),
     "ladder": (plot_ladder.arrange, plot_ladder.draw),
+    "learn": (plot_learn.arrange, plot_learn.draw),
     "train": (arrange, draw),
 }
 """By the kind of result: rows into panels, panels into a file."""

@@ -1,0 +1,72 @@
+"""``python -m bench learn``: tiny runs from end to end, their file and their picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import learning, plot_learn, results, soak
+from bench.__main__ import main
+from bench.learn import Outcome
+from bench.learning import Settings
+
+TINY = ["--features", "2", "--image-size", "32", "--batch", "4", "--threads", "1"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_end_to_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(learning, "START", 2)
+    options = ["--steps", "4", "--seeds", "3", "5", "--channels-last", *TINY, "--out", str(tmp_path)]
+    assert main(["learn", *options]) in (0, 1)
+    out = capsys.readouterr().out
+    assert out.startswith("4 steps on real digits · features 2 · image_size 32 · batch 4 · cpu, 1 thread")
+    assert "\nPASS\n" in out or "\nFAIL\n" in out
+    rows = results.read(tmp_path / "learn.jsonl")
+    ways = [(row["way"], row.get("seed")) for row in rows if "way" in row]
+    runs = [(way, seed) for way in ("reference", "fast", "channels_last") for seed in (3, 5)]
+    assert ways == [*runs, ("real digits", None)]
+    assert {len(curve) for row in rows[:6] for curve in row["curves"].values()} == {4}
+    verdicts = {row["verdict"]: row["findings"] for row in rows if "verdict" in row}
+    assert list(verdicts) == ["fast", "channels_last"]
+    starts = [finding for finding in verdicts["fast"] if "start" in finding["quantity"]]
+    assert [finding["ok"] for finding in starts] == [True, True]
+
+    picture = tmp_path / "learn.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    assert main(["plot", str(tmp_path / "learn.jsonl"), "--out", str(picture)]) == 0
+    assert picture.exists()
+    older = [row | {"date": "2000-01-01"} for row in rows]
+    assert plot_learn.arrange([*older, *rows]) == plot_learn.arrange(rows)
+
+
+def test_the_status_is_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {ok: [learning.Finding("a", 1.0, 2.0), learning.Finding("b", 1.0, float(ok))] for ok in (0, 1)}
+    assert [Outcome(Settings(), {}, {"fast": found[ok]}, {}).ok for ok in (0, 1)] == [False, True]
+    rounding = {"fast": found[1], "channels_last": found[0]}
+    assert Outcome(Settings(), {}, rounding, {}).ok, "rounding is shown, not judged"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--seeds", "1", "1"], "at least two"), (["--image-size", "33"], "invalid choice: 33")],
+)
+def test_usage(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["learn", *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_soak(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status = main(["learn", "--soak", "--steps", "3", *TINY, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "soak.json").read_text())
+    assert [run["batches"] for run in report["runs"]] == [[4], [4, 1, 2, 8, 1]]
+    assert status == int(any(run["problems"] for run in report["runs"]))
+    assert all(run["finite"] for run in report["runs"])
+    assert capsys.readouterr().out.startswith("3 steps of fast networks")
+    assert soak.SETTINGS.steps == 2000
