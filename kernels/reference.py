@@ -161,9 +161,14 @@ def forward(
     return y if functional else _canonical(y, channels_last), mean, var
 
 
+def gradient_is_channels_last(x: Tensor) -> bool:
+    """Whether a gradient of x is: if x is that, and not contiguous too."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def empty_gradient(x: Tensor) -> Tensor:
-    """An empty gradient of x: channels_last if x is that and not contiguous too, with canonical strides."""
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """An empty gradient of x, with canonical strides."""
+    nhwc = gradient_is_channels_last(x)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(nhwc))
 
 

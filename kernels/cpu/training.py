@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Backward, Call, Gradients, Outputs
-from . import library, select
+from . import buffers, library, select
 from .run import geometry
 from .select import DGRAD, FPROP, WGRAD, Geometry
 
@@ -52,12 +52,7 @@ def fprop(call: Call, transposed: bool, algorithm: str | None = None) -> Outputs
     op.out_act = library.ACTIVATIONS.index(call.out_act)
     op.out_scale, op.out_shift = _address(call.out_scale, held), _address(call.out_shift, held)
     either = g.c_out == 1 or g.output == (1, 1)
-    y = torch.empty(
-        (x.shape[0], g.c_out, *g.output),
-        dtype=torch.float32,
-        device="cpu",
-        memory_format=reference.memory_format(call.channels_last or not either),
-    )
+    y = buffers.empty_map((x.shape[0], g.c_out, *g.output), call.channels_last or not either)
     size = g.c_out if call.stats else 0
     mean, var = x.new_empty(size), x.new_empty(size)
     strides = library.Strides(*weight.stride())
@@ -91,9 +86,9 @@ def backward(
     op.mean, op.dmean, op.dvariance = (_address(v, held) for v in (call.mean, call.dmean, call.dvar))
     address = ctypes.addressof(op)
     if need_x or need_prologue:
-        wanted = reference.empty_gradient(call.x)
-        in_place = wanted.is_contiguous(memory_format=torch.channels_last)
-        dx = wanted if in_place else torch.empty_like(x, memory_format=torch.channels_last)
+        nhwc = reference.gradient_is_channels_last(call.x)
+        either = g.c_in == 1 or x.shape[2:] == (1, 1)
+        dx = buffers.empty_map(x.shape, nhwc or not either)
         if need_prologue:
             dcenter, dscale, dshift = (x.new_empty(g.c_in) for _ in range(3))
         strides = library.Strides(*weight.stride())
@@ -107,11 +102,11 @@ def backward(
         )
         if not need_x:
             dx = nothing
-        elif not in_place:
-            dx = wanted.copy_(dx)
+        elif not nhwc:
+            dx = dx.contiguous()
     if need_weight:
         op.algorithm = library.ALGORITHMS.index(wgrad or select.training(g, WGRAD, *how))
-        dweight = torch.empty_like(call.weight)
+        dweight = buffers.empty_like(call.weight)
         strides = library.Strides(*dweight.stride())
         library.checked(
             library.library().dcgan_wgrad(

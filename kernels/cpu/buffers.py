@@ -1,0 +1,106 @@
+"""Memory for the maps and gradients of training, kept from step to step.
+
+A step makes some 300 MB of activations and gradients at batch 64. The system would hand them out as fresh
+pages each time, and to zero those takes a tenth of the step. So memory goes back to a pool here, when the last
+tensor that uses it is gone, and to the next tensor of that size.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALL = 1 << 20  # bytes below which the allocator's own pool serves as well
+KEPT = 512 << 20  # bytes that may lie unused; the longest unused go back to the system
+
+_free: collections.OrderedDict[int, list[mmap.mmap]] = collections.OrderedDict()  # by size, latest used last
+_unused = 0
+_lock = threading.RLock()  # a lease may end, by garbage collection, within a call of this module
+
+
+@functools.lru_cache(maxsize=256)
+def _lease_type(size: int) -> type[Any]:
+    """Memory that a storage holds; its end is the storage's."""
+
+    class Lease(ctypes.c_char * size):  # type: ignore[misc]
+        def __del__(self) -> None:
+            _give_back(self.memory)
+
+    return Lease
+
+
+def _give_back(memory: mmap.mmap) -> None:
+    global _unused
+    with _lock:
+        size = len(memory)
+        _free.setdefault(size, []).append(memory)
+        _free.move_to_end(size)
+        _unused += size
+        while _unused > KEPT:
+            oldest = next(iter(_free))
+            _free[oldest].pop()
+            _unused -= oldest
+            if not _free[oldest]:
+                del _free[oldest]
+
+
+def _take(size: int) -> mmap.mmap:
+    global _unused
+    with _lock:
+        found = _free.get(size)
+        if found:
+            _unused -= size
+            memory = found.pop()
+            if not found:
+                del _free[size]
+            return memory
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """An uninitialised float32 tensor on the CPU, dense in the order of its strides."""
+    count = math.prod(shape)
+    if count * 4 < SMALL:
+        return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
+    memory = _take(-(-count * 4 // mmap.PAGESIZE) * mmap.PAGESIZE)
+    lease = _lease_type(len(memory)).from_buffer(memory)
+    lease.memory = memory
+    whole = torch.frombuffer(lease, dtype=torch.float32)
+    # mypy takes that module's property for nothing.
+    fill: bool = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009
+    if torch.are_deterministic_algorithms_enabled() and fill:
+        whole.fill_(float("nan"))  # as torch.empty does
+    # Not a view, which autograd would follow to a tensor that no one has.
+    return torch.empty(0).set_(whole.untyped_storage(), 0, shape, strides)
+
+
+def empty_map(shape: Sequence[int], channels_last: bool) -> Tensor:
+    """:func:`empty` [N, C, H, W] in a memory format."""
+    _, c, h, w = shape
+    return empty(shape, (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1))
+
+
+def empty_like(t: Tensor) -> Tensor:
+    """:func:`empty` of t's shape, with the strides that torch.empty_like gives it."""
+    like = torch.empty_like(t, device="meta")
+    return empty(like.shape, like.stride())
+
+
+def release() -> None:
+    """Give what lies unused back to the system."""
+    global _unused
+    with _lock:
+        _free.clear()
+        _unused = 0
