@@ -21,6 +21,7 @@ from bench.answers import Materials
 from bench.cases import Case
 from bench.ceiling import Ceiling
 from bench.phases import PHASES, Profile
+from bench.providers import Provider
 from bench.race import PREPARE_SECONDS, Outcome, Settings, WorkerFailed, measure_ceiling, race, started
 from bench.results import Report
 from bench.table import NOTHING, percent, rate, times
@@ -60,10 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Races, prints, writes. Returns the exit status: 1 if a provider is wrong or one of ours failed."""
+    """Races, prints, writes. Returns the exit status: 1 if a way is wrong or one of ours failed."""
     providers = forward.find_providers(args.providers, WAYS)
     cases = make_cases(args)
-    settings = Settings(args.seconds, args.rounds)
     out, progress = table.console(), table.console(stderr=True)
     load = machine.load()
 
@@ -77,40 +77,54 @@ def run(args: argparse.Namespace) -> int:
         progress.print(case.title, style="dim", markup=False)
         log("measuring the machine's ceiling")
         ceilings[case.dtype] = measure_ceiling(case).or_better(ceilings.get(case.dtype))
+        rows: list[dict[str, Any]] = []
         if not args.profile:
-            log("computing the answers in float64")
-            materials = Materials.of(case)
-            if case.device == "cuda":
-                torch.cuda.empty_cache()
-            outcomes = race(case, providers, settings, log, lambda _, made=materials: made)  # type: ignore[misc]
-            log("measuring the ceiling again")  # the better one counts: what disturbs can only lower it
-            ceilings[case.dtype] = measure_ceiling(case).or_better(ceilings[case.dtype])
-            report = Report(case, case.work(), ceilings[case.dtype], outcomes)
+            report = raced(case, providers, Settings(args.seconds, args.rounds), ceilings[case.dtype], log)
+            ceilings[case.dtype] = report.ceiling
             reports.append(report)
             out.print(race_table(report))
             for line in [*table.failures(report), *ceiling_lines(report), ""]:
                 out.print(line, markup=False, soft_wrap=True)
-            if args.json is not None:
-                results.append(args.json, results.rows([report], load, "train"))
-        if not args.no_profile:
-            for name in [p.name for p in providers if case.device in PROFILED.get(p.name, ())]:
-                log(f"{name}: where the time goes")
-                try:
-                    profile = measure_profile(case, name, min(args.rounds, PROFILE_ROUNDS))
-                except WorkerFailed as failure:
-                    out.print(
-                        f"{name}: where the time goes: FAILED: {failure}\n", markup=False, soft_wrap=True
-                    )
-                    failed = failed or args.profile
-                    continue
-                out.print(profile_table(case, name, profile, ceilings[case.dtype]))
-                out.print(profile_line(ceilings[case.dtype]), soft_wrap=True)
-                if args.json is not None:
-                    results.append(args.json, profile_rows(case, name, profile, ceilings[case.dtype], load))
+            rows += results.rows([report], load, "train")
+        for name in [] if args.no_profile else profiled(case, providers):
+            log(f"{name}: where the time goes")
+            try:
+                profile = measure_profile(case, name, min(args.rounds, PROFILE_ROUNDS))
+            except WorkerFailed as failure:
+                failed = True
+                out.print(f"{name}: where the time goes: FAILED: {failure}\n", markup=False, soft_wrap=True)
+                continue
+            out.print(profile_table(case, name, profile, ceilings[case.dtype]))
+            out.print(profile_line(ceilings[case.dtype]), soft_wrap=True)
+            rows += profile_rows(case, name, profile, ceilings[case.dtype], load)
+        if args.json is not None:
+            results.append(args.json, rows)
     if len(reports) > 1:
         out.print(table.summary_table(reports))
     forward.print_remarks(out, load)
     return max(forward.status(reports), int(failed))
+
+
+def raced(
+    case: Training,
+    providers: Sequence[Provider[Any]],
+    settings: Settings,
+    ceiling: Ceiling,
+    log: Callable[[str], None],
+) -> Report:
+    """The race, with the better of two ceilings, before and after: what disturbs can only lower one."""
+    log("computing the answers in float64")
+    materials = Materials.of(case)
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+    outcomes = race(case, providers, settings, log, lambda _: materials)
+    log("measuring the ceiling again")
+    return Report(case, case.work(), measure_ceiling(case).or_better(ceiling), outcomes)
+
+
+def profiled(case: Training, providers: Sequence[Provider[Any]]) -> list[str]:
+    """Those that can be taken apart."""
+    return [p.name for p in providers if case.device in PROFILED.get(p.name, ())]
 
 
 def make_cases(args: argparse.Namespace) -> list[Training]:
