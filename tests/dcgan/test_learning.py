@@ -34,7 +34,7 @@ TINY = Settings(features=4, image_size=32, batch=8, lr=4e-3)
 @pytest.mark.slow
 def test_fast_learns_what_the_reference_learns() -> None:
     """300 steps on real digits from three seeds; twelve minutes of two idle cores at most."""
-    outcome = command.race(Settings(), channels_last=True, log=print)
+    outcome = command.race(Settings(), log=print)
     out = table.console()
     out.print(command.ends_table(outcome))
     out.print(command.findings_table(outcome))
