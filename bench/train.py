@@ -10,6 +10,7 @@ convolution and gradient by layer, beside what a direct convolution could do at 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
