@@ -19,7 +19,7 @@ struct Operand {
 // R rows by one panel. `ahead`: what is used soon, of which four k fetch a line.
 template <long R>
 [[gnu::noinline]] void outer(Operand a, Operand b, long count, float* c, long c_stride, bool add,
-                             const float* ahead) {
+                             Operand ahead) {
     vec acc[R][2] = {};
     const auto step = [&] {
         const vec left = load(b.from), right = load(b.from + LANES);
@@ -34,8 +34,8 @@ template <long R>
     };
     long k = 0;
     for (; k + 2 <= count; k += 2) {  // four at once are slower: GCC then runs out of registers
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += 8;
+        __builtin_prefetch(ahead.from, 0, 2);
+        ahead.from += ahead.step;
         step();
         step();
     }
@@ -53,7 +53,7 @@ template <long R>
 }
 
 DCGAN_INLINE void outer(long rows, Operand a, Operand b, long count, float* c, long c_stride, bool add,
-                        const float* ahead) {
+                        Operand ahead) {
     switch (rows) {
 #define DCGAN_OUTER(R) \
     case R:            \
@@ -78,12 +78,12 @@ DCGAN_INLINE void outer(long rows, Operand a, Operand b, long count, float* c, l
 
 // `rows` rows, in tiles of nearly equal height, by one panel.
 DCGAN_INLINE void outer_panel(long rows, Operand a, Operand b, long count, float* c, long c_stride, bool add,
-                              const float* ahead) {
+                              Operand ahead) {
     const long tiles = (rows + ROWS - 1) / ROWS, height = rows / tiles, higher = rows % tiles;
     for (long t = 0, m = 0; t < tiles; ++t) {
         const long here = height + (t < higher);
         outer(here, a.at(0, m), b, count, c + m * c_stride, c_stride, add, ahead);
-        ahead += count * 4;
+        ahead.from += count / 2 * ahead.step;
         m += here;
     }
 }

@@ -382,8 +382,9 @@ struct Products {
                 const auto ahead = [&](long product) {
                     const long at = product * (s_count + l_count) * tiles / (s_count * l_count);
                     const long next = at / tiles, line = at % tiles * PANEL;
-                    return line +
-                           (next < s_count ? w_next + next * panel : v_next + (next - s_count) * panel);
+                    const float* const from =
+                        next < s_count ? w_next + next * panel : v_next + (next - s_count) * panel;
+                    return Operand{from + line, 8};
                 };
                 float* const to = direct ? taps + group * c_plane : sums + point * c_plane;
                 for (long l = 0; l < l_count; ++l)
@@ -514,11 +515,18 @@ struct NarrowGradient {
                 const float* const from = l + (2 * p + ky) * large.row_stride();
                 float* const to = a + p * width * taps + ky * 4 * channels;
                 for (long q = 0; q < width; ++q)
-                    std::memcpy(to + q * taps, from + q * 2 * channels,
-                                static_cast<size_t>(4 * channels) * sizeof(float));
+                    for (long i = 0; i < 4 * channels; i += 4)
+                        std::memcpy(to + q * taps + i, from + q * 2 * channels + i, 4 * sizeof(float));
             }
-        for (long panel = 0; panel < columns; panel += PANEL)
-            outer_panel(taps, {a, taps}, right.at(0, panel), pixels, sums + panel, columns, more, a);
+        // The next block's small map comes from memory meanwhile: a share with each panel.
+        const long panels = columns / PANEL, share = pixels * c.small->channels / panels;
+        for (long panel = 0; panel < panels; ++panel) {
+            const bool other = c.small->y != nullptr && panel % 2 == 1;
+            const float* const map = other ? c.small->y : c.small->t;
+            const Operand ahead{map + (pixel + pixels) * c.small->channels + panel * share, 8};
+            outer_panel(taps, {a, taps}, right.at(0, panel * PANEL), pixels, sums + panel * PANEL, columns,
+                        more, ahead);
+        }
     }
 };
 
