@@ -822,11 +822,13 @@ class Pretended:
 
         def replay() -> None:
             self.log.append("replay")
+            attributes = [p.grad for p in parameters]
             result.copy_(step())
-            for parameter, gradient in zip(parameters, gradients, strict=True):
+            for parameter, gradient, attribute in zip(parameters, gradients, attributes, strict=True):
                 if gradient is not None:
                     assert parameter.grad is not None
                     gradient.copy_(parameter.grad)
+                parameter.grad = attribute  # a replay runs no Python
 
         return replay, result
 
