@@ -16,30 +16,32 @@ struct Operand {
     DCGAN_INLINE Operand at(long k, long channel) const { return {from + k * step + channel, step}; }
 };
 
-// R rows by one panel. `ahead`: what is used soon, of which four k fetch a line.
+template <long R>
+DCGAN_INLINE void outer_step(vec (&acc)[R][2], const float* a, const float* b) {
+    const vec left = load(b), right = load(b + LANES);
+#pragma GCC unroll 12
+    for (long r = 0; r < R; ++r) {
+        const vec broadcast = splat(a[r]);
+        acc[r][0] += broadcast * left;
+        acc[r][1] += broadcast * right;
+    }
+}
+
+// R rows by one panel. `ahead`: what is used soon, of which every two k bring a step to L2.
 template <long R>
 [[gnu::noinline]] void outer(Operand a, Operand b, long count, float* c, long c_stride, bool add,
                              Operand ahead) {
     vec acc[R][2] = {};
-    const auto step = [&] {
-        const vec left = load(b.from), right = load(b.from + LANES);
-#pragma GCC unroll 12
-        for (long r = 0; r < R; ++r) {
-            const vec broadcast = splat(a.from[r]);
-            acc[r][0] += broadcast * left;
-            acc[r][1] += broadcast * right;
-        }
-        a.from += a.step;
-        b.from += b.step;
-    };
     long k = 0;
     for (; k + 2 <= count; k += 2) {  // four at once are slower: GCC then runs out of registers
         __builtin_prefetch(ahead.from, 0, 2);
         ahead.from += ahead.step;
-        step();
-        step();
+        outer_step<R>(acc, a.from, b.from);
+        outer_step<R>(acc, a.from + a.step, b.from + b.step);
+        a.from += 2 * a.step;
+        b.from += 2 * b.step;
     }
-    if (k < count) step();
+    if (k < count) outer_step<R>(acc, a.from, b.from);
 #pragma GCC unroll 12
     for (long r = 0; r < R; ++r) {
         float* to = c + r * c_stride;
