@@ -323,20 +323,21 @@ def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
 def listed(*kernels: str) -> list[Any]:
     """Parameters (kernel, precision, tile) for each listed tile, shrunk.
 
-    Those that then differ in warps and stages alone, which the interpreter knows nothing of, are there once;
-    those that differ in precision alone, once in the fast tests.
+    Those that then differ in warps and stages alone, which the interpreter knows nothing of, are there once.
+    In the fast tests there are two of a kernel, which differ most in rows.
     """
     found: dict[tuple[str, str, tuple[int, ...]], Any] = {}
-    seen = set()
     for kernel in kernels:
+        every = [shrunk(tile, kernel)[:3] for p in tiles.PRECISIONS for tile in tiles.candidates(kernel, p)]
+        fast = {min(every), max(every)}
         for precision in tiles.PRECISIONS:
             for tile in tiles.candidates(kernel, precision):
                 small = shrunk(tile, kernel)
                 blocks = small[:3]
                 if (kernel, precision, blocks) in found:
                     continue
-                marks = [pytest.mark.slow] if (kernel, blocks) in seen else []
-                seen.add((kernel, blocks))
+                marks = [] if blocks in fast else [pytest.mark.slow]
+                fast.discard(blocks)
                 name = f"{kernel}-{precision}-{'x'.join(map(str, blocks))}"
                 found[kernel, precision, blocks] = pytest.param(
                     kernel, precision, small, id=name, marks=marks

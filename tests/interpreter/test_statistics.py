@@ -45,7 +45,8 @@ def copying(shape: Shape, x: Tensor) -> Call:
 
 @pytest.mark.parametrize("name", WITH_STATISTICS)
 def test_a_mean_of_a_thousand_deviations(name: str) -> None:
-    shape = SHAPES[name]._replace(n=37)  # several row tiles, the last partly filled
+    # Several row tiles, the last partly filled.
+    shape = SHAPES[name]._replace(n=13 if name in ("up", "up_narrow_1") else 37)
     x = 1000 + torch.randn(shape.n, shape.c_in, shape.h, shape.w)
     y, mean, var = statistics(copying(shape, x), shape.transposed)
     assert bool(torch.isin(y, x).all())
@@ -78,15 +79,15 @@ def test_of_the_accumulator_before_it_is_rounded(name: str) -> None:
     "shape",
     [
         Shape(False, 1, 20, 24, 2, 2, 4, 2, 1),  # one number a channel
-        Shape(False, 1, 3, 17, 3, 2, 4, 2, 1),
+        pytest.param(Shape(False, 1, 3, 17, 3, 2, 4, 2, 1), marks=pytest.mark.slow),
         Shape(True, 1, 20, 3, 1, 1, 4, 2, 1),  # one a channel and parity
         Shape(True, 1, 20, 12, 1, 1, 4, 1, 0),  # one a channel and pixel
-        Shape(False, 1, 12, 20, 4, 4, 4, 1, 0),
+        pytest.param(Shape(False, 1, 12, 20, 4, 4, 4, 1, 0), marks=pytest.mark.slow),
         Shape(False, 5, 5, 20, 2, 6, 4, 2, 1),  # 15 rows of a tile of 16, 16 and 17
-        Shape(False, 4, 5, 20, 2, 8, 4, 2, 1),
+        pytest.param(Shape(False, 4, 5, 20, 2, 8, 4, 2, 1), marks=pytest.mark.slow),
         Shape(False, 1, 5, 20, 2, 34, 4, 2, 1),
-        Shape(True, 1, 5, 20, 17, 1, 4, 2, 1),
-        Shape(True, 17, 5, 4, 1, 1, 4, 1, 0),
+        pytest.param(Shape(True, 1, 5, 20, 17, 1, 4, 2, 1), marks=pytest.mark.slow),
+        pytest.param(Shape(True, 17, 5, 4, 1, 1, 4, 1, 0), marks=pytest.mark.slow),
         Shape(False, 33, 3, 17, 2, 2, 2, 1, 0),
     ],
     ids=lambda shape: "x".join(map(str, map(int, shape))),

@@ -39,18 +39,33 @@ def name_of(row: dict[str, Any]) -> str:
     return f"{row['shape']}-{row['before']}-{row['after']}-{dtype}-{formats}-{row['layout']}"
 
 
-SAMPLE = pairwise(
-    shape=[name for name in SHAPES if name not in ("up_wide", "up_narrow_1", "down", "dense_narrow_1")],
-    before=list(PROLOGUES),
-    after=list(TAILS),
-    dtype=list(DTYPES),
-    layout=list(LAYOUTS),
-    x_nhwc=[True, False],
-    channels_last=[True, False],
+def sample(prologues: list[str], tails: list[str]) -> list[dict[str, Any]]:
+    return pairwise(
+        shape=[name for name in SHAPES if name not in ("up_wide", "up_narrow_1", "down", "dense_narrow_1")],
+        before=prologues,
+        after=tails,
+        dtype=list(DTYPES),
+        layout=list(LAYOUTS),
+        x_nhwc=[True, False],
+        channels_last=[True, False],
+    )
+
+
+# One of each kind, with one of each activation.
+SAMPLE = sample(
+    ["as_it_is", "relu", "sigmoid", "affine_relu", "affine_leaky_relu", "affine_tanh"],
+    ["statistics", "raw", "tanh", "scale", "shift_sigmoid", "scale_shift_leaky_relu"],
 )
+REST = [row for row in sample(list(PROLOGUES), list(TAILS)) if row not in SAMPLE]
 
 
-@pytest.mark.parametrize("row", SAMPLE, ids=map(name_of, SAMPLE))
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(pytest.param(row, id=name_of(row)) for row in SAMPLE),
+        *(pytest.param(row, id=name_of(row), marks=pytest.mark.slow) for row in REST),
+    ],
+)
 def test_outputs_and_gradients(row: dict[str, Any]) -> None:
     """Each geometry, prologue, tail, dtype and layout beside each of the others at least once."""
     row = row.copy()
@@ -95,8 +110,8 @@ def test_some_inputs_require_gradients(name: str, after: str) -> None:
             assert torch.equal(result, everything[name]), f"{name} of {wanted}"
 
 
-@pytest.mark.parametrize("name", ["down_narrow_1", "dense_down"])
-@pytest.mark.parametrize("used", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
+@pytest.mark.parametrize("name", ["down_narrow_1", pytest.param("dense_down", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("used", list(itertools.product([True, False], repeat=3))[1:-1], ids=str)
 def test_some_outputs_are_used(name: str, used: tuple[bool, bool, bool]) -> None:
     shape = SHAPES[name]
     call = training_call(shape, "affine_leaky_relu", "statistics")
@@ -125,7 +140,7 @@ def strided(t: Tensor) -> Tensor:
     return memory[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
 
 
-@pytest.mark.parametrize("after", ["statistics", "scale_shift_tanh"])
+@pytest.mark.parametrize("after", ["statistics", pytest.param("scale_shift_tanh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["up_few", "down_narrow_3", "dense_up"])
 def test_any_strides(name: str, after: str) -> None:
     """Of x, weight, vectors and every gradient that comes in; a dense weight's gradient has its strides."""
@@ -142,8 +157,15 @@ def test_any_strides(name: str, after: str) -> None:
         assert_right(triton_results(now, shape.transposed, given), now, shape.transposed, given)
 
 
-@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
-@pytest.mark.parametrize("name", ["up_few", "dense_down"])
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("up_few", "relu"),
+        ("dense_down", "leaky_relu"),
+        pytest.param("up_few", "leaky_relu", marks=pytest.mark.slow),
+        pytest.param("dense_down", "relu", marks=pytest.mark.slow),
+    ],
+)
 def test_the_derivative_at_a_kink(name: str, act: str) -> None:
     """Of relu and leaky_relu at exactly 0 it is eager's: 0 and the slope."""
     shape = SHAPES[name]
@@ -158,7 +180,13 @@ def test_the_derivative_at_a_kink(name: str, act: str) -> None:
         assert_right(triton_results(now, shape.transposed, given), now, shape.transposed, given)
 
 
-@pytest.mark.parametrize("name", ["up_few", "down", "up_narrow_1", "dense_down"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("down", "up_narrow_1"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("up_few", "dense_down")),
+    ],
+)
 def test_the_same_bits_again(name: str) -> None:
     shape = SHAPES[name]
     call = training_call(shape, "affine_leaky_relu", "statistics", torch.bfloat16)
@@ -167,8 +195,19 @@ def test_the_same_bits_again(name: str) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "passes"])
-@pytest.mark.parametrize("name", ["up", "up_narrow_1", "down", "down_narrow_3", "dense_up", "dense_down"])
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        pytest.param(
+            name,
+            fused,
+            id=f"{name}-{'fused' if fused else 'passes'}",
+            marks=[] if fused or name == "down" else pytest.mark.slow,
+        )
+        for name in ("up", "up_narrow_1", "down", "down_narrow_3", "dense_up", "dense_down")
+        for fused in (True, False)
+    ],
+)
 def test_offsets_beyond_int32(name: str, fused: bool) -> None:
     """In x and dy, which the adjoint, the weight gradient and the passes read."""
     shape = SHAPES[name]._replace(n=2)
@@ -180,8 +219,7 @@ def test_offsets_beyond_int32(name: str, fused: bool) -> None:
     assert_right(made, call, shape.transposed, given)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
-@given(
+ANY_SIZE = given(
     transposed=st.booleans(),
     n=st.integers(1, 3),
     c_in=st.integers(1, 20),
@@ -195,17 +233,7 @@ def test_offsets_beyond_int32(name: str, fused: bool) -> None:
     x_nhwc=st.booleans(),
     channels_last=st.booleans(),
 )
-def test_any_size(
-    transposed: bool, n: int, c_in: int, c_out: int, h: int, w: int, before: str, after: str,
-    dtype: torch.dtype, layout: str, x_nhwc: bool, channels_last: bool,
-) -> None:  # fmt: skip
-    shape = Shape(transposed, n, c_in, c_out, h, w, 4, 2, 1)
-    call = training_call(shape, before, after, dtype, x_nhwc, channels_last=channels_last)
-    check(call, transposed, layout)
-
-
-@settings(deadline=None, max_examples=25, derandomize=True)
-@given(
+ANY_SIZE_ON_ONE_PIXEL = given(
     transposed=st.booleans(),
     n=st.integers(1, 20),
     c_in=st.integers(1, 20),
@@ -215,12 +243,31 @@ def test_any_size(
     after=st.sampled_from(list(TAILS)),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_size_on_a_map_of_one_pixel(
+A_FEW = settings(deadline=None, max_examples=5, derandomize=True)
+MANY = settings(deadline=None, max_examples=50, derandomize=True)
+
+
+def any_size(
+    transposed: bool, n: int, c_in: int, c_out: int, h: int, w: int, before: str, after: str,
+    dtype: torch.dtype, layout: str, x_nhwc: bool, channels_last: bool,
+) -> None:  # fmt: skip
+    shape = Shape(transposed, n, c_in, c_out, h, w, 4, 2, 1)
+    call = training_call(shape, before, after, dtype, x_nhwc, channels_last=channels_last)
+    check(call, transposed, layout)
+
+
+def any_size_on_one_pixel(
     transposed: bool, n: int, c_in: int, c_out: int, kernel: int, before: str, after: str, dtype: torch.dtype
 ) -> None:
     side = 1 if transposed else kernel
     shape = Shape(transposed, n, c_in, c_out, side, side, kernel, 1, 0)
     check(training_call(shape, before, after, dtype), transposed)
+
+
+test_any_size = A_FEW(ANY_SIZE(any_size))
+test_any_size_on_a_map_of_one_pixel = A_FEW(ANY_SIZE_ON_ONE_PIXEL(any_size_on_one_pixel))
+test_many_sizes = pytest.mark.slow(MANY(ANY_SIZE(any_size)))
+test_many_sizes_on_a_map_of_one_pixel = pytest.mark.slow(MANY(ANY_SIZE_ON_ONE_PIXEL(any_size_on_one_pixel)))
 
 
 def test_no_gradient_is_asked_of_a_frozen_call() -> None:
