@@ -22,6 +22,18 @@ struct Dense {
     static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
         const Gemm g = shape(l);
         const long per_pixel = round_up(l.c_out, PANEL) / PANEL;
+        if (l.transposed && l.kernel == 4) {  // all 16 pixels' taps of a few channels at once
+            parallel(per_pixel, threads, nullptr, 0, [&](long panel, Scratch) {
+                float taps[4][4][PANEL];
+                for (long k = 0; k < l.c_in; ++k) {
+                    w.panel(k, panel * PANEL, l.c_out, taps);
+                    for (long pixel = 0; pixel < 16; ++pixel)
+                        std::memcpy(packed + g.offset(k, pixel * per_pixel + panel),
+                                    taps[pixel / 4][pixel % 4], sizeof taps[0][0]);
+                }
+            });
+            return;
+        }
         parallel(g.panels(), threads, nullptr, 0, [&](long panel, Scratch) {
             for (long k = 0; k < g.depth(); ++k) {
                 const long pixel = l.transposed ? panel / per_pixel : k / l.c_in;
@@ -66,14 +78,13 @@ struct Dense {
                 for (long first = u.panels.begin; first < u.panels.end; first += PASS) {
                     const long last = least(first + PASS, u.panels.end);
                     gemm(g, rows, m, l.weights, first, last, sums, c_stride);
-                    for (long i = 0; i < m; ++i) {
-                        for (long panel = first; panel < last; ++panel) {
-                            const long pixel = panel / per_pixel, c = panel % per_pixel * PANEL;
-                            float* const y = job.y.data + (u.rows.begin + i) * job.y.n +
-                                             pixel / l.kernel * job.y.h + pixel % l.kernel * job.y.w;
-                            put_row(sink, sums + i * c_stride + (panel - first) * PANEL, y, c,
-                                    least(c + PANEL, l.c_out));
-                        }
+                    for (long panel = first; panel < last; ++panel) {
+                        const long pixel = panel / per_pixel, c = panel % per_pixel * PANEL;
+                        put_pixels(sink, sums + (panel - first) * PANEL, c_stride, m, c,
+                                   least(c + PANEL, l.c_out), [&](long i) {
+                                       return job.y.data + (u.rows.begin + i) * job.y.n +
+                                              pixel / l.kernel * job.y.h + pixel % l.kernel * job.y.w;
+                                   });
                     }
                 }
             });

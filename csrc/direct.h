@@ -86,15 +86,14 @@ struct Direct {
                 gemm(g, rows, m, l.weights + u.group * g.size(), u.panels.begin, u.panels.end, sums,
                      c_stride);
                 const Size present = parity_rows(job, u.group);
-                for (long i = 0; i < m; ++i) {
+                const long begin = u.panels.begin * PANEL, end = least(u.panels.end * PANEL, l.c_out);
+                put_pixels(sink, sums, c_stride, m, begin, end, [&](long i) -> float* {
                     const long pixel = u.rows.begin + i, q = pixel % size.width,
                                p = pixel / size.width % size.height;
-                    if (p >= present.height || q >= present.width) continue;
-                    float* const y = job.y.data + pixel / size.pixels() * job.y.n + (p * step + a) * job.y.h +
-                                     (q * step + b) * job.y.w;
-                    put_row(sink, sums + i * c_stride, y, u.panels.begin * PANEL,
-                            least(u.panels.end * PANEL, l.c_out));
-                }
+                    if (p >= present.height || q >= present.width) return nullptr;
+                    return job.y.data + pixel / size.pixels() * job.y.n + (p * step + a) * job.y.h +
+                           (q * step + b) * job.y.w;
+                });
             });
         });
     }

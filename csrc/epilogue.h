@@ -75,14 +75,24 @@ struct Affine {
     DCGAN_INLINE void done() {}
 };
 
-// A pixel's channels [begin, end), from sums (which may be read to the end of a vector) to y.
-template <class E>
-DCGAN_INLINE void put_row(const E& epilogue, const float* sums, float* y, long begin, long end) {
-    for (long c = begin; c < end; c += LANES) {
-        const long count = end - c < LANES ? end - c : LANES;
-        auto lanes = epilogue.at(c, count);
-        lanes.put(load(sums + c - begin), y + c, count);
-        lanes.done();
+// Channels [begin, end) of `count` pixels, the i-th from sums + i·stride (which may be read to the end of a
+// vector) to pixel(i), null for one that y does not have. A few pixels at a time: the channels' constants and
+// sums stay in registers, the pixels in L1.
+template <class E, class P>
+DCGAN_INLINE void put_pixels(const E& epilogue, const float* sums, long stride, long count, long begin,
+                             long end, const P& pixel) {
+    for (long first = 0; first < count; first += 8) {
+        float* to[8];
+        const long few = count - first < 8 ? count - first : 8;
+        for (long i = 0; i < few; ++i) to[i] = pixel(first + i);
+        for (long c = begin; c < end; c += LANES) {
+            const long channels = end - c < LANES ? end - c : LANES;
+            auto lanes = epilogue.at(c, channels);
+            const float* from = sums + first * stride + c - begin;
+            for (long i = 0; i < few; ++i, from += stride)
+                if (to[i] != nullptr) lanes.put(load(from), to[i] + c, channels);
+            lanes.done();
+        }
     }
 }
 

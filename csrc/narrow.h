@@ -155,11 +155,10 @@ struct Narrow {
                 rows[ky * m + i] =
                     copy + (2 * (i / size.width) + ky) * padded + 2 * (i % size.width) * l.c_in;
         gemm(g, rows, m, l.weights, 0, g.panels(), sums, c_stride);
-        for (long i = 0; i < m; ++i)
-            put_row(epilogue, sums + i * c_stride,
-                    job.y.data + u.group * job.y.n + (u.rows.begin + i / size.width) * job.y.h +
-                        i % size.width * job.y.w,
-                    0, l.c_out);
+        put_pixels(epilogue, sums, c_stride, m, 0, l.c_out, [&](long i) {
+            return job.y.data + u.group * job.y.n + (u.rows.begin + i / size.width) * job.y.h +
+                   i % size.width * job.y.w;
+        });
     }
 };
 

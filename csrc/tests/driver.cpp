@@ -21,6 +21,7 @@ void test_forks();
 void run_after_fork(const char* pool);
 void test_arguments();
 void test_peak();
+void test_wgrad();
 
 // Fresh memory is NaN, so that a result made from scratch memory that was never written shows. And a
 // workspace of hundreds of terabytes is refused, as malloc refuses it, not the end of the program.
@@ -41,6 +42,7 @@ int main(int count, char** arguments) {
     test_arguments();
     test_activations();
     test_layers();
+    test_wgrad();
     test_views();
     test_nonfinite();
     test_chains();
