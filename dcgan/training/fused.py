@@ -37,6 +37,9 @@ class TrainStep:
     G(z) is computed once, D runs three times (x, G(z), G(z) again once it is updated), and each of these
     updates its BatchNorms' running statistics, in this order. What differs:
 
+    * The two halves of loss_d are differentiated one after the other, which keeps a third less memory; their
+      gradients add up in ``grad`` as they would in one pass.
+
     * G's phase computes no gradient of D's weights, which nothing reads: D's parameters require no gradient
       meanwhile. So afterwards D's ``grad`` is what D's phase made (clipped, if told to); in the seed's loop
       G's phase has added to it.
@@ -180,21 +183,25 @@ class TrainStep:
         stepped = False
         try:
             self._optimizer_d.zero_grad()
+            self._optimizer_g.zero_grad()
             with self._precision():
                 on_real = self._judge(real)
+            loss_real, d_x = self._bce(on_real, self._real_label)
+            self._backward(loss_real)  # here, so that what it keeps is gone before the next keeps as much
+            with self._precision():
                 fake = self.generator(noise)
                 on_fake = self._judge(fake.detach())
-            loss_real, d_x = self._bce(on_real, self._real_label)
             loss_fake, d_g_z = self._bce(on_fake, 0.0)
-            loss_d = loss_real + loss_fake
-            stepped = self._update(loss_d, self.discriminator, self._optimizer_d, self._clip_d)
+            self._backward(loss_fake)
+            loss_d = loss_real.detach() + loss_fake.detach()
+            stepped = self._update(self.discriminator, self._optimizer_d, self._clip_d)
 
-            self._optimizer_g.zero_grad()
             with _requiring_no_gradient(self.discriminator):
                 with self._precision():
                     on_fake = self._judge(fake)
                 loss_g = self._loss_g(on_fake)
-                stepped = self._update(loss_g, self.generator, self._optimizer_g, self._clip_g) or stepped
+                self._backward(loss_g)
+                stepped = self._update(self.generator, self._optimizer_g, self._clip_g) or stepped
         finally:
             if self._scaler is not None and stepped:  # else it would refuse the next step, after an exception
                 self._scaler.update()
@@ -223,12 +230,15 @@ class TrainStep:
             return -self._bce(judged, 0.0)[0]
         return self._bce(judged, self._real_label)[0]
 
-    def _update(self, loss: Tensor, network: nn.Module, optimizer: Optimizer, clip: float | None) -> bool:
-        """Backward and the optimizer's step; False where the network is frozen whole."""
-        if not loss.requires_grad:
+    def _backward(self, loss: Tensor) -> None:
+        if loss.requires_grad:  # else the network is frozen whole
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def _update(self, network: nn.Module, optimizer: Optimizer, clip: float | None) -> bool:
+        """The optimizer's step; False where the network is frozen whole."""
+        if not any(p.requires_grad for p in network.parameters()):
             return False
         scaler = self._scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
         if clip is not None:
             if scaler is not None:
                 scaler.unscale_(optimizer)

@@ -556,8 +556,8 @@ def test_eval_mode_leaves_running_statistics() -> None:
 def test_autocast(kind: str, loss: str) -> None:
     """The plain loop under autocast on the same network's logits, step for step; parameters stay float32.
 
-    Losses are means of some numbers of bfloat16's 8 bits; that they are the plain loop's to float32's tells
-    that the same products ran in the same precision.
+    The plain loop's one backward adds up D's gradients on x and on G(z) in bfloat16, where both come to the
+    same cast weight; the step's two add them up in float32. So they may differ by bfloat16's roundoff.
     """
     networks = pair(kind)
     plain = copy.deepcopy(networks)
@@ -569,12 +569,11 @@ def test_autocast(kind: str, loss: str) -> None:
         wanted = plain_loop(plain, theirs, real, noise, torch.bfloat16, minimax=loss == "minimax")
         for name, got, want in zip(Result._fields, result, wanted, strict=True):
             assert got.dtype == torch.float32
-            assert got.item() == pytest.approx(want.item(), rel=1e-5), name
+            assert got.item() == pytest.approx(want.item(), rel=2**-9), name
         for network, other in zip(networks, plain, strict=True):
             for (name, p), q in zip(network.named_parameters(), other.parameters(), strict=True):
                 assert p.dtype == torch.float32
-                # D's gradients come from the same sums of bfloat16 products, in one order or another.
-                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=0.01 * 2**-8, msg=name)
 
 
 def plain_loop(
