@@ -557,13 +557,10 @@ def test_autocast(kind: str, loss: str) -> None:
     """The plain loop under autocast on the same network's logits, step for step; parameters stay float32.
 
     Losses are means of some numbers of bfloat16's 8 bits; that they are the plain loop's to float32's tells
-    that the same products ran in the same precision. But in the plain loop the reference networks' gradients
-    on x and on G(z) come to one cast weight, and add up in bfloat16, where the step adds them up in float32:
-    after three steps and some kinks crossed, parameters have moved otherwise by 4%.
+    that the same products ran in the same precision.
     """
     networks = pair(kind)
     plain = copy.deepcopy(networks)
-    start = {id(q): q.detach().clone() for network in plain for q in network.parameters()}
     ours, theirs = sgds(networks, 0.01), sgds(plain, 0.01)
     step = TrainStep(*networks, *ours, autocast=torch.bfloat16, loss=loss)
     for _ in range(3):
@@ -572,12 +569,12 @@ def test_autocast(kind: str, loss: str) -> None:
         wanted = plain_loop(plain, theirs, real, noise, torch.bfloat16, minimax=loss == "minimax")
         for name, got, want in zip(Result._fields, result, wanted, strict=True):
             assert got.dtype == torch.float32
-            assert got.item() == pytest.approx(want.item(), rel=1e-5 if kind == "fast" else 2**-9), name
+            assert got.item() == pytest.approx(want.item(), rel=1e-5), name
         for network, other in zip(networks, plain, strict=True):
             for (name, p), q in zip(network.named_parameters(), other.parameters(), strict=True):
                 assert p.dtype == torch.float32
-                moved = (q - start[id(q)]).norm()
-                assert (p - q).norm() <= (1e-3 if kind == "fast" else 0.1) * moved, name
+                # D's gradients come from the same sums of bfloat16 products, in one order or another.
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def plain_loop(
@@ -613,6 +610,8 @@ def plain_loop(
     with precision():
         on_real = d.logits(real)
         fake = g(noise)
+    # Two regions: in one, both would come to the same cast weight and their gradients add up in 16 bits.
+    with precision():
         on_fake = d.logits(fake.detach())
     on_real, on_fake = wide(on_real), wide(on_fake)
     loss_d = bce(on_real, torch.full_like(on_real, 0.9)) + bce(on_fake, torch.zeros_like(on_fake))
