@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from statement import Problem, column, op, state
 from tolerance import unit
 from torch import Tensor, nn
@@ -122,6 +123,23 @@ def assert_right(problem: Problem, call: ops.Call | None = None) -> Tensor:
     with ops.use_engine("reference"):
         assert y.stride() == op(problem.transposed)(*call)[0].stride()
     return y
+
+
+@st.composite
+def layouts(draw: st.DrawFn, ndim: int) -> tuple[list[int], list[int], int]:
+    """The dimensions from the outermost to the innermost, each one's gap, and an offset in elements."""
+    order = draw(st.permutations(range(ndim)))
+    return order, draw(st.lists(st.integers(0, 3), min_size=ndim, max_size=ndim)), draw(st.integers(0, 17))
+
+
+def laid_out(t: Tensor, layout: tuple[list[int], list[int], int]) -> Tensor:
+    """A copy of ``t`` in that layout, with NaN in all gaps."""
+    order, gaps, start = layout
+    strides, step = [0] * t.ndim, 1
+    for dim, gap in zip(reversed(order), gaps, strict=True):
+        strides[dim], step = step, step * (t.shape[dim] + gap)
+    room = torch.full((start + step + 1,), float("nan"), dtype=t.dtype)
+    return room.as_strided(t.shape, strides, start).copy_(t)
 
 
 def eager64(model: Any, x: Tensor) -> Tensor:

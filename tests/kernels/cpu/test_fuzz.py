@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import LAYER, SPATIAL, THREADS, assert_right, forced, instruction_set
+from native import LAYER, SPATIAL, THREADS, assert_right, forced, instruction_set, laid_out, layouts
 from statement import Problem, state
 from torch import Tensor
 
@@ -58,23 +58,6 @@ def problems(draw: st.DrawFn) -> Problem:
         channels_last=draw(st.booleans()),
         seed=draw(SEEDS),
     )
-
-
-@st.composite
-def layouts(draw: st.DrawFn, ndim: int) -> tuple[list[int], list[int], int]:
-    """The dimensions from the outermost to the innermost, each one's gap, and an offset in elements."""
-    order = draw(st.permutations(range(ndim)))
-    return order, draw(st.lists(st.integers(0, 3), min_size=ndim, max_size=ndim)), draw(st.integers(0, 17))
-
-
-def laid_out(t: Tensor, layout: tuple[list[int], list[int], int]) -> Tensor:
-    """A copy of ``t`` in that layout, with NaN in all gaps."""
-    order, gaps, start = layout
-    strides, step = [0] * t.ndim, 1
-    for dim, gap in zip(reversed(order), gaps, strict=True):
-        strides[dim], step = step, step * (t.shape[dim] + gap)
-    room = torch.full((start + step + 1,), float("nan"), dtype=t.dtype)
-    return room.as_strided(t.shape, strides, start).copy_(t)
 
 
 @settings(deadline=None, max_examples=60)
