@@ -94,16 +94,16 @@ struct Window {
     }
 };
 
-// A tile is a pixel of the small map, and every tap a product of its own.
+// A tile is a pixel of the small map, and every tap a product of its own: a group of one point.
 struct Taps {
     static constexpr long OUT = 1, POINTS = 1;
 
-    static long groups(const Correlation& c) { return c.taps(); }
+    // Groups in a row: a group's pixels start that many rows and columns into the window.
+    static long side(const Correlation& c) { return c.kernel; }
 
-    // Channels of tile (0, 0) of the window, for every point `plane` apart.
-    static DCGAN_INLINE void large(const Correlation& c, const float* from, long row, long column, long group,
-                                   long count, float* to, long) {
-        store(to, load(from + group / c.kernel * row + group % c.kernel * column, count));
+    // `count` channels of the tile whose first pixel is at `from`, to its points.
+    static DCGAN_INLINE void large(const float* from, long, long, long count, float* to, long) {
+        store(to, load(from, count));
     }
     static DCGAN_INLINE void small(const float* from, long, long, long count, float* to, long) {
         store(to, load(from, count));
@@ -117,17 +117,10 @@ struct Taps {
 struct Polyphase {
     static constexpr long OUT = F4::OUT, IN = F4::IN, POINTS = IN * IN;
 
-    static long groups(const Correlation&) { return 4; }
+    static long side(const Correlation&) { return 2; }
 
-    // To lines that come from L3, 25 streams of them: too many for the hardware's prefetcher.
-    static DCGAN_INLINE void put(float* to, vec v) {
-        store(to, v);
-        __builtin_prefetch(to + 2 * PANEL, 1);
-    }
-
-    static DCGAN_INLINE void large(const Correlation&, const float* from, long row, long column, long group,
-                                   long count, float* to, long plane) {
-        from += group / 2 * row + group % 2 * column;
+    static DCGAN_INLINE void large(const float* from, long row, long column, long count, float* to,
+                                   long plane) {
         vec half[IN][IN];
 #pragma GCC unroll 5
         for (long i = 0; i < IN; ++i) {
@@ -143,7 +136,7 @@ struct Polyphase {
             for (long i = 0; i < IN; ++i) d[i] = half[i][j];
             F4::input(d, v);
 #pragma GCC unroll 5
-            for (long i = 0; i < IN; ++i) put(to + (i * IN + j) * plane, v[i]);
+            for (long i = 0; i < IN; ++i) store(to + (i * IN + j) * plane, v[i]);
         }
     }
 
@@ -172,7 +165,7 @@ struct Polyphase {
             for (long i = 0; i < OUT; ++i) e[i] = half[i][j];
             spread(e, w);
 #pragma GCC unroll 5
-            for (long i = 0; i < IN; ++i) put(to + (i * IN + j) * plane, w[i]);
+            for (long i = 0; i < IN; ++i) store(to + (i * IN + j) * plane, w[i]);
         }
     }
 
@@ -204,22 +197,6 @@ struct Polyphase {
     }
 };
 
-// 16 taps, `plane` apart, of 4 channels next to each other: to 4 channels of 16 taps next to each other.
-inline void transpose(const float* from, long plane, float* to, long stride) {
-    using quad = float __attribute__((vector_size(16)));
-    for (long tap = 0; tap < 16; tap += 4) {
-        quad a[4];
-        for (long i = 0; i < 4; ++i) std::memcpy(&a[i], from + (tap + i) * plane, sizeof a[i]);
-        const quad low01{a[0][0], a[1][0], a[0][1], a[1][1]}, high01{a[0][2], a[1][2], a[0][3], a[1][3]};
-        const quad low23{a[2][0], a[3][0], a[2][1], a[3][1]}, high23{a[2][2], a[3][2], a[2][3], a[3][3]};
-        const quad columns[4] = {{low01[0], low01[1], low23[0], low23[1]},
-                                 {low01[2], low01[3], low23[2], low23[3]},
-                                 {high01[0], high01[1], high23[0], high23[1]},
-                                 {high01[2], high01[3], high23[2], high23[3]}};
-        for (long i = 0; i < 4; ++i) std::memcpy(to + i * stride + tap, &columns[i], sizeof columns[i]);
-    }
-}
-
 template <class T>
 struct Products {
     static constexpr long BUDGET = (10L << 20) / 4;  // floats of V and W: a third of a common L3
@@ -250,7 +227,7 @@ struct Products {
         per_image = ceil_div(down, height);
         height = ceil_div(down, per_image);
         set_rows(height);
-        groups = T::groups(c);
+        groups = T::side(c) * T::side(c);
         s_panels = ceil_div(c.small->channels, PANEL);
         l_panels = ceil_div(c.large->channels, PANEL);
         const long floats = T::POINTS * (s_panels + groups * l_panels) * PANEL;
@@ -329,32 +306,44 @@ struct Products {
         l_window.fill(*c.large, c.large_map, image, top * T::OUT * c.stride - c.padding, -c.padding, l);
         s_window.fill(*c.small, c.small_map, image, top * T::OUT, 0, s);
 
-        const auto each = [&](const Window& window, const float* map, long step, float* to, const auto& f) {
-            for (long index = 0; index * PANEL < window.channels; ++index)
-                for (long i = 0; i < rows; ++i)
-                    for (long j = 0; j < across; ++j)
-                        for (long lane = 0; lane < PANEL; lane += LANES) {
-                            const long channel = index * PANEL + lane;
-                            f(map + i * step * window.row_stride() + j * step * window.channels + channel,
-                              window.row_stride(), window.channels,
-                              most(0, least(LANES, window.channels - channel)),
-                              to + index * panel + (tile + i * across + j) * PANEL + lane);
-                        }
-        };
-        for (long group = 0; group < groups; ++group)
-            each(large, l, T::OUT * c.stride, v + group * l_panels * panel,
-                 [&](const float* from, long row, long column, long count, float* to) {
-                     if (count == LANES)
-                         T::large(c, from, row, column, group, LANES, to, plane);
-                     else
-                         T::large(c, from, row, column, group, count, to, plane);
-                 });
-        each(small, s, T::OUT, w, [&](const float* from, long row, long column, long count, float* to) {
-            if (count == LANES)
-                T::small(from, row, column, LANES, to, plane);
+        for (long group = 0; group < groups; ++group) {
+            const long i = group / T::side(c), j = group % T::side(c);
+            panels<true>(large, l + i * large.row_stride() + j * large.channels, T::OUT * c.stride, rows,
+                         v + group * l_panels * panel + tile * PANEL);
+        }
+        panels<false>(small, s, T::OUT, rows, w + tile * PANEL);
+    }
+
+    // Rows of tiles, `step` pixels apart, to all panels of one group of V, or of W.
+    template <bool LARGE>
+    void panels(const Window& window, const float* map, long step, long rows, float* to) const {
+        const long row = window.row_stride(), column = window.channels;
+        for (long index = 0; index * PANEL < window.channels; ++index)
+            for (long i = 0; i < rows; ++i)
+                for (long j = 0; j < across; ++j)
+                    line<LARGE>(map + step * (i * row + j * column) + index * PANEL, row, column,
+                                least(PANEL, window.channels - index * PANEL),
+                                to + index * panel + (i * across + j) * PANEL, plane);
+    }
+
+    // A tile's channels of a panel. Inlined, GCC runs out of registers for addresses and takes twice as long.
+    template <bool LARGE>
+    [[gnu::noinline]] static void line(const float* from, long row, long column, long channels, float* to,
+                                       long plane) {
+        // What is written soon, to more streams than the hardware's prefetcher follows.
+        for (long point = 0; point < T::POINTS; ++point)
+            __builtin_prefetch(to + point * plane + 2 * PANEL, 1);
+        const auto transform = [&](long lane, long count) __attribute__((always_inline)) {
+            if constexpr (LARGE)
+                T::large(from + lane, row, column, count, to + lane, plane);
             else
-                T::small(from, row, column, count, to, plane);
-        });
+                T::small(from + lane, row, column, count, to + lane, plane);
+        };
+        if (channels == PANEL)
+            for (long lane = 0; lane < PANEL; lane += LANES) transform(lane, LANES);
+        else
+            for (long lane = 0; lane < PANEL; lane += LANES)
+                transform(lane, most(0, least(LANES, channels - lane)));
     }
 
     struct Block {
@@ -418,8 +407,16 @@ struct Products {
                         store(c.tap(s, l, tap), load(from + tap * c_plane + l), least(LANES, l_end - l));
             } else {
                 long l = l_begin;
-                if (c.kernel == 4 && c.column == 1 && c.row == 4)
-                    for (; l + 4 <= l_end; l += 4) transpose(from + l, c_plane, c.tap(s, l, 0), c.l);
+                if (c.kernel == 4 && c.column == 1 && c.row == 4)  // 16 taps next to each other
+                    for (; l + LANES <= l_end; l += LANES)
+                        for (long tap = 0; tap < 16; tap += LANES) {
+                            vec block[LANES];
+#pragma GCC unroll 16
+                            for (long i = 0; i < LANES; ++i) block[i] = load(from + (tap + i) * c_plane + l);
+                            transpose(block);
+#pragma GCC unroll 16
+                            for (long i = 0; i < LANES; ++i) store(c.tap(s, l + i, tap), block[i]);
+                        }
                 for (; l < l_end; ++l)
                     for (long tap = 0; tap < c.taps(); ++tap) *c.tap(s, l, tap) = from[tap * c_plane + l];
             }
