@@ -4,8 +4,9 @@
 // from large to small, its transpose from small to large, and both have weights [C_small, C_large, k, k]: so
 // one correlation is the gradient of either.
 //
-//     dw[s][l][ky][kx] = Σ_p small[p][s]·large[p·stride - padding + k][l]       x̂ is one of the maps, du the
-//     other
+//     dw[s][l][ky][kx] = Σ_p small[p][s]·large[p·stride - padding + k][l]
+//
+// where x̂ is one of the maps and du the other.
 //
 // Images go through it in chunks, in two steps:
 //
@@ -112,8 +113,9 @@ struct Taps {
 
 // Each parity's 2×2 taps over 4×4 tiles by the transpose of F(4×4, 2×2):
 //
-//     dw = Gᵀ [ Σ_tiles (Bᵀ d B) ⊙ (A e Aᵀ) ] G          d: 5×5 pixels of a parity of the large map, e: 4×4
-//     of the small
+//     dw = Gᵀ [ Σ_tiles (Bᵀ d B) ⊙ (A e Aᵀ) ] G
+//
+// where d is 5×5 pixels of a parity of the large map, e 4×4 of the small one.
 struct Polyphase {
     static constexpr long OUT = F4::OUT, IN = F4::IN, POINTS = IN * IN;
 
