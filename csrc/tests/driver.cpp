@@ -21,6 +21,10 @@ void test_forks();
 void run_after_fork(const char* pool);
 void test_arguments();
 void test_peak();
+void test_training();
+void test_statistics();
+void test_training_callers();
+void test_training_arguments();
 void test_wgrad();
 
 // Fresh memory is NaN, so that a result made from scratch memory that was never written shows. And a
@@ -42,6 +46,10 @@ int main(int count, char** arguments) {
     test_arguments();
     test_activations();
     test_layers();
+    test_training_arguments();
+    test_training();
+    test_statistics();
+    test_training_callers();
     test_wgrad();
     test_views();
     test_nonfinite();
