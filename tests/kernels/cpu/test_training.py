@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import ISAS, LAYER, SPATIAL, THREADS, instruction_set, laid_out, layouts
-from statement import Problem, column, gradients, leaves, op, pairwise, state
+from statement import Problem, column, convolve, gradients, leaves, op, pairwise, state
 from torch import Tensor
 
 from dcgan.kernels import ops
@@ -44,7 +44,7 @@ AFTER: dict[str, dict[str, Any]] = {
     "statistics": {"stats": True},
     "raw": {},
     "tanh": {"out_act": "tanh"},
-    "relu": {"out_act": "relu"},
+    "shift_relu": {"out_shift": True, "out_act": "relu"},  # without one, sums of nothing are at the kink
     "scale": {"out_scale": True},
     "shift_sigmoid": {"out_shift": True, "out_act": "sigmoid"},
     "scale_shift_leaky_relu": {"out_scale": True, "out_shift": True, "out_act": "leaky_relu"},
@@ -98,10 +98,13 @@ def layer(algorithm: str, transposed: bool, before: str, after: str, **changes: 
 
 
 def near_a_kink(call: ops.Call, transposed: bool) -> bool:
-    """Whether rounding may tell which side of 0 an activation's input is on."""
+    """Whether rounding may tell which side of 0 an activation's input is on, or x̂ is what cancelling left."""
     x = call.x.double()
     if call.center is not None and call.scale is not None and call.shift is not None:
-        x = (x - column(call.center)) * column(call.scale) + column(call.shift)
+        scaled = (x - column(call.center)) * column(call.scale)
+        x = scaled + column(call.shift)
+        if input_of(call).norm() < 0.2 * scaled.norm():
+            return True
     u = state(call._replace(out_act="none"), transposed)[0]
     near_in = call.in_act != "none" and bool((x.abs() < 1e-6).any())
     near_out = call.out_act != "none" and bool((u.abs() < 2e-5).any())
@@ -113,12 +116,12 @@ def made(problem: Problem) -> ops.Call:
     taps = problem.kernel[0] * problem.kernel[1]
     if problem.transposed:
         taps //= problem.stride**2 if problem.padding else taps
-    for seed in itertools.count(1000 * problem.seed):
+    for seed in range(1000 * problem.seed, 1000 * problem.seed + 100):
         call = problem.with_(seed=seed).call()
         call = call._replace(weight=call.weight * (problem.c_in * taps) ** -0.5)
         if not near_a_kink(call, problem.transposed):
             return call
-    raise AssertionError
+    raise AssertionError("every draw is near a kink")
 
 
 def strided(t: Tensor) -> Tensor:
@@ -208,19 +211,32 @@ def exact_results(
     found = {name: t.detach() for name, t in zip(("y", "mean", "var"), outputs, strict=True) if t.numel()}
     found |= {f"d{name}": t for name, t in gradients(outputs, given, inputs).items()}
 
-    sizes = {"y": float(native.typical(call._replace(x=input_of(call)), transposed).norm())}
+    x_hat, weight = input_of(call), wide.weight.detach()
+    u = convolve(x_hat, weight, call.stride, call.padding, transposed).requires_grad_()
+    (du,) = gradients(state(after_product(wide, u), False), given, {"u": u}).values()
+    sizes = {"y": float(native.typical(call._replace(x=x_hat), transposed).norm())}
     if call.stats:
         squares = found["y"].square().mean((0, 2, 3))
         sizes |= {"mean": float(squares.sqrt().norm()), "var": float(squares.norm())}
-    if call.scale is not None:
-        scale = column(call.scale.double())
-        g = found["dx"] / scale
-        centered = call.x.double() - column(call.center)  # type: ignore[arg-type]
-        sums = g.square().sum((0, 2, 3)).sqrt()
-        sizes["dshift"] = float(sums.norm())
-        sizes["dscale"] = float((g * centered).square().sum((0, 2, 3)).sqrt().norm())
-        sizes["dcenter"] = float((call.scale.double() * sums).norm())
+    x2, w2 = x_hat.square().requires_grad_(), weight.square().requires_grad_()
+    of_squares = convolve(x2, w2, call.stride, call.padding, transposed)
+    g2, dw2 = torch.autograd.grad(of_squares, (x2, w2), du.square())
+    sizes |= {"dx": float(g2.sum().sqrt()), "dweight": float(dw2.sum().sqrt())}
+    if call.center is not None and call.scale is not None:
+        scale, centered = call.scale.double(), call.x.double() - column(call.center)
+        sums = g2.sum((0, 2, 3))
+        sizes["dx"] = float((g2 * column(scale.square())).sum().sqrt())
+        sizes["dshift"] = float(sums.sum().sqrt())
+        sizes["dscale"] = float((g2 * centered.square()).sum().sqrt())
+        sizes["dcenter"] = float((scale.square() * sums).sum().sqrt())
     return found, sizes
+
+
+def after_product(call: ops.Call, u: Tensor) -> ops.Call:
+    """The rest of the call, once its product is u."""
+    identity = torch.eye(u.shape[1], dtype=u.dtype)[:, :, None, None]
+    bare = call._replace(x=u, weight=identity, center=None, scale=None, shift=None, in_act="none")
+    return bare._replace(stride=1, padding=0)
 
 
 def input_of(call: ops.Call) -> Tensor:
@@ -230,21 +246,24 @@ def input_of(call: ops.Call) -> Tensor:
     return state(alone._replace(out_scale=None, out_shift=None), False)[0]
 
 
-def assert_right(
-    found: dict[str, Tensor], call: ops.Call, transposed: bool, given: Cotangents, times: float = 1.0
-) -> None:
+def assert_right(found: dict[str, Tensor], call: ops.Call, transposed: bool, given: Cotangents) -> None:
     """Every result is within LAYER of float64's: tests/native.py has the reasons for that number.
 
     A gradient is that of one product more, from a du that errs by as much; dx, dweight and the sums are then
-    within twice that.
+    within twice that. Where tanh and sigmoid saturate, du is told from a y that is right to some 2⁻²¹ of 1,
+    whatever is left of the derivative.
     """
     exactly, sizes = exact_results(call, transposed, given)
     assert found.keys() == exactly.keys()
+    saturates = call.out_act in ("tanh", "sigmoid")
+    unsaturated = exact_results(call._replace(out_act="none"), transposed, given)[0] if saturates else {}
     for name, result in found.items():
         expected = exactly[name]
         error = float((result.double() - expected).norm())
         size = max(float(expected.norm()), sizes.get(name, 0.0))
-        allowed = times * (LAYER if name in ("y", "mean", "var") else 2 * LAYER) * size
+        allowed = (LAYER if name in ("y", "mean", "var") else 2 * LAYER) * size
+        if saturates and name != "y":
+            allowed += 2**-21 * float(unsaturated[name].norm())
         assert error <= allowed, f"{name}: error {error:.2e} of {size:.2e}"  # a NaN fails too
 
 
@@ -334,7 +353,7 @@ def test_the_product_of_options(
     transposed: bool, algorithm: str, channels: tuple[int, int], isa: str
 ) -> None:
     fixed = {"transposed": transposed, "algorithm": algorithm, "channels": channels, "isa": isa}
-    for seed, (before, after, size) in enumerate(itertools.product(BEFORE, AFTER, MAPS)):
+    for seed, (before, after, size) in enumerate(itertools.product(BEFORE, AFTER, MAPS[1::2])):
         by_turns = {name: OPTIONS[name][seed % len(OPTIONS[name])] for name in ("layout", "batch", "threads")}
         formats = dict.fromkeys(("x_nhwc", "weight_nhwc", "channels_last"), seed % 3 == 0)
         row = {**fixed, "before": before, "after": after, "size": size, **by_turns, **formats}
@@ -729,7 +748,7 @@ def test_not_finite_where_eager_is_not(transposed: bool, algorithm: str, place: 
     """Nothing hides a NaN or an infinity. Winograd may spoil a tile; no other image is spoilt."""
     for before, after in (
         *(("as_it_is", "raw"), ("leaky_relu", "statistics"), ("relu", "raw"), ("affine_relu", "statistics")),
-        *(("affine_relu", "relu"), ("affine_leaky_relu", "scale_shift_leaky_relu")),
+        *(("affine_relu", "shift_relu"), ("affine_leaky_relu", "scale_shift_leaky_relu")),
     ):
         call = made(layer(algorithm, transposed, before, after))
         dy, dmean, dvar = cotangents(call, transposed)
