@@ -80,6 +80,9 @@ struct Winograd {
     // U[parity][ξ] = G g Gᵀ.
     static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
         const Gemm g = shape(l);
+        for (long i = 0; i < groups(l) * POINTS; ++i)  // between two matrices: read by nothing
+            std::memset(packed + i * plane(l) + g.size(), 0,
+                        static_cast<size_t>(plane(l) - g.size()) * sizeof(float));
         parallel(g.panels(), threads, nullptr, 0, [&](long panel, Scratch) {
             float taps[4][4][PANEL];
             for (long c_in = 0; c_in < l.c_in; ++c_in) {
