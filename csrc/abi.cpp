@@ -363,7 +363,7 @@ int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float*
     if (const int code = check_given({{"x", x}, {"dy", dy}, {"dweight", dweight}, {"strides", strides}}))
         return code;
     if (const int code = check_backward(*op, y)) return code;
-    if (images == 0) return 0;
+    if (images == 0) return 0;  // dweight stays as it is
     if (forked) threads = 1;
     const dcgan_layer layer = layer_of(*op);
     GradientJob job{&layer, source_of_x(*op, x), {}, static_cast<long>(images), dweight, strides};

@@ -66,6 +66,11 @@ DCGAN_INLINE vec activate(vec x, vec slope) {
     return x;
 }
 
+// x·slope of a leaky ReLU; of a ReLU 0, even where x is not finite.
+DCGAN_INLINE vec scaled(vec x, vec slope) {
+    return choose(slope == 0.0f, vec{}, x * slope);
+}
+
 // The epilogue of LANES channels.
 template <int ACT>
 struct Affine {
@@ -173,7 +178,7 @@ struct Adjoint {
 
         DCGAN_INLINE void put(vec sum, float* to, long count) {
             const vec centered = load(to + offset, count) - center;
-            const vec g = choose(centered * scale + shift > 0.0f, sum, sum * slope);
+            const vec g = choose(centered * scale + shift > 0.0f, sum, scaled(sum, slope));
             store(to, g * scale, count);
             first += g;
             second += g * centered;

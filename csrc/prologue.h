@@ -10,7 +10,7 @@
 namespace dcgan::DCGAN_ISA {
 
 DCGAN_INLINE vec leaky(vec x, vec slope) {
-    return choose(x < 0.0f, x * slope, x);
+    return choose(x < 0.0f, scaled(x, slope), x);
 }
 
 // act'(…)·dy, told from the output y of the activation; at the kink it is the left one, as aten's.
@@ -34,7 +34,8 @@ DCGAN_INLINE void each_vector(long channels, long begin, long end, const F& f) {
 }
 
 template <int ACT>
-inline void fill_gradient(const Source& s, long begin, long end, float* to) {
+inline void fill_gradient(const Source& source, long begin, long end, float* to) {
+    const Source s = source;
     const vec slope = splat(s.slope);
     each_vector(s.channels, begin, end, [&](long pixel, long c, long count) {
         const long at = pixel * s.channels + c;
@@ -46,7 +47,8 @@ inline void fill_gradient(const Source& s, long begin, long end, float* to) {
 }
 
 // Pixels [begin, end) of the source, one after the other, to `to`.
-inline void fill(const Source& s, long begin, long end, float* to) {
+inline void fill(const Source& source, long begin, long end, float* to) {
+    const Source s = source;  // a copy, which the stores cannot alias
     const vec slope = splat(s.slope);
     const auto affine = [&](const float* t, long at, long c, long count) {
         return (load(t + at, count) - load(s.center + c, count)) * load(s.scale + c, count) +

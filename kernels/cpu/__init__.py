@@ -1,11 +1,11 @@
 """The native engine: csrc's layers on CPU tensors.
 
-:mod:`.library` loads the shared library, :mod:`.select` chooses a layer's algorithm. :mod:`.run` is inference:
-it packs weights (cached, :mod:`..weights`) and runs one layer or a chain of them, float32 inside, 16-bit tensors
-converted at both ends. :mod:`.training` is training, float32: prologue, statistics, dgrad and wgrad.
+:mod:`.library` loads the shared library, :mod:`.select` chooses a layer's algorithm. :mod:`.run` is
+inference: it packs weights (cached, :mod:`..weights`) and runs one layer or a chain of them, float32 inside,
+16-bit tensors converted at both ends. :mod:`.training` is training, float32: prologue, statistics, dgrad and
+wgrad, in memory of :mod:`.buffers`.
 """
 
-from .. import weights
 from ..call import Call, Outputs
 from . import run as inference
 from . import training
@@ -33,6 +33,4 @@ def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
 
 def run(call: Call, transposed: bool) -> Outputs:
     """(y, mean, var) of a call that :func:`why_not` has nothing against."""
-    if _of_training(call) or not (weights.frozen(call.weight) or training.why_not(call, transposed)):
-        return training.fprop(call, transposed)
-    return inference.run(call, transposed)
+    return (training.fprop if _of_training(call) else inference.run)(call, transposed)

@@ -1,8 +1,8 @@
 """Memory for the maps and gradients of training, kept from step to step.
 
 A step makes some 300 MB of activations and gradients at batch 64. The system would hand them out as fresh
-pages each time, and to zero those takes a tenth of the step. So memory goes back to a pool here, when the last
-tensor that uses it is gone, and to the next tensor of that size.
+pages each time, and to zero those takes a tenth of the step. So memory goes back to a pool here, when the
+last tensor that uses it is gone, and to the next tensor of that size.
 """
 
 from __future__ import annotations

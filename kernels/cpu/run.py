@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import weights
 from ..call import Call, Outputs, Stage
 from ..reference import memory_format
-from . import library, select
+from . import buffers, library, select
 from .select import Geometry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -192,16 +192,19 @@ class Prepared:
             return held
         return None
 
-    def __call__(self, x: Tensor, channels_last: bool) -> Tensor:
-        """The chain's result in x's dtype; x [N, C, H, W] of any strides."""
+    def __call__(self, x: Tensor, channels_last: bool, pooled: bool = False) -> Tensor:
+        """The chain's result in x's dtype; x [N, C, H, W] of any strides. ``pooled``: of :mod:`.buffers`."""
         dtype = x.dtype
         if dtype != torch.float32:
             x = x.to(torch.float32)
         if not (self._any_input or _channels_adjacent(x)):
             x = x.contiguous(memory_format=torch.channels_last)
-        y = torch.empty(
-            self._shape, dtype=torch.float32, device="cpu", memory_format=self._format[channels_last]
-        )
+        if pooled:
+            y = buffers.empty_map(self._shape, self._format[channels_last] == torch.channels_last)
+        else:
+            y = torch.empty(
+                self._shape, dtype=torch.float32, device="cpu", memory_format=self._format[channels_last]
+            )
         x_view, y_view = library.View.of(x), library.View.of(y)
         library.checked(
             library.library().dcgan_run(
@@ -230,6 +233,8 @@ def run(call: Call, transposed: bool) -> Outputs:
         stride=call.stride,
         padding=call.padding,
     )
-    y = Prepared(call.x.shape, [stage], torch.get_num_threads())(call.x, call.channels_last)
+    y = Prepared(call.x.shape, [stage], torch.get_num_threads())(
+        call.x, call.channels_last, pooled=not weights.frozen(call.weight)
+    )
     nothing = y.new_empty(0, dtype=torch.float32)
     return y, nothing, nothing.clone()
