@@ -178,7 +178,7 @@ struct Adjoint {
 
         DCGAN_INLINE void put(vec sum, float* to, long count) {
             const vec centered = load(to + offset, count) - center;
-            const vec g = choose(centered * scale + shift > 0.0f, sum, scaled(sum, slope));
+            const vec g = choose(centered * scale + shift <= 0.0f, scaled(sum, slope), sum);
             store(to, g * scale, count);
             first += g;
             second += g * centered;

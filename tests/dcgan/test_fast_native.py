@@ -298,7 +298,7 @@ except RuntimeError as error:
 
 @NETWORKS
 def test_with_gradients_it_is_the_composition(kind: str) -> None:
-    """In eval with gradients: natively forward, layer by layer, and a folded BatchNorm's are the reference's."""
+    """In eval with gradients: native layer by layer, but a folded BatchNorm's gradients."""
     model = network(kind)
     x = sample(model)
     expected = model(x)
