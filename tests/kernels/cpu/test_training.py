@@ -851,21 +851,18 @@ def test_what_is_not_covered(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["out_scale", "out_shift"])
 @BOTH
-def test_gradients_of_the_epilogue_are_not_covered(transposed: bool, name: str) -> None:
+def test_gradients_of_the_epilogue_are_the_references(transposed: bool, name: str) -> None:
+    """A folded BatchNorm's: the native engine has no kernels for them, forced or not."""
     call = made(layer("direct", transposed, "as_it_is", "scale_shift_leaky_relu"))
     given = cotangents(call, transposed)
     wanted = ("x", "weight", name)
-    with (
-        ops.use_engine("native"),
-        pytest.raises(RuntimeError, match="no gradients of out_scale and out_shift"),
-    ):
-        results(call, transposed, given, wanted)
-    with ops.use_engine("auto"), ops.recording() as choices:
-        found = results(call, transposed, given, wanted)
-    assert choices[1].engine == "reference"
-    assert "no gradients of out_scale and out_shift" in choices[1].reason
     own = results(call, transposed, given, wanted)
-    torch.testing.assert_close(found[f"d{name}"], own[f"d{name}"])
+    for engine in ("native", "auto"):
+        with ops.use_engine(engine), ops.recording() as choices:
+            found = results(call, transposed, given, wanted)
+        assert choices[1].engine == "reference"
+        assert choices[1].reason.startswith("the native engine has no")
+        torch.testing.assert_close(found[f"d{name}"], own[f"d{name}"])
 
 
 @BOTH
