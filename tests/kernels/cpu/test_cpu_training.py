@@ -214,7 +214,8 @@ def exact_results(
     x_hat, weight = input_of(call), wide.weight.detach()
     u = convolve(x_hat, weight, call.stride, call.padding, transposed).requires_grad_()
     (du,) = gradients(state(after_product(wide, u), False), given, {"u": u}).values()
-    sizes = {"y": float(native.typical(call._replace(x=x_hat), transposed).norm())}
+    product = call._replace(x=x_hat, center=None, scale=None, shift=None, in_act="none")
+    sizes = {"y": float(native.typical(product, transposed).norm())}
     if call.stats:
         squares = found["y"].square().mean((0, 2, 3))
         sizes |= {"mean": float(squares.sqrt().norm()), "var": float(squares.norm())}
