@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from bench.cases import relative_error
-from bench.train_case import FLOOR, TIMES_EAGER, Batch, Training
+from bench.train_case import FLOOR, ONE_KINK, TIMES_EAGER, Batch, Training
 from bench.ways import WAYS, Loop, adams, seeds_loop
 from dcgan.training import Config, Result
 
@@ -131,7 +131,7 @@ class Materials:
             [[t.cpu() for t in batch] for batch in batches],
             [answer.figures for answer in expected],
             [answer.gradients for answer in expected],
-            max(FLOOR, TIMES_EAGER * max(gradient for gradient, _, _ in errors)),
+            max(ONE_KINK, TIMES_EAGER * max(gradient for gradient, _, _ in errors)),
             max(FLOOR, TIMES_EAGER * max(figure for _, figure, _ in errors)),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,10 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from dcgan import fast
+from dcgan.cli.options import choose_device, integer, output_folder, reporting, size
 from dcgan.data import Batches, digits
 from dcgan.files import replacing
 from dcgan.images import save_grid
-from dcgan.models import IMAGE_SIZES, Discriminator, Generator, weights_init
+from dcgan.models import Discriminator, Generator, weights_init
 from dcgan.training import Config, train
 
 TOLERANCE = 1e-4
@@ -40,44 +41,6 @@ LR = 3e-4
 """Half as much again as the seed's 2e-4: with 1,797 images instead of 60,000 the steps are few."""
 
 app = typer.Typer(add_completion=False)
-
-
-def integer(minimum: int) -> Callable[[str], int]:
-    """A typer parser whose error says, as typer's own does not, what was given."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise typer.BadParameter(f"must be an integer of at least {minimum}, got {text!r}")
-        return value
-
-    return parse
-
-
-def size(text: str | int) -> int:
-    """A typer parser of the image sizes that the networks come in; typer also parses the default."""
-    allowed = {str(n): n for n in IMAGE_SIZES}
-    if str(text) not in allowed:
-        raise typer.BadParameter(f"must be one of {', '.join(allowed)}, got {text!r}")
-    return allowed[str(text)]
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
-
-    Raises:
-        typer.BadParameter: ``cuda`` where PyTorch finds no GPU.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            "got 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'", param_hint="'--device'"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 @contextmanager
@@ -150,6 +113,7 @@ def largest_difference(ours: nn.Module, reference: nn.Module, z: Tensor) -> floa
 
 
 @app.command()
+@reporting
 def demo(
     out: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for the results; made if missing.")
@@ -172,13 +136,7 @@ def demo(
 ) -> None:
     """Train a small DCGAN on scikit-learn's real digits; show that the drop-in makes the same images."""
     where = choose_device(device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(
-            f"cannot make the folder {str(out)!r}: {error.strerror}", param_hint="'--out'"
-        ) from error
-
+    output_folder(out)
     torch.manual_seed(seed)
     sizes = {"features": features, "image_size": image_size}
     generator, discriminator = Generator(**sizes), Discriminator(**sizes)

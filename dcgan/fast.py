@@ -10,7 +10,8 @@ BatchNorm and its activation are one op, :mod:`dcgan.kernels.ops`:
   where nothing is to be differentiated, all layers are one call (:mod:`dcgan.kernels.chain`);
 * train: the op returns its raw output with its mean and variance, and BatchNorm and activation are the next
   op's prologue, so that a layer keeps one tensor for the backward. Running statistics and
-  ``num_batches_tracked`` are updated as ``nn.BatchNorm2d`` does.
+  ``num_batches_tracked`` are updated as ``nn.BatchNorm2d`` does. For ``batchnorm.SyncBatchNorm2d`` or
+  ``nn.SyncBatchNorm`` the op's statistics are merged with other processes'.
 
 A layer the ops do not cover (a changed module, one with hooks) runs as the module it is;
 :func:`explain` says, layer by layer, what runs and why.
@@ -24,9 +25,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from . import models
+from .batchnorm import SYNCHRONISED, BatchNorm, synchronised, track
 from .graphs import graphed
 from .kernels import chain, ops, weights
 from .kernels.reference import accumulator_dtype, activate, normalise
@@ -49,7 +51,7 @@ class _Layer(NamedTuple):
 
     names: str
     conv: nn.Conv2d | nn.ConvTranspose2d | None
-    norm: nn.BatchNorm2d | None
+    norm: BatchNorm | None
     act: str
     slope: float | None
     other: nn.Module | None
@@ -103,7 +105,8 @@ def _layers(sequence: nn.Sequential) -> Iterator[_Layer]:
         last, norm, act, slope = first, None, "none", None
         if i < len(modules):
             name, module = modules[i]
-            if type(module) is nn.BatchNorm2d and not _has_hooks(module):
+            if type(module) in (nn.BatchNorm2d, *SYNCHRONISED) and not _has_hooks(module):
+                assert isinstance(module, BatchNorm)
                 last, norm = name, module
                 i += 1
         if i < len(modules):
@@ -132,32 +135,12 @@ class _Pending:
 _NOTHING = _Pending()
 
 
-def _affine(norm: nn.BatchNorm2d, var: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _affine(norm: BatchNorm, var: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """scale = gamma·rsqrt(var + eps) and shift = beta, in the accumulator's dtype."""
     scale = torch.rsqrt(var.to(dtype) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.to(dtype)
     return scale, None if norm.bias is None else norm.bias.to(dtype)
-
-
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Running statistics as ``nn.BatchNorm2d``: unbiased variance; momentum None for the cumulative mean."""
-    if not (norm.training and norm.track_running_stats):
-        return
-    running_mean, running_var = norm.running_mean, norm.running_var
-    if running_mean is None or running_var is None:
-        return
-    with torch.no_grad():
-        momentum: Any = norm.momentum
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = norm.num_batches_tracked.to(running_mean.dtype).reciprocal()
-        if count == 0:
-            return
-        running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-        unbiased = var.detach() * (count / (count - 1))
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def _run_layer(layer: _Layer, x: Tensor, pending: _Pending, channels_last: bool) -> tuple[Tensor, _Pending]:
@@ -183,11 +166,13 @@ def _run_layer(layer: _Layer, x: Tensor, pending: _Pending, channels_last: bool)
         assert norm is not None
         y, mean, var = op(x, weight, **prologue, stats=True, slope=pending.slope or 0.0, **geometry)
         count = y.numel() // y.shape[1] if y.shape[1] else 0
+        if isinstance(norm, SYNCHRONISED) and norm.training and distributed.is_initialized():
+            mean, var, count = synchronised(mean, var, count, norm.process_group)
         if count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {y.shape}"
             )
-        _track(norm, mean, var, count)
+        track(norm, mean, var, count)
         if count == 0:  # the statistics of nothing are NaN, which would reach the gradients
             mean, var = torch.zeros_like(mean), torch.ones_like(var)
         scale, shift = _affine(norm, var, mean.dtype)

@@ -10,16 +10,43 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     """A file to write in place of ``path``, which it takes in one move once the block ends without an error.
 
+    Args:
+        path: the file, in a folder that exists.
+        durable: wait until the disk has the content before the move, and the move afterwards, so that not
+            even a power cut leaves half a file, or none.
+
     Raises:
-        OSError: the folder is missing or does not let us write.
+        OSError: the folder is missing or does not let us write, or the disk is full; ``path`` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk knows the folder's entries."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(link: Path, name: str) -> None:
+    """Make ``link`` a relative symbolic link to its neighbour ``name``, in one move."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, link)

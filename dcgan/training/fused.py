@@ -9,8 +9,10 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import binary_cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -87,12 +89,20 @@ class TrainStep:
             settings, tensors replaced by others), and after a change the shape counts as new. A learning rate
             that a scheduler moves every step must hence be a tensor on the device, which replays read. What
             runs in Python during a step, hooks of modules and optimizers, runs at no replay.
+        distributed: average the gradients of all processes of torch.distributed's default group, each of
+            which calls with its share of the batch, shares of one size. Both networks are then run through
+            :class:`torch.nn.parallel.DistributedDataParallel` inside, which first gives all processes rank
+            0's weights and buffers; BatchNorm's running statistics are each process's own thereafter. D's
+            gradients are averaged once, after both halves of loss_d, and not at all in G's phase, where D is
+            run as it is. The Result is this process's. Such steps are not captured. For one BatchNorm over
+            all processes, :meth:`dcgan.batchnorm.SyncBatchNorm2d.convert` the networks first.
 
     Raises:
         TypeError: a network, optimizer, scaler or input that is no such thing; real or noise of another dtype
             than the networks'.
         ValueError: a value out of its range; networks that differ in device or dtype; an optimizer that
-            lacks its network's parameters or has others; ``capture=True`` where that is not possible; real or
+            lacks its network's parameters or has others; ``capture=True`` where that is not possible;
+            ``distributed=True`` without a process group; real or
             noise on another device or of unequal lengths; from BatchNorm itself, one value per channel.
         RuntimeError: the step, captured, does what a CUDA graph cannot hold.
 
@@ -116,6 +126,7 @@ class TrainStep:
         ema: nn.Module | None = None,
         ema_decay: float = 0.999,
         capture: bool | None = None,
+        distributed: bool = False,
     ) -> None:
         networks = {"generator": generator, "discriminator": discriminator}
         self._device, self._dtype = _common_place(networks)
@@ -138,7 +149,13 @@ class TrainStep:
         if not _is_number(ema_decay) or not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay!r}")
 
+        if distributed and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("distributed=True takes torch.distributed.init_process_group first")
+
         self.generator, self.discriminator = generator, discriminator
+        self._distributed = distributed
+        self._parallel_g = _parallel(generator) if distributed else None
+        self._parallel_d = _parallel(_Judge(discriminator)) if distributed else None
         self._optimizer_g, self._optimizer_d = optimizer_g, optimizer_d
         self._real_label, self._loss = float(real_label), loss
         self._autocast, self._scaler = autocast, scaler
@@ -184,13 +201,14 @@ class TrainStep:
         try:
             self._optimizer_d.zero_grad()
             self._optimizer_g.zero_grad()
+            with self._not_averaged():  # with those of the other half, once
+                with self._precision():
+                    on_real = self._judge(real, self._parallel_d)
+                loss_real, d_x = self._bce(on_real, self._real_label)
+                self._backward(loss_real)  # here, so that what it keeps is gone before the next keeps as much
             with self._precision():
-                on_real = self._judge(real)
-            loss_real, d_x = self._bce(on_real, self._real_label)
-            self._backward(loss_real)  # here, so that what it keeps is gone before the next keeps as much
-            with self._precision():
-                fake = self.generator(noise)
-                on_fake = self._judge(fake.detach())
+                fake = (self._parallel_g or self.generator)(noise)
+                on_fake = self._judge(fake.detach(), self._parallel_d)
             loss_fake, d_g_z = self._bce(on_fake, 0.0)
             self._backward(loss_fake)
             loss_d = loss_real.detach() + loss_fake.detach()
@@ -214,10 +232,11 @@ class TrainStep:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, self._autocast)
 
-    def _judge(self, image: Tensor) -> tuple[Tensor, bool]:
+    def _judge(self, image: Tensor, parallel: nn.Module | None = None) -> tuple[Tensor, bool]:
         """D's logits and True, or where it has none, its probabilities and False."""
         logits = _logits(self.discriminator)
-        return (self.discriminator(image), False) if logits is None else (logits(image), True)
+        judge = parallel or logits or self.discriminator
+        return judge(image), logits is not None
 
     def _bce(self, judged: tuple[Tensor, bool], target: float) -> tuple[Tensor, Tensor]:
         """BCE against one target, and the mean probability; outside autocast, under which BCELoss raises."""
@@ -251,11 +270,16 @@ class TrainStep:
         torch.clear_autocast_cache()
         return True
 
+    def _not_averaged(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._parallel_d is None else self._parallel_d.no_sync()
+
     # --- the graph --------------------------------------------------------------------------------------
 
     def _why_not_captured(self) -> str:
         if self._device.type != "cuda":
             return f"the networks are on {self._device}"
+        if self._distributed:
+            return "gradients are averaged over several processes"
         for name, optimizer in (("optimizer_g", self._optimizer_g), ("optimizer_d", self._optimizer_d)):
             stateless = isinstance(optimizer, SGD)
             if not all(group.get("capturable", stateless) for group in optimizer.param_groups):
@@ -350,6 +374,24 @@ def _logits(discriminator: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if any(getattr(module, hooks) for module in outer for hooks in _HOOKS):
         return None
     return discriminator.logits  # type: ignore[return-value]
+
+
+class _Judge(nn.Module):
+    """The discriminator as a module whose call is what the loss is computed from."""
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (_logits(self.discriminator) or self.discriminator)(image)
+
+
+def _parallel(network: nn.Module) -> DistributedDataParallel | None:
+    """None for a network that is frozen whole: nothing of it is to be averaged."""
+    if not any(p.requires_grad for p in network.parameters()):
+        return None
+    return DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def _bce(probabilities: Tensor, target: float) -> tuple[Tensor, Tensor]:

@@ -1,34 +1,11 @@
-"""Real images to train on, as one tensor, and shuffled batches of it."""
+"""Shuffled batches of a tensor in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.nn import functional as F
-
-DIGIT_SIZE = 8
-
-
-def digits(image_size: int = 64) -> Tensor:
-    """scikit-learn's handwritten digits, 1,797 real 8×8 images that come with the package.
-
-    Grey levels 0…16 are mapped to [-1, 1], then resized once, bicubically; the overshoot is clamped.
-
-    Returns:
-        float32 [1797, 1, image_size, image_size], ink at 1 and paper at -1.
-
-    Raises:
-        ValueError: ``image_size`` is no integer of at least 8.
-
-    Source: Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI, 1998 (its test set).
-    """
-    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < DIGIT_SIZE:
-        raise ValueError(f"image_size must be an integer of at least {DIGIT_SIZE}, got {image_size!r}")
-    grey = torch.from_numpy(load_digits().images).float().unsqueeze(1)
-    return F.interpolate(grey / 8 - 1, size=(image_size, image_size), mode="bicubic").clamp_(-1, 1)
 
 
 class Batches:

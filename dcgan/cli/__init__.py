@@ -1,0 +1,1 @@
+"""The command line, ``dcgan`` or ``python -m dcgan``: one module a command, thin over the library."""

@@ -1,0 +1,77 @@
+"""``dcgan export``: a trained network in a format that other programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dcgan import export, pretrained
+from dcgan.cli.options import integer, output_file, reporting
+from dcgan.errors import InputError
+
+Format = Literal["safetensors", "onnx", "torch-export"]
+
+SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+
+
+@reporting
+def command(
+    source: Annotated[
+        Path, typer.Argument(metavar="FROM", help="A run's folder, a checkpoint, or a network's state dict.")
+    ],
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="safetensors: the weights and sizes. onnx: for ONNX Runtime and others. "
+            "torch-export: a PyTorch program (.pt2). The last two are checked against PyTorch first."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write; its folder is made if missing.", show_default="the network's name, here"
+        ),
+    ] = None,
+    network: Annotated[
+        Literal["generator", "discriminator"], typer.Option(help="Which of the two.")
+    ] = "generator",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            parser=integer(1), metavar="N", help="onnx, torch-export: fix the batch size.", show_default="any"
+        ),
+    ] = None,
+    which: Annotated[Literal["last", "best"], typer.Option(help="Of a run's checkpoints.")] = "last",
+    ema: Annotated[
+        bool,
+        typer.Option(
+            "--ema/--no-ema", help="The moving average of the Generator's weights, where there is one."
+        ),
+    ] = True,
+) -> None:
+    """Export a trained network as safetensors, ONNX or a torch.export program."""
+    if to == "safetensors" and batch is not None:
+        raise InputError("--batch means nothing to --to safetensors, which holds weights alone")
+    found = pretrained.read(source, network, ema=ema, which=which)
+    module = found.module("reference")
+    target = output_file(out or Path(network + SUFFIXES[to]), (SUFFIXES[to],))
+    if to == "safetensors":
+        exported = export.safetensors(module, target)
+    elif to == "onnx":
+        exported = export.onnx(module, target, batch=batch)
+    else:
+        exported = export.torch_export(module, target, batch=batch)
+
+    average = ", moving average" if found.averaged else ""
+    typer.echo(f"{network.capitalize()} of {found.file}{average}")
+    shapes = f", {exported.inputs} → {exported.outputs}" if exported.inputs else ""
+    typer.echo(f"Wrote {target}: {exported.size / 1e6:.1f} MB{shapes}")
+    if exported.difference is not None:
+        typer.echo(
+            f"{exported.checked}: largest difference from PyTorch {exported.difference:.1e} "
+            f"({export.TOLERANCE:.0e} is allowed)"
+        )
+    elif exported.checked:
+        typer.echo(exported.checked)

@@ -1,0 +1,223 @@
+"""What a person sees of a run, and what is left of it: progress, metrics, grids, a plot, an animation."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dcgan.errors import InputError, RunError
+from dcgan.files import replacing
+from dcgan.images import save_grid
+from dcgan.training.run import Position, Row, Run
+
+METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
+LINE_SECONDS = 10.0
+"""Between two lines of progress where there is no terminal to draw a bar on."""
+FRAMES = 100
+"""Of the animation, at most: evenly chosen, the last always."""
+
+
+class Report:
+    """Writes into a run's folder and onto the console; a :class:`dcgan.training.run.Watcher`.
+
+    ``metrics.jsonl`` has a line a step, and one for each score; a resumed run first drops the lines of steps
+    that it will take again. ``samples/`` has a grid for each time, ``tensorboard/`` the same as events.
+
+    Args:
+        out: the run's folder.
+        run: where it starts from, and how long it is.
+        console: where progress goes.
+        tensorboard: whether to write event files.
+
+    Raises:
+        InputError: TensorBoard is asked for and not installed.
+        RunError: the folder can't be written to.
+    """
+
+    def __init__(self, out: Path, run: Run, console: Console, tensorboard: bool) -> None:
+        self._out, self._run, self._console = out, run, console
+        try:
+            (out / SAMPLES).mkdir(exist_ok=True)
+            _drop_after(out / METRICS, run.position.step)
+            self._metrics = (out / METRICS).open("a")
+        except OSError as error:
+            raise RunError(f"cannot write into {out}: {error.strerror}") from error
+        self._events = _events(out / TENSORBOARD, run.position.step) if tensorboard else None
+        self._progress = Progress(
+            BarColumn(bar_width=10),  # leaves the text its place in 80 columns
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._began, self._images = time.perf_counter(), run.position.images
+        self._said, self._first = self._began, run.position.step
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Report:
+        self._progress.start()
+        self._task = self._progress.add_task("", total=self._run.steps, completed=self._run.position.step)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    # --- told by the run ------------------------------------------------------------------------------------
+
+    def steps(self, rows: list[Row]) -> None:
+        self._write([row._asdict() for row in rows])
+        row = rows[-1]
+        rate = self._rate(row.images)
+        if self._events is not None:
+            for each in rows:
+                for tag, value in _scalars(each).items():
+                    self._events.add_scalar(tag, value, each.step)
+            self._events.add_scalar("images per second", rate, row.step)
+        settings = self._run.settings
+        line = (
+            f"[{row.epoch}/{settings.epochs}][{row.batch}/{len(self._run.feed)}] {rate:.0f} img/s "
+            f"Loss_D {row.loss_d:.2f} Loss_G {row.loss_g:.2f} D(x) {row.d_x:.2f} D(G(z)) {row.d_g_z:.2f}"
+        )
+        assert self._task is not None
+        self._progress.update(self._task, completed=row.step, description=line.replace("[", r"\["))
+        now = time.perf_counter()
+        if self._progress.disable and (
+            now - self._said >= LINE_SECONDS
+            or row.batch == len(self._run.feed)
+            or row.step == self._first + 1
+        ):
+            self._said = now
+            remaining = (self._run.steps - row.step) * (now - self._began) / (row.step - self._first)
+            self.say(f"{line} ETA {_duration(remaining)}")
+
+    def samples(self, images: Tensor, position: Position) -> None:
+        scale = max(1, 64 // images.shape[-1])
+        try:
+            save_grid(images, self._out / SAMPLES / f"step-{position.step:09d}.png", scale=scale)
+        except OSError as error:
+            raise RunError(f"cannot write samples into {self._out}: {error.strerror}") from error
+        if self._events is not None:
+            self._events.add_images("samples", (images.clamp(-1, 1) + 1) / 2, position.step)
+            self._events.flush()
+
+    def score(self, value: float, position: Position) -> None:
+        self._write([{"step": position.step, "epoch": position.epoch, "pixel_frechet_distance": value}])
+        if self._events is not None:
+            self._events.add_scalar("pixel Fréchet distance", value, position.step)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    # --- at the end -----------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The plot of the losses and the animation of the grids."""
+        rows = [row for row in read_metrics(self._out / METRICS) if "loss_d" in row]
+        plot(rows, len(self._run.feed), self._out / "losses.png")
+        animate(sorted((self._out / SAMPLES).glob("step-*.png")), self._out / "samples.gif")
+
+    # --- pieces ---------------------------------------------------------------------------------------------
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        try:
+            for line in lines:
+                self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self._out / METRICS}: {error.strerror}") from error
+
+    def _rate(self, images: int) -> float:
+        return (images - self._images) / (time.perf_counter() - self._began)
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    return {"loss/D": row.loss_d, "loss/G": row.loss_g, "D/x": row.d_x, "D/G(z)": row.d_g_z}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _events(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "tensorboard is not installed: `pip install tensorboard`, or use --no-tensorboard"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; a last one that a crash cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Leave the lines of steps that a run to be resumed has taken."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    with replacing(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def plot(rows: list[dict[str, Any]], batches: int, path: Path) -> None:
+    """Losses, and D(x) and D(G(z)), by epoch: each step faint, a fortieth of the run's mean strong."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True)
+    epochs = np.array([row["step"] for row in rows]) / batches
+    width = max(1, len(rows) // 40)
+    for axes, names in (
+        (above, {"loss_d": "D", "loss_g": "G"}),
+        (below, {"d_x": "D(x)", "d_g_z": "D(G(z))"}),
+    ):
+        for name, label in names.items():
+            values = np.array([row[name] for row in rows])
+            (faint,) = axes.plot(epochs, values, alpha=0.25, linewidth=0.7)
+            mean = np.convolve(values, np.ones(width) / width, mode="valid")
+            offset = (width - 1) // 2
+            axes.plot(epochs[offset : offset + len(mean)], mean, color=faint.get_color(), label=label)
+        axes.legend(frameon=False, loc="upper right")
+        axes.spines[["top", "right"]].set_visible(False)
+    above.set_ylabel("loss")
+    below.set_ylabel("mean probability")
+    below.set_xlabel("epoch")
+    below.set_ylim(0, 1)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def animate(grids: list[Path], path: Path, seconds: float = 8.0) -> None:
+    """The grids one after the other as a GIF, the last one for a second and a half."""
+    from PIL import Image
+
+    if len(grids) > FRAMES:
+        grids = [grids[round(i * (len(grids) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
+    frames = []
+    for grid in grids:
+        with Image.open(grid) as image:
+            frames.append(image.convert("RGB").quantize(64))
+    if not frames:
+        return
+    each = max(40, min(500, round(1000 * seconds / len(frames))))
+    durations = [each] * (len(frames) - 1) + [1500]
+    with replacing(path) as file:
+        frames[0].save(
+            file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True
+        )

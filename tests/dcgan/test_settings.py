@@ -1,0 +1,128 @@
+"""A run's settings: defaults, files, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcgan.errors import InputError
+from dcgan.training.settings import Settings, read_file, write_file
+
+
+def test_the_defaults_are_the_seeds() -> None:
+    config = Settings().config()
+    assert (config.epochs, config.latent_dim, config.lr, config.beta1) == (50, 100, 2e-4, 0.5)
+    assert config.real_label == 0.9
+    assert Settings().batch_size == 128
+    assert Settings().architecture(1).image_size == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("batch_size", 0, "at least 1"),
+        ("batch_size", "64", "an integer"),
+        ("batch_size", True, "an integer"),
+        ("epochs", 1.5, "an integer"),
+        ("image_size", 48, "32, 64, 128, 256"),
+        ("channels", 2, "1 or 3"),
+        ("model", "vae", "dcgan, mlp"),
+        ("engine", "cudnn", "auto, reference, triton, native"),
+        ("loss", "hinge", "non-saturating, minimax"),
+        ("lr", 0, "positive"),
+        ("lr", float("inf"), "positive"),
+        ("beta1", 1.0, "[0, 1)"),
+        ("label_smoothing", 1.0, "[0, 1)"),
+        ("ema", 1.0, "[0, 1)"),
+        ("clip", 0.0, "positive"),
+        ("classes", "cat", "a list of text"),
+        ("classes", [], "at least one class"),
+        ("keep", 0, "at least 1"),
+        ("compile", "yes", "true or false"),
+    ],
+)
+def test_a_value_that_is_not_allowed(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InputError) as error:
+        Settings.of({name: value})
+    assert name in str(error.value)
+    assert allowed in str(error.value)
+    if value != []:
+        assert repr(value) in str(error.value)
+
+
+def test_an_unknown_setting_is_named_and_the_known_listed() -> None:
+    with pytest.raises(InputError, match=r"here: unknown setting 'batchsize'; known are .*batch_size"):
+        Settings.of({"batchsize": 3}, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.toml", 'dataset = "folder"\nlr = 1e-4\nbatch-size = 32\nclasses = ["a", "b"]\n'),
+        ("run.yaml", "dataset: folder\nlr: 1e-4\nbatch-size: 32\nclasses: [a, b]\n"),
+        ("run.yml", json.dumps({"dataset": "folder", "lr": 1e-4, "batch_size": 32, "classes": ["a", "b"]})),
+    ],
+)
+def test_files(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    expected = Settings(dataset="folder", lr=1e-4, batch_size=32, classes=["a", "b"])
+    assert Settings.of(read_file(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("run.toml", "dataset = ", "no TOML"),
+        ("run.yaml", "a: [", "no YAML"),
+        ("run.yaml", "!!python/object/apply:os.system ['true']", "no YAML"),
+        ("run.yaml", "- a\n- b\n", "table of settings"),
+        ("run.yaml", "1: a\n", "table of settings"),
+        ("run.ini", "", ".toml, .yaml or .yml"),
+        ("none.toml", None, "cannot read"),
+    ],
+)
+def test_files_that_can_not_be_used(name: str, text: str | None, said: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        read_file(tmp_path / name)
+    assert said in str(error.value)
+    assert name in str(error.value)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert Settings.of(read_file(tmp_path / "run.yaml")) == Settings()
+
+
+@given(
+    lr=st.floats(1e-12, 1e6),
+    label_smoothing=st.floats(0, 0.999),
+    ema=st.none() | st.floats(0, 0.9999),
+    seed=st.integers(0, 2**63),
+    dataroot=st.text(st.characters(exclude_categories=["Cs"])),
+    classes=st.none() | st.lists(st.text(), min_size=1),
+)
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
+    settings = Settings.of(values)
+    path = tmp_path_factory.mktemp("settings") / "config.yaml"
+    write_file(settings, path)
+    assert Settings.of(read_file(path)) == settings
+    assert yaml.safe_load(path.read_text())["seed"] == values["seed"]
+
+
+def test_what_may_change_when_a_run_is_resumed() -> None:
+    run = Settings(epochs=2)
+    assert run.resumed({"epochs": 5, "engine": "reference", "ngf": 64}) == Settings(
+        epochs=5, engine="reference"
+    )
+    for name, value in {"ngf": 32, "seed": 1, "batch_size": 64, "dataset": "fake", "lr": 1e-3}.items():
+        with pytest.raises(InputError, match=f"{name} is .* in the run to be resumed, got {value!r}"):
+            run.resumed({name: value})

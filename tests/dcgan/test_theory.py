@@ -1,0 +1,306 @@
+"""Closed forms, inequalities for any discriminator, the trained one, and what the command refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+from scipy.integrate import quad
+from typer.testing import CliRunner
+
+from dcgan import theory
+from dcgan.cli import theory as command
+from dcgan.cli.app import app
+from dcgan.errors import InputError, RunError
+from dcgan.theory import Pair, parse
+
+SPECS = [
+    "normal:0,1",
+    "normal:-1,0.5",
+    "normal:3,0.01",
+    "uniform:-1,2",
+    "uniform:1.5,1.6",
+    "laplace:0.5,0.7",
+    "mixture:1,-2,0.3/3,1,1",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Nothing here is large enough for a second core, whose waits are long where it has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pair(p: str, q: str) -> Pair:
+    return Pair(parse(p), parse(q))
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> str:
+    location = st.floats(-5, 5).map(lambda v: round(v, 3))
+    scale = st.floats(0.01, 5).map(lambda v: round(v, 3))
+    family = draw(st.sampled_from(sorted(theory.SPECS)))
+    if family == "uniform":
+        low = draw(location)
+        return f"uniform:{low},{low + draw(scale)}"
+    if family == "mixture":
+        parts = draw(st.lists(st.tuples(scale, location, scale), min_size=1, max_size=3))
+        return "mixture:" + "/".join(f"{w},{m},{s}" for w, m, s in parts)
+    return f"{family}:{draw(location)},{draw(scale)}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "reference"),
+    [
+        ("normal:-1,0.5", stats.norm(-1, 0.5)),
+        ("uniform:-1,2", stats.uniform(-1, 3)),
+        ("laplace:0.5,0.7", stats.laplace(0.5, 0.7)),
+    ],
+)
+def test_densities_are_scipys(spec: str, reference: stats.rv_continuous) -> None:
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    density = parse(spec)
+    np.testing.assert_allclose(density.log(x), reference.logpdf(x.numpy()), rtol=1e-12)
+    assert density.mean == pytest.approx(reference.mean())
+    assert density.std == pytest.approx(reference.std())
+    assert reference.cdf(density.breaks[0]) < 1e-15
+    assert reference.sf(density.breaks[-1]) < 1e-15
+    torch.manual_seed(0)
+    assert stats.kstest(density.sample(5000).numpy(), reference.cdf).pvalue > 1e-3
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_normals() -> None:
+    x = np.linspace(-5, 5, 101)
+    expected = 0.25 * stats.norm(-2, 0.3).pdf(x) + 0.75 * stats.norm(1, 1).pdf(x)
+    np.testing.assert_allclose(
+        parse("mixture:1,-2,0.3/3,1,1").log(torch.from_numpy(x)).exp(), expected, rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_equal_densities(spec: str) -> None:
+    same = pair(spec, spec)
+    assert torch.equal(torch.sigmoid(same.optimal_logit(same.x)), torch.full_like(same.x, 0.5))
+    assert same.jsd() == pytest.approx(0, abs=1e-12)
+    assert same.optimal_value() == pytest.approx(-2 * math.log(2), abs=1e-10)
+    assert same.mean_under(same.density_p, torch.ones_like(same.x)) == pytest.approx(1, abs=1e-12)
+
+
+def test_disjoint_uniforms() -> None:
+    apart = pair("uniform:0,1", "uniform:2,5")
+    assert apart.jsd() == pytest.approx(math.log(2), abs=1e-12)
+    assert apart.optimal_value() == pytest.approx(0, abs=1e-12)
+    x = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)
+    assert torch.sigmoid(apart.optimal_logit(x)).tolist() == [1, 0.5, 0]
+
+
+def test_overlapping_uniforms_by_hand() -> None:
+    """p on [0, 2], q on [1, 3]: half of each where D* = ½, half where D* is sure."""
+    half = pair("uniform:0,2", "uniform:1,3")
+    assert half.jsd() == pytest.approx(math.log(2) / 2, abs=1e-12)
+    assert half.optimal_value() == pytest.approx(-math.log(2), abs=1e-12)
+
+
+@pytest.mark.parametrize("p", SPECS)
+@pytest.mark.parametrize("q", SPECS)
+def test_identity(p: str, q: str) -> None:
+    both = pair(p, q)
+    assert both.optimal_value() == pytest.approx(both.bound(), abs=1e-9)
+
+
+def test_jsd_is_quadpacks() -> None:
+    p, q = stats.norm(-1, 0.5), stats.laplace(0.5, 0.7)
+
+    def kl(a: stats.rv_continuous, b: stats.rv_continuous) -> float:
+        def integrand(x: float) -> float:
+            log_m = np.logaddexp(a.logpdf(x), b.logpdf(x)) - np.log(2)
+            return float(a.pdf(x) * (a.logpdf(x) - log_m))
+
+        return float(quad(integrand, -20, 20, points=[-3, -1, 0.5, 2], epsabs=1e-10)[0])
+
+    expected = (kl(p, q) + kl(q, p)) / 2
+    assert pair("normal:-1,0.5", "laplace:0.5,0.7").jsd() == pytest.approx(expected, abs=1e-9)
+
+
+@given(specs(), specs())
+@settings(max_examples=25, deadline=None)
+def test_jsd_is_between_0_and_log_2_and_symmetric(p: str, q: str) -> None:
+    jsd = pair(p, q).jsd()
+    assert -1e-12 <= jsd <= math.log(2) + 1e-12
+    assert jsd == pytest.approx(pair(q, p).jsd(), abs=1e-9)
+    assert pair(p, q).optimal_value() == pytest.approx(2 * jsd - 2 * math.log(2), abs=1e-6)
+
+
+@given(specs(), specs(), st.floats(-20, 20), st.floats(-20, 20), st.floats(0, 30), st.floats(-3, 3))
+@settings(max_examples=25, deadline=None)
+def test_no_discriminator_beats_the_optimal_one(
+    p: str, q: str, a: float, b: float, c: float, d: float
+) -> None:
+    both = pair(p, q)
+    best = both.optimal_value()
+    optimal = both.optimal_logit(both.x)
+    any_one = a + b * both.x + c * torch.sin(both.x * 7)
+    near = optimal.clamp(-30, 30) + d * torch.cos(both.x * 3)
+    for logit in (any_one, near):
+        assert both.value(logit) <= best + 1e-12
+
+
+def test_a_disturbed_optimum_is_strictly_worse() -> None:
+    both = pair("normal:0,1", "normal:1,1")
+    optimal = both.optimal_logit(both.x)
+    assert all(both.value(optimal + s) < both.optimal_value() - 1e-5 for s in (-0.01, 0.01))
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.5, 2.0, 6.0])
+def test_generator_gradients(distance: float) -> None:
+    """The minimax gradient is the derivative of 2·JSD; the two are those of autograd on samples' mean."""
+    minimax, other = pair("normal:0,1", f"normal:{distance},1").generator_gradients()
+    h = 1e-3
+    up, down = (pair("normal:0,1", f"normal:{distance + s},1").jsd() for s in (h, -h))
+    assert minimax == pytest.approx(abs(2 * (up - down) / (2 * h)), abs=1e-6)
+    # log p − log q has the slope −distance, and E_q[D*] + E_q[1 − D*] = 1.
+    assert minimax + other == pytest.approx(distance, abs=1e-9)
+
+
+def test_gradients_need_positive_densities() -> None:
+    with pytest.raises(InputError, match="positive everywhere; 'uniform:0,1' is not"):
+        pair("normal:0,1", "uniform:0,1").generator_gradients()
+
+
+def test_sweep_saturates() -> None:
+    apart = theory.sweep(distances=11)
+    assert list(apart.distances) == list(range(11))
+    assert apart.jsd[0] == pytest.approx(0, abs=1e-12)
+    assert all(a < b for a, b in zip(apart.jsd, apart.jsd[1:], strict=False))
+    assert math.log(2) - apart.jsd[-1] < 1e-5
+    assert apart.minimax[-1] < 1e-4 < apart.minimax[4]
+    assert apart.non_saturating[-1] == pytest.approx(10, rel=1e-4)
+
+
+def test_training_repeats_and_leaves_the_global_generator_alone() -> None:
+    both = pair("normal:0,1", "normal:1,1")
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, again, other = (theory.train(both, 5, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.values == again.values
+    assert first.values != other.values
+    assert first.steps == tuple(range(6))
+
+
+def test_training_refuses_no_steps() -> None:
+    with pytest.raises(InputError, match="steps must be an integer of at least 1, got 0"):
+        theory.train(pair("normal:0,1", "normal:1,1"), 0)
+
+
+def test_a_discriminator_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theory.Discriminator, "forward", lambda self, x: x.float() * math.nan)
+    with pytest.raises(RunError, match="nan after 0 steps"):
+        theory.train(pair("normal:0,1", "normal:1,1"), 5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "a density must be one of normal:MEAN,STD; uniform:LOW,HIGH.*got ''"),
+        ("cauchy:0,1", "a density must be one of .*got 'cauchy:0,1'"),
+        ("normal", "the family normal is normal:MEAN,STD, in numbers; got 'normal'"),
+        ("normal:1", "is normal:MEAN,STD, in numbers; got 'normal:1'"),
+        ("normal:1,2,3", "is normal:MEAN,STD, in numbers"),
+        ("normal:a,b", "is normal:MEAN,STD, in numbers; got 'normal:a,b'"),
+        ("normal:0,0", "STD must be from 0.001 to 1000, got 0 in"),
+        ("normal:0,-1", "STD must be from 0.001 to 1000, got -1 in"),
+        ("normal:nan,1", "MEAN must be from -1000 to 1000, got nan in"),
+        ("normal:0,inf", "STD must be from 0.001 to 1000, got inf in"),
+        ("normal:1e9,1", r"MEAN must be from -1000 to 1000, got 1e\+09 in"),
+        ("laplace:0,0", "SCALE must be from 0.001 to 1000, got 0 in"),
+        ("laplace:nan,1", "MEAN must be from -1000 to 1000, got nan in"),
+        ("uniform:1,1", "HIGH must exceed LOW by at least 0.001, got 'uniform:1,1'"),
+        ("uniform:2,1", "HIGH must exceed LOW"),
+        ("uniform:0,inf", "HIGH must be from -1000 to 1000, got inf"),
+        ("uniform:-inf,0", "LOW must be from -1000 to 1000, got -inf"),
+        ("mixture:", "the family mixture is mixture:WEIGHT,MEAN,STD"),
+        ("mixture:1,0", "the family mixture is mixture:WEIGHT,MEAN,STD"),
+        ("mixture:1,0,1/", "the family mixture is mixture:WEIGHT,MEAN,STD"),
+        ("mixture:0,0,1", "WEIGHT must be from 0.001 to 1000, got 0 in"),
+        ("mixture:1,0,1/1,0,0", "STD must be from 0.001 to 1000, got 0 in"),
+    ],
+)
+def test_bad_densities(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(spec)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["theory", *arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+
+
+def test_command_with_its_defaults_comes_near_the_optimum(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    result = invoke("--out", str(out), "--steps", "300", "--sweep")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.iterdir()) == ["sweep.png", "theory.json", "theory.png"]
+    found = json.loads((out / "theory.json").read_text())
+    assert found["p"] == "normal:-1,0.5"
+    assert found["optimal_value"] == pytest.approx(2 * found["jsd"] - 2 * math.log(2), abs=1e-9)
+    assert found["values"][0] < found["value"] <= found["optimal_value"]
+    assert found["optimal_value"] - found["value"] < 0.01
+    assert (found["error_p"] + found["error_q"]) / 2 < 0.04
+    assert len(found["steps"]) == len(found["values"]) == 101
+    assert len(found["sweep"]["distances"]) == 41
+    assert f"{found['jsd']:.9f}" in result.output
+    assert "non-saturating" in result.output
+    for name in ("theory.png", "sweep.png"):
+        assert Image.open(out / name).size[0] == 960
+
+
+def test_a_failed_identity_is_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Pair.jsd
+    monkeypatch.setattr(Pair, "jsd", lambda self: right(self) + 1e-5)
+    result = invoke("--out", str(tmp_path), "--steps", "5")
+    assert result.exit_code == 1
+    assert "is not 2·JSD − 2·log 2" in result.output
+    assert "they differ by 2.0e-05, 1e-06 is allowed" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--p", "cauchy:0,1", "must be one of normal:MEAN,STD; uniform:LOW,HIGH"),
+        ("--q", "normal:0,0", "STD must be from 0.001 to 1000"),
+        ("--steps", "0", "integer of at least 1"),
+        ("--steps", "many", "integer of at least 1"),
+        ("--seed", "-1", "integer of at least 0"),
+        ("--out", __file__, "is a file"),
+    ],
+)
+def test_usage_errors(option: str, value: str, allowed: str, tmp_path: Path) -> None:
+    result = invoke("--out", str(tmp_path / "out"), option, value)
+    assert result.exit_code == 2
+    for words in (option, value, allowed):
+        assert words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_below_a_file_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke("--out", str(tmp_path / "file" / "below"))
+    assert result.exit_code == 2
+    assert "--out: cannot make the folder" in result.output
+
+
+def test_the_help_names_all_families() -> None:
+    assert "; ".join(theory.SPECS.values()) == command.KINDS
