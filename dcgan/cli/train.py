@@ -64,7 +64,7 @@ def _run(settings: Settings, out: Path, resumed: bool, dry_run: bool, share: Any
     from dcgan.kernels import ops
     from dcgan.training import distributed
     from dcgan.training.report import Report
-    from dcgan.training.run import Run, follow, scored
+    from dcgan.training.run import Run, follow
     from dcgan.training.stop import listening
 
     first = share.rank == 0
@@ -103,7 +103,7 @@ def _run(settings: Settings, out: Path, resumed: bool, dry_run: bool, share: Any
             say(_headline(run))
         score = None
         if settings.score == "pixels" and first:
-            score = PixelScore(images.pixels, scored(images))
+            score = PixelScore(images.pixels)
         # auto leaves it to the environment.
         with contextlib.nullcontext() if settings.engine == "auto" else ops.use_engine(settings.engine):
             if first:

@@ -7,12 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dcgan.errors import InputError, RunError
 from dcgan.files import replacing
+from dcgan.generation import write_animation
 from dcgan.images import save_grid
 from dcgan.training.run import Position, Row, Run
 
@@ -174,7 +178,6 @@ def _drop_after(path: Path, step: int) -> None:
 
 def plot(rows: list[dict[str, Any]], batches: int, path: Path) -> None:
     """Losses, and D(x) and D(G(z)), by epoch: each step faint, a fortieth of the run's mean strong."""
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -203,21 +206,20 @@ def plot(rows: list[dict[str, Any]], batches: int, path: Path) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def animate(grids: list[Path], path: Path, seconds: float = 8.0) -> None:
-    """The grids one after the other as a GIF, the last one for a second and a half."""
-    from PIL import Image
-
+def animate(grids: list[Path], path: Path) -> None:
+    """The grids one after the other in some 8 seconds, the last one for a second and a half."""
+    if not grids:
+        return
     if len(grids) > FRAMES:
         grids = [grids[round(i * (len(grids) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    frames = []
-    for grid in grids:
-        with Image.open(grid) as image:
-            frames.append(image.convert("RGB").quantize(64))
-    if not frames:
-        return
-    each = max(40, min(500, round(1000 * seconds / len(frames))))
-    durations = [each] * (len(frames) - 1) + [1500]
-    with replacing(path) as file:
-        frames[0].save(
-            file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True
-        )
+    each = max(40, min(500, 8000 // len(grids)))
+    held = [grids[-1]] * (1500 // each)
+    write_animation(map(_read, [*grids, *held]), path, each)
+
+
+def _read(grid: Path) -> Tensor:
+    """A picture as a batch of one, uint8 [1, 1 or 3, H, W]."""
+    with Image.open(grid) as picture:
+        image = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
+    grey = bool((image == image[:1]).all())
+    return image[None, :1] if grey else image[None]

@@ -379,7 +379,9 @@ def _save(
 ) -> None:
     value = None
     if score is not None:
-        noise = normal(run.settings.seed, SCORE_NOISE, 0, (scored(run.images), run.settings.nz, 1, 1))
+        noise = normal(
+            run.settings.seed, SCORE_NOISE, 0, (min(SCORED, len(run.images)), run.settings.nz, 1, 1)
+        )
         value = score(run.generate(noise))
         if watcher is not None:  # before the checkpoint, after which nobody would tell it again
             watcher.score(value, run.position)
@@ -387,11 +389,6 @@ def _save(
         folder.save(run.checkpoint(value))
     except NotFinite as error:
         raise RunError(f"{error}. {_last_good(folder)}") from error
-
-
-def scored(images: Images) -> int:
-    """Generated images that a score is of."""
-    return min(SCORED, len(images))
 
 
 def _last_good(folder: Folder) -> str:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import SGD
 
-from dcgan import checkpoint as checkpoints
 from dcgan import fast, models
 from dcgan.batchnorm import SyncBatchNorm2d
+from dcgan.errors import InputError
 from dcgan.kernels import ops
 from dcgan.models import weights_init
 from dcgan.training import TrainStep
+from dcgan.training.feed import Feed, Share
 
 SIZES = {"features": 4, "image_size": 32}
 LATENT, BATCH, STEPS = 6, 8, 2
@@ -178,58 +179,89 @@ def test_synchronised_batchnorm_alone_is_batchnorm() -> None:
     assert list(other.state_dict()) == list(network.state_dict())
 
 
-def launched(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dcgan", "train", *arguments]
-    if world > 1:
-        head = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={free_port()}"]
-        command = [sys.executable, *head, *command[1:]]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+TINY = {
+    "dataset": "fake",
+    "limit": 43,
+    "channels": 1,
+    "batch_size": 8,
+    "image_size": 32,
+    "ngf": 4,
+    "ndf": 4,
+    "nz": 6,
+    "device": "cpu",
+    "tensorboard": False,
+    "sync_batchnorm": True,
+    "epochs": 1,
+}
+
+
+def as_launched(rank: int, world: int, port: int) -> None:
+    """What torchrun says to a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def launch(world: int, out: Path, given: dict[str, Any], resume: bool = False) -> list[int]:
+    """The exit statuses."""
+    port = free_port()
+    processes = [
+        runs.start(
+            out, given, resume, functools.partial(as_launched, rank, world, port) if world > 1 else None
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
-    """The same order, the same noise, synchronised BatchNorm: the same run, but for rounding."""
-    tiny = ["--dataset=fake", "--limit=43", "--channels=1", "--batch-size=8", "--image-size=32", "--ngf=4"]
-    tiny += ["--ndf=4", "--nz=6", "--device=cpu", "--no-tensorboard", "--sync-batchnorm"]
-    out = tmp_path / "run"
-    for world, more in ((before, [*tiny, "--epochs=1"]), (after, ["--resume", "--epochs=2"])):
-        done = launched(world, *more, f"--out={out}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Training dcgan") == 1  # by rank 0 alone
-    saved = checkpoints.read(out / "checkpoints" / "last.pt")
-    assert (saved.epoch, saved.step) == (2, 12)
-    # The last batch of 3 is cut to 2 with two processes.
-    assert saved.images == {2: 42, 1: 43}[before] + {2: 42, 1: 43}[after]
+    """The same order, the same noise, synchronised BatchNorm: the same run, but for rounding.
+
+    Adam's first steps are about lr·sign(gradient), so weights agree to some lr, statistics to 5%.
+    """
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    given = TINY | {"limit": 40}
+    assert launch(before, out, given) == [0] * before
+    assert launch(after, out, {"epochs": 2}, resume=True) == [0] * after
+    assert launch(1, alone, given | {"epochs": 2}) == [0]
+    saved, expected = runs.final(out), runs.final(alone)
+    assert (saved.epoch, saved.step, saved.images) == (2, 10, 80)
+    for name, value in expected.generator.items():
+        if "running" in name:
+            assert largest_error([saved.generator[name]], [value]) < 5e-2, name
+        elif "tracked" not in name:
+            assert float((saved.generator[name] - value).abs().max()) <= 2 * 10 * 2e-4, name
     assert (out / "samples.gif").exists()
 
 
-@functools.cache
-def tiny_run(folder: Path, world: int) -> checkpoints.Checkpoint:
-    done = launched(
-        world,
-        *("--dataset=fake", "--limit=40", "--channels=1", "--batch-size=8", "--image-size=32", "--ngf=4"),
-        *("--ndf=4", "--nz=6", "--device=cpu", "--no-tensorboard", "--sync-batchnorm", "--epochs=1"),
-        f"--out={folder / str(world)}",
+def test_a_short_batch_is_cut_so_that_all_get_as_many(tmp_path: Path) -> None:
+    assert launch(2, tmp_path / "run", TINY) == [0, 0]
+    saved = runs.final(tmp_path / "run")
+    assert (saved.step, saved.images) == (6, 42)  # of 43
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if value is not True]
+    given = [option for option in given if not option.endswith("=False")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *(f"--master-port={free_port()}", "-m", "dcgan", "train", *given, "--no-tensorboard"),
+            *("--dry-run", f"--out={tmp_path / 'run'}"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    return checkpoints.read(folder / str(world) / "checkpoints" / "last.pt")
-
-
-def test_running_statistics_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    """Adam's first steps are about lr·sign(gradient), so weights agree to some lr, statistics to 5%."""
-    one, two = tiny_run(tmp_path, 1), tiny_run(tmp_path, 2)
-    for name, value in one.generator.items():
-        if "running" in name:
-            assert largest_error([two.generator[name]], [value]) < 5e-2, name
-        elif "tracked" not in name:
-            assert float((two.generator[name] - value).abs().max()) <= 2 * 5 * 2e-4, name
+    assert done.stdout.count("Training dcgan") == 1  # by rank 0 alone
+    assert "2 × cpu" in done.stdout
+    assert runs.final(tmp_path / "run").step == 1
 
 
 def test_a_batch_that_can_not_be_shared() -> None:
-    done = launched(
-        2, "--dataset=fake", "--limit=20", "--batch-size=9", "--image-size=32", "--out=unused-run"
-    )
-    assert done.returncode != 0
-    assert "batch_size must be a multiple of the number of processes, 2, got 9" in done.stderr
+    with pytest.raises(InputError, match="must be a multiple of the number of processes, 2, got 9"):
+        Feed(torch.zeros(20, 1, 2, 2, dtype=torch.uint8), 9, 0, 6, torch.device("cpu"), Share(0, 2))

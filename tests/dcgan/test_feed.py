@@ -1,0 +1,83 @@
+"""What each step is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcgan.data import normalise
+from dcgan.errors import InputError
+from dcgan.training.feed import Feed, Share, normal
+
+CPU = torch.device("cpu")
+
+
+def numbered(n: int) -> torch.Tensor:
+    """Images that are told apart by their two pixels."""
+    indices = torch.arange(n)
+    return torch.stack([indices // 256, indices % 256], 1).to(torch.uint8).view(n, 1, 1, 2)
+
+
+@given(
+    n=st.integers(1, 600),
+    batch=st.integers(1, 64),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 10),
+    world=st.integers(1, 4),
+)
+def test_an_epoch_goes_through_the_images_once(n: int, batch: int, seed: int, epoch: int, world: int) -> None:
+    batch = batch * world
+    if batch > n:
+        return
+    pixels = numbered(n)
+    feeds = [Feed(pixels, batch, seed, 3, CPU, Share(rank, world)) for rank in range(world)]
+    alone = Feed(pixels, batch, seed, 3, CPU)
+    seen = []
+    for i in range(len(feeds[0])):
+        parts = [feed.real(epoch, i) for feed in feeds]
+        assert {len(part) for part in parts} == {feeds[0].size(i) // world}
+        together = torch.cat(parts)
+        assert torch.equal(together, alone.real(epoch, i)[: len(together)])
+        seen.append(together)
+        noises = torch.cat([feed.noise(i, feed.size(i)) for feed in feeds])
+        assert torch.equal(noises, alone.noise(i, feeds[0].size(i)))
+    found = torch.cat(seen)
+    assert len(found) == feeds[0].images == n - n % batch % world
+    keys = {tuple(row.flatten().tolist()) for row in found}
+    assert len(keys) == len(found)
+    assert keys <= {tuple(row.flatten().tolist()) for row in normalise(pixels)}
+
+
+def test_orders_and_noise_are_functions_of_seed_and_step() -> None:
+    pixels = numbered(50)
+    a, b, other = (Feed(pixels, 8, seed, 5, CPU) for seed in (1, 1, 2))
+    b.real(3, 1)  # whatever it was asked for before
+    assert torch.equal(a.real(0, 2), b.real(0, 2))
+    assert not torch.equal(a.real(0, 2), a.real(1, 2))
+    assert not torch.equal(a.real(0, 2), other.real(0, 2))
+    assert torch.equal(a.noise(4, 8), b.noise(4, 8))
+    assert not torch.equal(a.noise(4, 8), a.noise(5, 8))
+    assert not torch.equal(a.noise(4, 8), other.noise(4, 8))
+    state = torch.get_rng_state()
+    a.noise(4, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_is_normal() -> None:
+    z = torch.cat([normal(0, 1, i, (1000,)) for i in range(100)]).double()
+    assert abs(float(z.mean())) < 4 / 100_000**0.5
+    assert abs(float(z.std()) - 1) < 4 / 200_000**0.5
+    assert not torch.equal(normal(0, 1, 0, (8,)), normal(0, 2, 0, (8,)))
+
+
+def test_values_are_the_seeds_transform() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    expected = (pixels.double() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(Feed(pixels, 1, 0, 1, CPU).real(0, 0).double(), expected, rtol=0, atol=1e-7)
+
+
+def test_a_batch_larger_than_the_images() -> None:
+    with pytest.raises(InputError, match="batch_size must be at most the number of images, 5, got 6"):
+        Feed(numbered(5), 6, 0, 1, CPU)
