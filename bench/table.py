@@ -13,7 +13,7 @@ from bench.race import Outcome
 from bench.results import Report
 
 NOTE_WIDTH = 30
-PIPED_WIDTH = 140  # a pipe has no width; rich would take 80 and wrap
+PIPED_WIDTH = 150  # a pipe has no width; rich would take 80 and wrap
 NOTHING = "–"
 
 
@@ -32,7 +32,7 @@ def start(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     for column in left:
         table.add_column(column, no_wrap=True)
     for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     return table
 
 

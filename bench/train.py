@@ -37,7 +37,7 @@ CASE_DTYPES = {"cpu": ["float32"], "cuda": ["tf32", "bfloat16"]}
 BASELINE = "eager"
 """Whose memory the others' is a share of."""
 PROFILE_ROUNDS = 5
-COLUMNS = ["images/s", "±", "steps", "GFLOP/s", "× best other", "ceiling", "peak MB", "memory", "error"]
+COLUMNS = ["images/s", "±", "steps", "GFLOP/s", "× best", "ceiling", "peak MB", "memory", "error"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -195,6 +195,37 @@ def test_bad_input(given: list[str], said: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_folder_of_images_of_all_kinds_one_of_them_unreadable(tmp_path: Path) -> None:
+    root, random = tmp_path / "images", np.random.default_rng(0)
+    for i, mode in enumerate(["L", "RGB", "RGBA", "P", "1", "LA"] * 2):
+        image = Image.fromarray(random.integers(0, 256, (40, 33, 3), np.uint8)).convert(mode)
+        (root / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        image.save(root / f"class{i % 2}" / f"{i}.png")
+    Image.fromarray(random.integers(0, 65536, (40, 33), np.uint16)).save(root / "class0" / "deep.png")
+    (root / "class1" / "broken.png").write_bytes((root / "class0" / "0.png").read_bytes()[:50])
+    out = tmp_path / "run"
+    given = ["--dataset=folder", f"--dataroot={root}", "--batch-size=4", "--image-size=32", "--ngf=4"]
+    given += ["--ndf=4", "--nz=6", "--epochs=1", "--device=cpu", "--no-tensorboard"]
+    result = invoke(*given, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "Training dcgan on 13 images of folder, 1 skipped (3×32×32)" in result.output
+    assert "broken.png" in result.output
+    assert runs.final(out).images == 13
+    result = invoke(*given, "--classes=class1", "--dry-run", "--out", str(tmp_path / "other"))
+    assert "Training dcgan on 6 images of folder" in result.output
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_without_images(there: bool, tmp_path: Path) -> None:
+    root = tmp_path / "empty"
+    if there:
+        root.mkdir()
+        (root / "notes.txt").write_text("no image")
+    result = invoke(*TINY, "--dataset=folder", f"--dataroot={root}", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2
+    assert str(root) in result.output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(tmp_path: Path) -> None:
     result = invoke(*TINY, "--device", "cuda", "--out", str(tmp_path))
