@@ -17,7 +17,8 @@ from dcgan.models import Discriminator, Generator, weights_init
 # the seed's own loop, run eagerly in the same dtype on the same batches (float32, batch 64: some 1e-3). Sums
 # rounded k times as coarsely put k times as many values on the wrong side, and their error is √k times as
 # large. In small batches it is chance whose value lies near a kink, and a floor counts: without one on its
-# other side every way errs by 1e-6 to 3e-6, with one by 1e-3 to 9e-3 (batches of 4 and 16). Losses are smooth.
+# other side every way errs by 1e-6 to 3e-6, with one by 1e-3 to 9e-3 (batches of 4 and 16). Losses are
+# smooth.
 TIMES_EAGER = 4.0
 ONE_KINK = 2**-6
 FLOOR = 1e-4
