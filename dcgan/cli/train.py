@@ -19,10 +19,6 @@ from dcgan.training.settings import Option, Settings, options, read_file, write_
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
-EPILOG = (
-    "pytorch/examples' spellings work too: --batchSize, --imageSize, --niter, --manualSeed, --nc, --outf."
-)
-
 
 def train(given: dict[str, Any], out: Path, config: Path | None, resume: bool, dry_run: bool) -> None:
     """Train, or go on training.
@@ -142,8 +138,8 @@ def _parameter(name: str, kind: Any, option: Option) -> inspect.Parameter:
     default = getattr(Settings(), name)
     if kind is bool:
         flags = (f"--{flag}/--no-{flag}",)
-    shown = "" if default is None else f" [default: {default}]"
-    about: dict[str, Any] = {"help": option.about + shown, "show_default": False}
+    shown = False if default is None or default is False else str(default)
+    about: dict[str, Any] = {"help": option.about, "show_default": shown}
     kinds = [k for k in get_args(kind) if k is not type(None)] if _is_union(kind) else [kind]
     base = kinds[0]
     if get_origin(base) is list:
