@@ -130,6 +130,7 @@ Product::Product(const Engine& engine, const dcgan_op& op, bool dgrad, int64_t i
         const int64_t out =
             layer_.c_out * (dgrad ? pixels(op.height, op.width)
                                   : pixels(out_side(layer_, op.height), out_side(layer_, op.width)));
+        // Blocks of a size with which all threads end together are no faster: 1.00× at batch 64.
         const auto split = [&](int64_t bytes) {
             const int64_t fit = std::max<int64_t>(1, bytes / FLOAT / (in + out));
             blocks_ = (images + fit - 1) / fit;
