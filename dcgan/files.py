@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def cache_folder(name: str) -> Path:
+    """``$DCGAN_CACHE/name``, or without that variable ``~/.cache/dcgan-kernels/name``."""
+    return Path(os.environ.get("DCGAN_CACHE") or Path.home() / ".cache" / "dcgan-kernels") / name
+
+
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     """A file to write in place of ``path``, which it takes in one move once the block ends without an error.

@@ -43,6 +43,10 @@ ENGINES = ("auto", "reference", "triton", "native")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class EngineError(RuntimeError):
+    """A forced engine does not cover a call."""
+
+
 class Choice(NamedTuple):
     """Which engine runs a call, and why not a faster one ('' if it is the fastest)."""
 
@@ -196,7 +200,7 @@ def choose_engine(
     if why_not is None:
         return Choice(name, engine, "")
     if _forced == engine:
-        raise RuntimeError(f"engine {engine!r} was asked for, but does not cover this {name}: {why_not}")
+        raise EngineError(f"engine {engine!r} was asked for, but does not cover this {name}: {why_not}")
     return Choice(name, "reference", f"{engine}: {why_not}")
 
 
@@ -450,7 +454,7 @@ def _transformed(call: Call, transposed: bool) -> Outputs:
     check(call, transposed)
     choice = Choice(NAMES[transposed], "reference", "a torch.func transform or forward-mode AD is at work")
     if _forced not in ("auto", "reference"):
-        raise RuntimeError(f"engine {_forced!r} was asked for, but does not cover this call: {choice.reason}")
+        raise EngineError(f"engine {_forced!r} was asked for, but does not cover this call: {choice.reason}")
     record(choice)
     with torch.autocast(device, enabled=False):
         return reference.forward(*call, transposed=transposed, functional=True)

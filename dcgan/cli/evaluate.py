@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from dcgan.cli.options import choose_device, integer, output_folder, reporting
-from dcgan.errors import InputError, RunError
+from dcgan.cli.options import choose_device, forced, integer, output_folder, reporting
+from dcgan.errors import RunError
 from dcgan.files import replacing
 from dcgan.networks import Engine
 
@@ -65,7 +64,6 @@ def command(
     splits, or its halves. Nothing generated can be expected below it.
     """
     from dcgan import evaluation, generation, pretrained
-    from dcgan.kernels import ops
 
     where = choose_device(device)
     if json_file is not None:
@@ -81,13 +79,8 @@ def command(
 
     real, other = train.choose(num, seed), test.choose(num, seed)
     of_real, of_other = (chosen.of(part.batches(batch_size)) for part in (real, other))
-    try:
-        with ops.use_engine(engine) if engine != "auto" else nullcontext():
-            of_generated = chosen.of(generation.images(generator, num, seed=seed, batch=batch_size))
-    except RuntimeError as error:
-        if "was asked for" not in str(error):
-            raise
-        raise InputError(f"--engine: {error}") from error
+    with forced(engine):
+        of_generated = chosen.of(generation.images(generator, num, seed=seed, batch=batch_size))
     rows = {
         "generated": (f"{num:,} generated", evaluation.compare(of_real, of_generated, seed)),
         "floor": (f"{len(other):,} real ({other.what})", evaluation.compare(of_real, of_other, seed)),

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,8 +14,8 @@ import typer
 from torch import Tensor, nn
 
 from dcgan import generation, pretrained
-from dcgan.cli.options import choose_device, integer, output_file, output_folder, reporting
-from dcgan.errors import InputError, RunError
+from dcgan.cli.options import choose_device, forced, integer, output_file, output_folder, reporting
+from dcgan.errors import InputError
 from dcgan.kernels import ops
 from dcgan.networks import Engine
 
@@ -105,21 +104,10 @@ class _Timed:
 
 
 def _prepare(network: nn.Module, batch: int) -> str:
-    """Run one batch, so that kernels are compiled and weights packed; says which engine ran, and why.
-
-    Raises:
-        InputError: an engine was forced that does not cover the network here.
-    """
-    try:
-        with ops.recording() as choices:
-            for images in generation.images(network, batch, batch=batch):
-                generation.to_uint8(images)
-    except RunError:
-        raise
-    except RuntimeError as error:
-        if "was asked for" not in str(error):
-            raise
-        raise InputError(f"--engine: {error}") from error
+    """Run one batch, so that kernels are compiled and weights packed; says which engine ran, and why."""
+    with ops.recording() as choices:
+        for images in generation.images(network, batch, batch=batch):
+            generation.to_uint8(images)
     used = sorted({f"{c.engine} ({c.reason})" if c.reason else c.engine for c in choices})
     return ", ".join(used) or "reference"
 
@@ -221,7 +209,7 @@ def command(
     target = output_folder(target) if format == "files" else output_file(target, SUFFIXES[format])
 
     n = num or 64
-    with ops.use_engine(engine) if engine != "auto" else nullcontext():
+    with forced(engine):
         used = _prepare(network, min(batch_size, n))
         if format in ("strip", "animation"):
             points = generation.waypoints(

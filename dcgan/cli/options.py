@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -12,7 +13,9 @@ import torch
 import typer
 
 from dcgan.errors import InputError, RunError
+from dcgan.kernels import ops
 from dcgan.models import IMAGE_SIZES
+from dcgan.networks import Engine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +36,20 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from error
 
     return run
+
+
+@contextlib.contextmanager
+def forced(engine: Engine) -> Iterator[None]:
+    """Every op inside on the engine; ``auto`` leaves it to the environment.
+
+    Raises:
+        InputError: the engine does not cover what is run.
+    """
+    try:
+        with contextlib.nullcontext() if engine == "auto" else ops.use_engine(engine):
+            yield
+    except ops.EngineError as error:
+        raise InputError(f"--engine: {error}") from error
 
 
 def integer(minimum: int) -> Callable[[str], int]:

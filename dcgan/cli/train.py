@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from rich.console import Console
 
-from dcgan.cli.options import output_folder, reporting
+from dcgan.cli.options import forced, output_folder, reporting
 from dcgan.errors import InputError
 from dcgan.training.settings import Option, Settings, options, read_file, write_file
 
@@ -57,14 +56,13 @@ def _run(settings: Settings, out: Path, resumed: bool, dry_run: bool, share: Any
     from dcgan import data
     from dcgan.checkpoint import Folder
     from dcgan.evaluation import PixelScore
-    from dcgan.kernels import ops
     from dcgan.training import distributed
     from dcgan.training.report import Report
     from dcgan.training.run import Run, follow
     from dcgan.training.stop import listening
 
     first = share.rank == 0
-    console = Console(quiet=not first, width=None)
+    console = Console(quiet=not first)
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -100,8 +98,7 @@ def _run(settings: Settings, out: Path, resumed: bool, dry_run: bool, share: Any
         score = None
         if settings.score == "pixels" and first:
             score = PixelScore(images.pixels)
-        # auto leaves it to the environment.
-        with contextlib.nullcontext() if settings.engine == "auto" else ops.use_engine(settings.engine):
+        with forced(settings.engine):
             if first:
                 with Report(out, run, console, settings.tensorboard) as report:
                     spent = follow(run, folder, report, stop, score=score, limit=1 if dry_run else None)

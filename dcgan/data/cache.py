@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcgan.files import replacing
+from dcgan.files import cache_folder, replacing
 
 FORMAT = "dcgan-kernels images 1"
 END = struct.Struct("<QI")
@@ -41,8 +41,7 @@ class _Unusable(Exception):
 
 def default_folder() -> Path:
     """``$DCGAN_CACHE/images``, or ``~/.cache/dcgan-kernels/images``."""
-    root = os.environ.get("DCGAN_CACHE") or Path.home() / ".cache" / "dcgan-kernels"
-    return Path(root) / "images"
+    return cache_folder("images")
 
 
 def in_memory(items: Iterable[Item], count: int, shape: tuple[int, int, int]) -> Pixels:

@@ -11,7 +11,6 @@ are new to it: the floor includes what little that makes of a difference.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from dcgan.checkpoint import load
 from dcgan.errors import InputError
 from dcgan.evaluation.real import Part
-from dcgan.files import replacing
+from dcgan.files import cache_folder, replacing
 
 DATASETS = ("mnist", "fashion-mnist", "digits")
 
@@ -93,8 +92,7 @@ class Trained:
 
 def folder() -> Path:
     """Where classifiers are kept: ``$DCGAN_CACHE/classifiers``, by default below ``~/.cache``."""
-    root = os.environ.get("DCGAN_CACHE") or Path.home() / ".cache" / "dcgan-kernels"
-    return Path(root) / "classifiers"
+    return cache_folder("classifiers")
 
 
 def obtain(train: Part, test: Part, device: torch.device, say: Callable[[str], None]) -> Trained:

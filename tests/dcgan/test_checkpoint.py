@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from torch import nn
 
@@ -39,24 +40,10 @@ def made(step: int = 0, score: float | None = None) -> Checkpoint:
     )
 
 
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for one, other in zip(a, b, strict=True):
-            assert_same(one, other)
-    else:
-        assert a == b
-
-
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     saved = made(7, 1.5)
     checkpoints.write(saved, tmp_path / "one.pt")
-    assert_same(vars(checkpoints.read(tmp_path / "one.pt")), vars(saved))
+    runs.assert_same(vars(checkpoints.read(tmp_path / "one.pt")), vars(saved), "")
     assert list(tmp_path.iterdir()) == [tmp_path / "one.pt"]
     torch.load(tmp_path / "one.pt", weights_only=True)
 
@@ -82,7 +69,7 @@ def test_any_damage_is_seen(tmp_path: Path) -> None:
     for content in damaged[4:]:
         path.write_bytes(content)
         with contextlib.suppress(CheckpointError):  # else the byte was padding between two records
-            assert_same(vars(checkpoints.read(path)), expected)
+            runs.assert_same(vars(checkpoints.read(path)), expected, "")
 
 
 class Evil:

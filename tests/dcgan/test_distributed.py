@@ -179,20 +179,7 @@ def test_synchronised_batchnorm_alone_is_batchnorm() -> None:
     assert list(other.state_dict()) == list(network.state_dict())
 
 
-TINY = {
-    "dataset": "fake",
-    "limit": 43,
-    "channels": 1,
-    "batch_size": 8,
-    "image_size": 32,
-    "ngf": 4,
-    "ndf": 4,
-    "nz": 6,
-    "device": "cpu",
-    "tensorboard": False,
-    "sync_batchnorm": True,
-    "epochs": 1,
-}
+TINY = runs.TINY | {"limit": 43, "sync_batchnorm": True, "epochs": 1}
 
 
 def as_launched(rank: int, world: int, port: int) -> None:

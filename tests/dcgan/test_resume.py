@@ -134,14 +134,13 @@ def test_killed_in_a_checkpoint_write(
 def test_killed_at_random_moments(whole: Callable[[str], Path], tmp_path: Path) -> None:
     """20 times, each some way into what the process does, however fast this machine is."""
     out, moments, kills, lives = tmp_path / "run", random.Random(0), 0, 0
-    given = {"checkpoint_interval": 1}  # each life gets somewhere
     reached: set[int] = set()
     while kills < 20:
         lives += 1
         assert lives < 60
         if (out / "checkpoints" / "last.pt").exists() and runs.final(out).step == runs.STEPS:
             out = tmp_path / f"run-{lives}"  # it got to the end: again
-        process = go_on(out, "dcgan", functools.partial(slowly, given))
+        process = go_on(out, "dcgan", slowly)
         waited = moments.uniform(0.0, 1.5)
         process.join(waited)
         runs.kill(process)
@@ -156,7 +155,7 @@ def test_killed_at_random_moments(whole: Callable[[str], Path], tmp_path: Path) 
     assert len(reached) > 3
 
 
-def slowly(_: Any) -> None:
+def slowly() -> None:
     """Steps of this run take no time; a kill is to come within one more often than before all."""
     from dcgan.training.fused import TrainStep
 

@@ -178,6 +178,7 @@ def test_starting_from_files(tmp_path: Path) -> None:
         (["--lr", "nan"], ["lr", "positive", "nan"]),
         (["--model", "vae"], ["vae", "dcgan", "mlp"]),
         (["--model", "mlp", "--engine", "native"], ["mlp", "native", "auto or reference"]),
+        (["--engine", "triton"], ["--engine: engine 'triton' was asked for, but does not cover"]),
         (["--dtype", "tf32"], ["tf32", "GPU"]),
         (["--dtype", "int8"], ["int8", "bfloat16"]),
         (["--device", "tpu"], ["tpu", "cpu", "cuda"]),
