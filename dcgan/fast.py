@@ -331,15 +331,19 @@ class _Fast(nn.Module):
     def refresh(self) -> None:
         """Forget everything made of the weights.
 
-        Needed after ``p.data`` was edited in place in eval mode; every other change (an optimizer's step,
-        load_state_dict, ``copy_``, ``.to()``) is seen without it.
+        Needed in eval mode after ``p.data`` was edited in place, and after a CUDA graph that is not a
+        TrainStep's has written to the weights; every other change (an optimizer's step, load_state_dict,
+        ``copy_``, ``.to()``) is seen without it.
         """
         weights.thaw(self)
 
     def _fast(self, x: Tensor, sequence: nn.Sequential | None = None) -> Tensor:
-        if not self.training and not torch.compiler.is_compiling():
-            self._freeze()
-        return _forward(self.main if sequence is None else sequence, x)
+        sequence = self.main if sequence is None else sequence
+        if self.training or torch.compiler.is_compiling():
+            return _forward(sequence, x)
+        self._freeze()
+        with weights.eager():
+            return _forward(sequence, x)
 
     def train(self: _Self, mode: bool = True) -> _Self:
         super().train(mode)

@@ -288,13 +288,21 @@ def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
         if torch.is_grad_enabled():  # gradients of gradients are those of the reference's aten
             gradients: tuple[Tensor | None, ...] = reference.backward(call, transposed)
         else:
-            made = _BACKWARD_OPS[transposed](*call)
+            made = _made_backward(call, transposed)
             wanted = (*needs[:2], *(needs[2] and center is not None,) * 3, *needs[3:])
             gradients = tuple(g if want else None for g, want in zip(made, wanted, strict=True))
         dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift = gradients
         return (dx, dweight, dcenter, dscale, dshift, None, dout_scale, dout_shift, *[None] * 6)[:given]
 
     return backward
+
+
+def _made_backward(call: Backward, transposed: bool) -> Gradients:
+    """By the operator, told whether it is Python that calls it: a compiled backward never comes here."""
+    if torch.compiler.is_compiling():
+        return _BACKWARD_OPS[transposed](*call)
+    with weights.eager():
+        return _BACKWARD_OPS[transposed](*call)
 
 
 def _run_backward(call: Backward, transposed: bool) -> Gradients:

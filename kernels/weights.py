@@ -1,15 +1,23 @@
 """What engines make of weights (packed, transformed, cast), made once for weights that stand still.
 
-A tensor's ``_version`` alone is no key: fused optimizers and ``p.data.copy_()`` change values without
-bumping it, and a replayed CUDA graph skips Python altogether. So nothing is cached unless an owner, a module
-in eval mode, has declared its weights still with :func:`freeze`; a frozen weight's derivatives are kept until
+**When what was made is current.** A tensor's ``_version`` alone is no key: fused optimizers and
+``p.data.copy_()`` change values without bumping it, and a replayed CUDA graph changes them without running
+any Python. So nothing is kept unless an owner, a module in eval mode, has declared its weights still with
+:func:`freeze`, and what was made of such a weight is used again only while all of this holds:
 
-* it is another tensor, or its version, address, shape or dtype is another (``load_state_dict``, ``copy_``, a
-  ``.data`` assignment),
-* an optimizer has stepped on it (a hook on every ``torch.optim.Optimizer``),
-* its owner calls :func:`thaw` (``train()``, ``eval()``, ``.to()``, ``refresh()``) or is collected.
+* it is the same tensor, with the same version, address, shape, strides and dtype (``copy_``,
+  ``load_state_dict``, a ``.data`` assignment and a replaced parameter all change one of them);
+* nobody has said that its storage was written to (:func:`written`: a hook on every ``torch.optim.Optimizer``
+  does after each step, a captured training step after each replay, for every tensor that it changes);
+* its owner has not called :func:`thaw` (``train()``, ``eval()``, ``.to()``, ``load_state_dict()``,
+  ``refresh()``) and has not been collected;
+* on CUDA, the call is on the stream that it was made on, and comes from Python (:func:`eager`). A compiled
+  program or a graph under capture has it made inside itself, at every replay: what is kept here must not lie
+  in a graph's memory pool, nor may a graph hold the address of something that is kept here and may be freed
+  (except under :func:`keeping`).
 
-What no key and no hook can see is ``p.data.copy_()`` on a frozen weight: for that there is ``refresh()``.
+What no key and no hook can see is an edit of ``p.data`` in place, or somebody else's CUDA graph that writes
+to a frozen weight: for these there is ``refresh()``.
 """
 
 from __future__ import annotations
@@ -28,10 +36,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class _Entry:
     """A frozen weight: what identifies its values, and what has been made of them."""
 
-    __slots__ = ("derived", "identity", "storage", "tensor", "version")
+    __slots__ = ("derived", "identity", "place", "storage", "tensor", "version")
 
     def __init__(self, weight: Tensor) -> None:
         self.storage = weight.untyped_storage()  # held, so that its address is not another tensor's
+        self.place = self.storage.data_ptr()
         self.identity = _identity(weight)
         self.version = weight._version
         self.tensor = weakref.ref(weight)  # a version is that of one tensor; a storage may have several
@@ -41,7 +50,7 @@ class _Entry:
 _entries: dict[int, _Entry] = {}
 _owned: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
-_kept = threading.local()
+_local = threading.local()
 _epoch = 0
 _hook: Any = None
 
@@ -61,6 +70,10 @@ def _cacheable(weight: Tensor) -> bool:
         and not weight.is_inference()
         and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
     )
+
+
+def _is_cuda(weight: Tensor) -> bool:
+    return weight.is_cuda
 
 
 def freeze(owner: Any, weights: Iterable[Tensor]) -> None:
@@ -108,9 +121,20 @@ def _forget(addresses: set[int]) -> None:
         addresses.clear()
 
 
+def written(tensors: Iterable[Tensor]) -> None:
+    """Say that ``tensors`` have new values, which their versions may not tell: forget what was made of them.
+
+    By storage, so that a flat tensor stands for all the parameters that are views of it.
+    """
+    if not _entries:
+        return
+    places = {t.untyped_storage().data_ptr() for t in tensors if _cacheable(t)}
+    with _lock:
+        _forget({address for address, entry in _entries.items() if entry.place in places})
+
+
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _entries:
-        _forget({p.data_ptr() for group in optimizer.param_groups for p in group["params"]})
+    written(p for group in optimizer.param_groups for p in group["params"])
 
 
 def epoch() -> int:
@@ -124,11 +148,26 @@ def keeping() -> Iterator[list[Tensor]]:
 
     The owner must hold them as long as the graph, and capture anew when :func:`epoch` has grown.
     """
-    _kept.tensors = []
+    _local.tensors = []
     try:
-        yield _kept.tensors
+        yield _local.tensors
     finally:
-        del _kept.tensors
+        del _local.tensors
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """While this lasts, Python itself runs the ops of this thread, so that on CUDA results may be kept.
+
+    A compiled program never enters it: an op that is called without has been called by one, whose memory may
+    belong to a CUDA graph.
+    """
+    before = getattr(_local, "eager", False)
+    _local.eager = True
+    try:
+        yield
+    finally:
+        _local.eager = before
 
 
 def current(weight: Tensor, key: Hashable, result: Tensor) -> bool:
@@ -146,15 +185,15 @@ def current(weight: Tensor, key: Hashable, result: Tensor) -> bool:
 def transformed(weight: Tensor, key: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
     """``make(weight)``, from the cache if ``weight`` is frozen. The result is itself frozen with it.
 
-    On CUDA a cached tensor is one stream's own. A graph under capture takes none unless :func:`keeping`:
-    it would hold the address of something that may be freed, or hand out what only its replay fills.
+    The module's docstring says when a cached result is current.
     """
     entry = _entries.get(weight.data_ptr()) if _cacheable(weight) else None
     if entry is None:
         return make(weight)
-    kept = getattr(_kept, "tensors", None)
-    if weight.is_cuda:
-        if kept is None and torch.cuda.is_current_stream_capturing():
+    kept = getattr(_local, "tensors", None)
+    if _is_cuda(weight):
+        of_a_graph = kept is None and torch.cuda.is_current_stream_capturing()
+        if of_a_graph or not getattr(_local, "eager", False):
             return make(weight)
         key = (key, torch.cuda.current_stream(weight.device).cuda_stream)
     if entry.identity != _identity(weight):

@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import typer
 
+from dcgan.devices import settled
 from dcgan.errors import InputError, RunError
 from dcgan.kernels import ops
 from dcgan.models import IMAGE_SIZES
@@ -76,7 +77,7 @@ def size(text: str | int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
+    """The device, settled; ``auto`` is the GPU where there is one.
 
     Raises:
         typer.BadParameter: ``cuda`` where PyTorch finds no GPU.
@@ -87,7 +88,7 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return settled(name)
 
 
 def output_folder(path: Path, option: str = "--out") -> Path:

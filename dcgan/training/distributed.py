@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
+from dcgan.devices import settled
 from dcgan.errors import InputError
 from dcgan.training.feed import ALONE, Share
 
@@ -35,7 +36,7 @@ def processes(device: str) -> Iterator[tuple[Share, torch.device]]:
     on_gpu = bool(gpus) and device != "cpu"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield ALONE, torch.device("cuda" if on_gpu else "cpu")
+        yield ALONE, settled("cuda" if on_gpu else "cpu")
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu and local >= gpus:

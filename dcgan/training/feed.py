@@ -69,6 +69,7 @@ class Feed:
         self._batch_size, self._seed, self._latent_dim = batch_size, seed, latent_dim
         self._device, self._share = device, share
         self._pixels = self._placed(pixels)
+        self._transfers = device.type == "cuda" and not self._pixels.is_cuda
         short = len(pixels) % batch_size // share.world * share.world
         self._sizes = [batch_size] * (len(pixels) // batch_size)
         if short:
@@ -96,7 +97,7 @@ class Feed:
         start = batch * self._batch_size
         mine = self._mine(self._order[start : start + self._sizes[batch]])
         chosen = self._pixels[mine]
-        if chosen.device != self._device:
+        if self._transfers:
             chosen = chosen.pin_memory().to(self._device, non_blocking=True)
         return normalise(chosen)
 

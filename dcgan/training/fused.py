@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, get_args
@@ -25,6 +26,7 @@ from dcgan.training.graph import Backend, Cuda, Graphs
 from dcgan.training.step import Result
 
 Clip = float | tuple[float | None, float | None]
+_DDP = DistributedDataParallel.__name__
 
 
 class TrainStep:
@@ -52,9 +54,11 @@ class TrainStep:
       all of this project's have; another D's probabilities go through BCELoss as they are.
     * On CUDA the whole step is one CUDA graph, see ``capture``.
 
-    Networks and optimizers are the caller's and updated in place. Both networks are expected in training mode
-    (``train()``); in eval mode running statistics are used, and stand still. A parameter with
-    ``requires_grad=False`` stays as it is. A loss that is NaN is returned as NaN.
+    Networks and optimizers are the caller's and updated in place. A network may be compiled
+    (``torch.compile``), parametrized, inside a wrapper, or a DistributedDataParallel, whose gradients are
+    then averaged once a step; D is asked for its logits where nothing is around it. Both networks are
+    expected in training mode (``train()``); in eval mode running statistics are used, and stand still. A
+    parameter with ``requires_grad=False`` stays as it is. A loss that is NaN is returned as NaN.
 
     Nothing waits for the device: the Result's tensors do when they are read. (The exceptions are torch's: a
     GradScaler asks whether gradients are finite where the optimizer is not a fused one.)
@@ -89,6 +93,9 @@ class TrainStep:
             settings, tensors replaced by others), and after a change the shape counts as new. A learning rate
             that a scheduler moves every step must hence be a tensor on the device, which replays read. What
             runs in Python during a step, hooks of modules and optimizers, runs at no replay.
+
+            A capture that fails changes nothing. With True it is an error; with None a warning says why, and
+            steps run eagerly, until something that a graph depends on changes and it is tried again.
         distributed: average the gradients of all processes of torch.distributed's default group, each of
             which calls with its share of the batch, shares of one size. Both networks are then run through
             :class:`torch.nn.parallel.DistributedDataParallel` inside, which first gives all processes rank
@@ -104,7 +111,7 @@ class TrainStep:
             lacks its network's parameters or has others; ``capture=True`` where that is not possible;
             ``distributed=True`` without a process group; real or
             noise on another device or of unequal lengths; from BatchNorm itself, one value per channel.
-        RuntimeError: the step, captured, does what a CUDA graph cannot hold.
+        RuntimeError: with ``capture=True``, the step does what a CUDA graph cannot hold.
 
     Sources: Goodfellow et al., *Generative Adversarial Networks*, 2014 (algorithm 1, both losses); Salimans
     et al., *Improved Techniques for Training GANs*, 2016 (one-sided label smoothing); Yazıcı et al., *The
@@ -151,24 +158,32 @@ class TrainStep:
 
         if distributed and not (dist.is_available() and dist.is_initialized()):
             raise ValueError("distributed=True takes torch.distributed.init_process_group first")
+        for name, network in networks.items():
+            if distributed and _averaging(network):
+                raise ValueError(f"distributed=True takes bare networks, but {name} is in a {_DDP}")
 
         self.generator, self.discriminator = generator, discriminator
         self._distributed = distributed
         self._parallel_g = _parallel(generator) if distributed else None
         self._parallel_d = _parallel(_Judge(discriminator)) if distributed else None
+        self._averaging_d = _averaging(self._parallel_d or discriminator)
         self._optimizer_g, self._optimizer_d = optimizer_g, optimizer_d
         self._real_label, self._loss = float(real_label), loss
         self._autocast, self._scaler = autocast, scaler
         self._clip_g, self._clip_d = _pair_of_norms(clip)
         self._ema, self._ema_decay = ema, float(ema_decay)
 
-        self.why_not_captured = "capture=False" if capture is False else self._why_not_captured()
-        """Why steps do not run as CUDA graphs; '' where they do."""
-        if capture and self.why_not_captured:
-            raise ValueError(f"capture=True is not possible: {self.why_not_captured}")
         self._graphs: Graphs | None = None
-        if not self.why_not_captured:
-            self._graphs = self._on(Cuda(self._device))
+        self._no_graphs = "capture=False" if capture is False else self._why_not_captured()
+        if capture and self._no_graphs:
+            raise ValueError(f"capture=True is not possible: {self._no_graphs}")
+        if not self._no_graphs:
+            self._graphs = self._on(Cuda(self._device), insist=bool(capture))
+
+    @property
+    def why_not_captured(self) -> str:
+        """Why steps do not run as CUDA graphs; '' where they do, or will after the first few."""
+        return self._no_graphs if self._graphs is None else self._graphs.failure
 
     def __call__(self, real: Tensor, noise: Tensor) -> Result:
         """One step.
@@ -197,7 +212,6 @@ class TrainStep:
 
     def _step(self, real: Tensor, noise: Tensor) -> Result:
         """Everything that happens on the device."""
-        stepped = False
         try:
             self._optimizer_d.zero_grad()
             self._optimizer_g.zero_grad()
@@ -214,15 +228,18 @@ class TrainStep:
             loss_d = loss_real.detach() + loss_fake.detach()
             stepped = self._update(self.discriminator, self._optimizer_d, self._clip_d)
 
-            with _requiring_no_gradient(self.discriminator):
+            with _requiring_no_gradient(self.discriminator), self._not_averaged():
                 with self._precision():
                     on_fake = self._judge(fake)
                 loss_g = self._loss_g(on_fake)
                 self._backward(loss_g)
                 stepped = self._update(self.generator, self._optimizer_g, self._clip_g) or stepped
-        finally:
-            if self._scaler is not None and stepped:  # else it would refuse the next step, after an exception
-                self._scaler.update()
+        except BaseException:
+            if self._scaler is not None:  # it would refuse the next step: an optimizer of this one is done
+                self._scaler._per_optimizer_states.clear()
+            raise
+        if self._scaler is not None and stepped:
+            self._scaler.update()
         if self._ema is not None and not isinstance(self._ema, AveragedModel):
             _average(self._ema, self.generator, self._ema_decay)
         return Result(loss_d.detach(), loss_g.detach(), d_x.detach(), d_g_z.detach())
@@ -270,8 +287,13 @@ class TrainStep:
         torch.clear_autocast_cache()
         return True
 
-    def _not_averaged(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext() if self._parallel_d is None else self._parallel_d.no_sync()
+    @contextlib.contextmanager
+    def _not_averaged(self) -> Iterator[None]:
+        """D's gradients are each process's own, inside; those of G's phase never were to be averaged."""
+        with contextlib.ExitStack() as stack:
+            for parallel in self._averaging_d:
+                stack.enter_context(parallel.no_sync())
+            yield
 
     # --- the graph --------------------------------------------------------------------------------------
 
@@ -280,6 +302,9 @@ class TrainStep:
             return f"the networks are on {self._device}"
         if self._distributed:
             return "gradients are averaged over several processes"
+        for name, network in (("generator", self.generator), ("discriminator", self.discriminator)):
+            if _averaging(network):
+                return f"the {name} is in a {_DDP}"
         for name, optimizer in (("optimizer_g", self._optimizer_g), ("optimizer_d", self._optimizer_d)):
             stateless = isinstance(optimizer, SGD)
             if not all(group.get("capturable", stateless) for group in optimizer.param_groups):
@@ -288,8 +313,8 @@ class TrainStep:
                 return f"{name}, {type(optimizer).__name__}, is not fused=True, as a scaler needs it"
         return ""
 
-    def _on(self, backend: Backend) -> Graphs:
-        return Graphs(self._step, self._stamp, self._tensors, backend)
+    def _on(self, backend: Backend, insist: bool) -> Graphs:
+        return Graphs(self._step, self._stamp, self._tensors, backend, insist)
 
     def _networks(self) -> list[nn.Module]:
         networks = [self.generator, self.discriminator]
@@ -303,17 +328,12 @@ class TrainStep:
     def _stamp(self) -> Hashable:
         """What a captured step depends on and its replay does not look at; told before each replay."""
         facts: list[Hashable] = [ops.engine(), *_precisions(), *_autocast_state(self._device.type)]
-        modules = self._networks()
-        for module in modules:  # by hand: parameters() and modules() take ten times as long
-            inside = module.__dict__
-            facts.append(inside["training"])
-            for p in inside["_parameters"].values():
-                if p is not None:
-                    facts += (id(p), p.data_ptr(), p.requires_grad)
-            for b in inside["_buffers"].values():
-                if b is not None:
-                    facts += (id(b), b.data_ptr())
-            modules += [child for child in inside["_modules"].values() if child is not None]
+        for network in self._networks():
+            facts += [module.training for module in network.modules()]
+            for p in network.parameters():
+                facts += (id(p), p.data_ptr(), p.requires_grad)
+            for b in network.buffers():
+                facts += (id(b), b.data_ptr())
         for optimizer in (self._optimizer_g, self._optimizer_d):
             for group in optimizer.param_groups:
                 facts += [_fact(value) for value in group.values()]
@@ -374,6 +394,11 @@ def _logits(discriminator: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if any(getattr(module, hooks) for module in outer for hooks in _HOOKS):
         return None
     return discriminator.logits  # type: ignore[return-value]
+
+
+def _averaging(network: nn.Module) -> list[DistributedDataParallel]:
+    """What in it averages gradients over processes at each backward."""
+    return [module for module in network.modules() if isinstance(module, DistributedDataParallel)]
 
 
 class _Judge(nn.Module):
@@ -488,15 +513,16 @@ def _check_ema(ema: nn.Module, generator: nn.Module, device: torch.device) -> No
     if not isinstance(ema, nn.Module):
         raise TypeError(f"ema must be a torch.nn.Module, got {type(ema).__qualname__}")
     copied = ema.module if isinstance(ema, AveragedModel) else ema
-    wanted = {name: (value.shape, value.is_floating_point()) for name, value in _tensors(generator).items()}
-    found = {name: (value.shape, value.is_floating_point()) for name, value in _tensors(copied).items()}
-    if wanted != found:
-        name = next(n for n in wanted | found if wanted.get(n) != found.get(n))
-        sides = ["none" if n is None else str(list(n[0])) for n in (found.get(name), wanted.get(name))]
-        raise ValueError(f"ema must be a copy of the generator, but {name} is {sides[0]} and not {sides[1]}")
-    own = {value.data_ptr() for value in _tensors(generator).values() if value.numel()}
+    # By their order, as they are averaged: what is around one of the two may give names of its own.
+    for own, other in itertools.zip_longest(_tensors(generator).items(), _tensors(copied).items()):
+        sides = [None if of is None else (of[1].shape, of[1].is_floating_point()) for of in (other, own)]
+        if sides[0] != sides[1]:
+            name = (own or other)[0]
+            found, wanted = ("none" if side is None else str(list(side[0])) for side in sides)
+            raise ValueError(f"ema must be a copy of the generator, but {name} is {found} and not {wanted}")
+    places = {value.data_ptr() for value in _tensors(generator).values() if value.numel()}
     for name, value in _tensors(copied).items():
-        if value.data_ptr() in own:
+        if value.data_ptr() in places:
             raise ValueError(f"ema must be a copy of the generator, but shares {name} with it")
         if value.device != device:
             raise ValueError(f"ema must be on the networks' device {device}, but {name} is on {value.device}")

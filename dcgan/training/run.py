@@ -22,6 +22,7 @@ from dcgan import models, pretrained
 from dcgan.batchnorm import SyncBatchNorm2d
 from dcgan.checkpoint import Checkpoint, CheckpointError, Folder
 from dcgan.data import Images
+from dcgan.devices import settled
 from dcgan.errors import InputError, RunError
 from dcgan.models import weights_init
 from dcgan.networks import Architecture
@@ -60,7 +61,7 @@ class Run:
     Args:
         settings: the whole configuration.
         images: what it learns from.
-        device: where.
+        device: where; 'cuda' is the current GPU.
         share: this process's part of each batch.
         saved: what to go on from; None to start.
 
@@ -77,7 +78,8 @@ class Run:
         share: Share = ALONE,
         saved: Checkpoint | None = None,
     ) -> None:
-        self.settings, self.images, self.device, self.share = settings, images, device, share
+        self.settings, self.images, self.share = settings, images, share
+        self.device = device = settled(device)
         self.architecture: Architecture = settings.architecture(images.channels)
         if settings.sync_batchnorm and settings.model != "dcgan":
             raise InputError(f"sync_batchnorm is for the model dcgan, got model {settings.model!r}")

@@ -12,84 +12,28 @@ from typing import Any
 import pytest
 import torch
 from seed_loop import seed_step
+from steps import (
+    LATENT,
+    LOSSES,
+    Pair,
+    adams,
+    assert_states_close,
+    batch_of,
+    half,
+    pair,
+    reference_of,
+    sgds,
+    state_of,
+)
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcgan import fast, models
+from dcgan import models
 from dcgan.kernels import ops
 from dcgan.training import Config, Result, TrainStep, optimizers, train_step
-from dcgan.training.graph import SIZES, WARM_UP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LOSSES = ("non-saturating", "minimax")
-LATENT = 10
-Pair = tuple[Any, Any]
-
-
-def pair(
-    kind: str = "fast", dtype: torch.dtype = torch.float32, features: int = 8, image_size: int = 32
-) -> Pair:
-    """Generator and Discriminator in training mode."""
-    if kind == "mlp":
-        return (
-            models.MLPGenerator(LATENT, image_size=image_size).to(dtype),
-            models.MLPDiscriminator(image_size=image_size).to(dtype),
-        )
-    networks = (
-        models.Generator(LATENT, 1, features, image_size),
-        models.Discriminator(1, features, image_size),
-    )
-    for network in networks:
-        network.apply(models.weights_init).to(dtype)
-    return tuple(map(fast.convert, networks)) if kind == "fast" else networks  # type: ignore[return-value]
-
-
-def reference_of(networks: Pair) -> Pair:
-    """The seed's networks, with the same values."""
-    found = []
-    for network in networks:
-        known = models.Generator if isinstance(network, models.Generator) else models.Discriminator
-        plain = known(**network.sizes()).to(next(network.parameters()).dtype).train(network.training)
-        plain.load_state_dict(network.state_dict())
-        found.append(plain)
-    return found[0], found[1]
-
-
-def batch_of(networks: Pair, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    pixels = networks[1].image_size
-    return torch.randn(size, 1, pixels, pixels, dtype=dtype).tanh(), torch.randn(size, LATENT, dtype=dtype)
-
-
-def sgds(networks: Pair, lr: float = 0.0) -> list[optim.SGD]:
-    return [optim.SGD(network.parameters(), lr=lr) for network in networks]
-
-
-def adams(networks: Pair, **options: Any) -> list[optim.Adam]:
-    return [optim.Adam(n.parameters(), lr=0.0002, betas=(0.5, 0.999), **options) for n in networks]
-
-
-def state_of(networks: Pair, optimizers: Any, scaler: Any = None) -> dict[str, Tensor]:
-    """Every parameter, buffer and tensor of the optimizers, by name."""
-    found: dict[str, Tensor] = {}
-    for which, network, optimizer in zip("GD", networks, optimizers, strict=True):
-        found |= {f"{which}.{name}": value for name, value in network.state_dict().items()}
-        for name, p in network.named_parameters():
-            state = optimizer.state.get(p, {})
-            found |= {f"{which}.{name} {key}": v for key, v in state.items() if isinstance(v, Tensor)}
-    if scaler is not None and scaler._scale is not None:
-        found |= {"scale": scaler._scale, "growth": scaler._growth_tracker}
-    return found
-
-
-def assert_states_close(ours: dict[str, Tensor], seeds: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == seeds.keys()
-    for name, want in seeds.items():
-        got = ours[name]
-        assert got.shape == want.shape, name
-        off = (got.double() - want.double()).abs().max()
-        assert off <= tolerance, f"{name} is off by {off:.1e}"
 
 
 @pytest.fixture
@@ -662,11 +606,6 @@ def test_networks_of_16_bits(dtype: torch.dtype) -> None:
         assert abs(got - want) <= 0.1
 
 
-def half(scale: float = 256.0, **options: Any) -> dict[str, Any]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, **options)
-    return {"autocast": torch.float16, "scaler": scaler}
-
-
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_grad_scaler(clip: float | None) -> None:
     """The plain loop with torch's recipe: scale, unscale, clip, step, and one update for both."""
@@ -784,276 +723,6 @@ def test_optimizers(fused: bool) -> None:
     for network, other in zip(networks, plain, strict=True):
         for p, q in zip(network.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
-
-
-# --- captured steps, with something on the CPU that behaves as a CUDA graph ---------------------------------
-
-
-class Pretended:
-    """A graph of the CPU: capturing executes nothing, and a replay does on the same memory what was captured.
-
-    That is, it reads the batch, writes the result and the gradients where the capture had them.
-    """
-
-    def __init__(self, step: TrainStep, scaler: Any = None) -> None:
-        self.step, self.scaler = step, scaler
-        self.log: list[str] = []
-
-    def here(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
-
-    def run(self, step: Callable[[], Result]) -> Result:
-        self.log.append("run")
-        return step()
-
-    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.log.append("capture")
-        parameters, changed = self.step._tensors()
-        state = [*changed, *self._more()]
-        before = [t.detach().clone() for t in state]
-        result = step()
-        with torch.no_grad():
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
-        assert len(self._more()) + len(changed) == len(before), "all state is there before the capture"
-        result.fill_(torch.nan)
-        gradients = [p.grad for p in parameters]
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.fill_(torch.nan)
-
-        def replay() -> None:
-            self.log.append("replay")
-            attributes = [p.grad for p in parameters]
-            result.copy_(step())
-            for parameter, gradient, attribute in zip(parameters, gradients, attributes, strict=True):
-                if gradient is not None:
-                    assert parameter.grad is not None
-                    gradient.copy_(parameter.grad)
-                parameter.grad = attribute  # a replay runs no Python
-
-        return replay, result
-
-    def _more(self) -> list[Tensor]:
-        optimizers = (self.step._optimizer_g, self.step._optimizer_d)
-        found = [
-            value
-            for optimizer in optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ]
-        if self.scaler is not None and self.scaler._scale is not None:
-            found += [self.scaler._scale, self.scaler._growth_tracker]
-        return found
-
-    def new(self) -> list[str]:
-        """What happened since the last call."""
-        log, self.log = self.log, []
-        return log
-
-
-def pretend(*args: Any, **options: Any) -> tuple[TrainStep, Pretended]:
-    step = TrainStep(*args, **options)
-    backend = Pretended(step, options.get("scaler"))
-    step._graphs = step._on(backend)
-    return step, backend
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("extras", ["", "clip, ema", "scaler"])
-def test_captured_steps_are_the_eager_ones(loss: str, extras: str) -> None:
-    """To the last bit, a short batch among them, everything that they change and everything they leave."""
-    networks = pair()
-    beside = copy.deepcopy(networks)
-    ours, theirs = adams(networks, fused=True), adams(beside, fused=True)
-    options: list[dict[str, Any]] = [{"loss": loss}, {"loss": loss}]
-    emas = [copy.deepcopy(networks[0]) for _ in options]
-    if extras == "clip, ema":
-        for one, ema in zip(options, emas, strict=True):
-            one |= {"clip": 0.1, "ema": ema, "ema_decay": 0.9}
-    elif extras == "scaler":
-        for one in options:
-            one |= half(growth_interval=3)
-    step, backend = pretend(*networks, *ours, **options[0])
-    plain = TrainStep(*beside, *theirs, **options[1])
-    results = []
-    for i, count in enumerate([4] * 6 + [3] + [4] * 2):
-        real, noise = batch_of(networks, count)
-        random = torch.get_rng_state()
-        result, wanted = step(real, noise), plain(real, noise)
-        assert torch.equal(torch.get_rng_state(), random)
-        assert result == wanted, f"step {i}"
-        results.append((result, Result(*(v.clone() for v in result))))
-        scalers = [one.get("scaler") for one in options]
-        assert_states_close(state_of(networks, ours, scalers[0]), state_of(beside, theirs, scalers[1]), 0.0)
-        for network, other in zip((*networks, emas[0]), (*beside, emas[1]), strict=True):
-            assert_states_close(network.state_dict(), other.state_dict(), 0.0)
-            for p, q in zip(network.parameters(), other.parameters(), strict=True):
-                assert (p.grad is None) == (q.grad is None)
-                assert p.grad is None or torch.equal(p.grad, q.grad)
-    assert backend.new() == ["run"] * WARM_UP + ["capture"] + ["replay"] * 3 + ["run"] + ["replay"] * 2
-    for result, copied in results:
-        assert result == copied, "no later replay writes into it"
-
-
-def test_a_short_batch_that_keeps_coming_gets_a_graph_of_its_own() -> None:
-    networks = pair()
-    step, backend = pretend(*networks, *adams(networks))
-    logs = []
-    for _ in range(5):
-        for count in (4, 2):
-            step(*batch_of(networks, count))
-            logs.append(backend.new())
-    steps = [["run"]] * WARM_UP + [["capture", "replay"]] + [["replay"]]
-    assert logs[::2] == steps
-    assert logs[1::2] == steps
-
-
-def test_few_sizes_are_kept() -> None:
-    networks = pair()
-    step, backend = pretend(*networks, *adams(networks))
-    for count in range(1, SIZES + 2):
-        for _ in range(WARM_UP + 1):
-            step(*batch_of(networks, count))
-    backend.new()
-    step(*batch_of(networks, 2))
-    assert backend.new() == ["replay"]
-    step(*batch_of(networks, 1))
-    assert backend.new() == ["run"], "the one not used for longest was given up"
-
-
-def ready(**options: Any) -> tuple[Pair, list[optim.Adam], TrainStep, Pretended]:
-    """A step that is captured."""
-    networks = pair()
-    ours = adams(networks)
-    step, backend = pretend(*networks, *ours, **options)
-    for _ in range(WARM_UP + 1):
-        step(*batch_of(networks, 4))
-    backend.new()
-    return networks, ours, step, backend
-
-
-def set_lr(networks: Pair, ours: list[optim.Adam]) -> None:
-    ours[0].param_groups[0]["lr"] = 1e-3
-
-
-def set_betas(networks: Pair, ours: list[optim.Adam]) -> None:
-    ours[1].param_groups[0]["betas"] = (0.9, 0.99)
-
-
-def evaluate(networks: Pair, ours: list[optim.Adam]) -> None:
-    networks[1].main[3].eval()
-
-
-def freeze(networks: Pair, ours: list[optim.Adam]) -> None:
-    networks[0].main[0].requires_grad_(False)
-
-
-def replace_data(networks: Pair, ours: list[optim.Adam]) -> None:
-    weight = networks[0].main[0].weight
-    weight.data = weight.data.clone()
-
-
-def reload_optimizer(networks: Pair, ours: list[optim.Adam]) -> None:
-    ours[0].load_state_dict(copy.deepcopy(ours[0].state_dict()))
-
-
-@pytest.mark.parametrize(
-    "change", [set_lr, set_betas, evaluate, freeze, replace_data, reload_optimizer], ids=lambda f: f.__name__
-)
-def test_what_a_graph_depends_on_makes_it_anew(change: Callable[[Pair, list[optim.Adam]], None]) -> None:
-    networks, ours, step, backend = ready()
-    change(networks, ours)
-    for _ in range(WARM_UP + 2):
-        step(*batch_of(networks, 4))
-    assert backend.new() == ["run"] * WARM_UP + ["capture"] + ["replay"] * 2
-
-
-def test_the_engine_and_the_callers_autocast_make_it_anew() -> None:
-    networks, _, step, backend = ready()
-    with torch.autocast("cpu", torch.bfloat16):
-        step(*batch_of(networks, 4))
-    assert backend.new() == ["run"]
-    with ops.use_engine("reference"):
-        step(*batch_of(networks, 4))
-    assert backend.new() == ["run"]
-
-
-def test_weights_loaded_in_place_need_no_new_graph() -> None:
-    networks, _, step, backend = ready()
-    other = pair()
-    for network, source in zip(networks, other, strict=True):
-        network.load_state_dict(source.state_dict())
-    step(*batch_of(networks, 4))
-    assert backend.new() == ["replay"]
-
-
-def test_a_replay_raises_versions() -> None:
-    """By which a cache of packed weights, of an eval network with the same parameters, can tell."""
-    networks, _, step, _ = ready()
-    tensors = step._tensors()[1]
-    versions = [t._version for t in tensors]
-    captured = next(iter(step._graphs._sizes.values())).captured
-    captured.replay = lambda: None  # a real one changes values without Python
-    step(*batch_of(networks, 4))
-    assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
-
-
-def test_averaged_model_beside_a_graph() -> None:
-    networks = pair()
-    ema = AveragedModel(networks[0])
-    step, _ = pretend(*networks, *adams(networks), ema=ema)
-    for _ in range(WARM_UP + 3):
-        step(*batch_of(networks, 4))
-    assert ema.n_averaged == WARM_UP + 3
-
-
-def test_a_step_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = pair()
-    step, backend = pretend(*networks, *adams(networks))
-    for _ in range(WARM_UP):
-        step(*batch_of(networks, 4))
-
-    def refuse(step: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(backend, "capture", refuse)
-    before = {name: value.clone() for name, value in networks[0].state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"capture=False runs it eagerly\): operation not permitted"):
-        step(*batch_of(networks, 4))
-    assert all(torch.equal(value, before[name]) for name, value in networks[0].state_dict().items())
-    assert all(p.grad is None for network in networks for p in network.parameters())
-
-
-def test_no_graph_on_a_cpu() -> None:
-    networks = pair()
-    assert TrainStep(*networks, *adams(networks)).why_not_captured == "the networks are on cpu"
-    assert TrainStep(*networks, *adams(networks), capture=False).why_not_captured == "capture=False"
-    with pytest.raises(ValueError, match="capture=True is not possible: the networks are on cpu"):
-        TrainStep(*networks, *adams(networks), capture=True)
-
-
-@pytest.mark.parametrize(
-    ("make", "scaled", "reason"),
-    [
-        (lambda p: optim.Adam(p), False, "optimizer_g, Adam, is not capturable=True"),
-        (lambda p: optim.Adam(p, capturable=True), False, ""),
-        (lambda p: optim.SGD(p, lr=0.1), False, ""),
-        (lambda p: optim.Adagrad(p), False, "optimizer_g, Adagrad, is not capturable=True"),
-        (lambda p: optim.Adam(p, capturable=True), True, "optimizer_g, Adam, is not fused=True, as a sca"),
-        (lambda p: optim.Adam(p, capturable=True, fused=True), True, ""),
-    ],
-    ids=["Adam", "capturable", "SGD", "Adagrad", "scaled", "scaled and fused"],
-)
-def test_what_a_graph_takes(
-    make: Callable[[Any], optim.Optimizer], scaled: bool, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    networks = pair()
-    step = TrainStep(*networks, *[make(list(n.parameters())) for n in networks], **half() if scaled else {})
-    monkeypatch.setattr(step, "_device", torch.device("cuda", 0))
-    assert step._why_not_captured().startswith(reason)
-    assert bool(step._why_not_captured()) == bool(reason)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -181,6 +181,28 @@ def foreach(module: Still) -> None:
         torch._foreach_mul_([module.conv.weight], 2.0)
 
 
+def behind_its_back(module: Still) -> None:
+    """As a replayed CUDA graph does, which tells: no version, no hook."""
+    module.conv.weight.data.copy_(torch.randn_like(module.conv.weight))
+    weights.written([module.conv.weight])
+
+
+def through_another_parameter(module: Still) -> None:
+    """The optimizer holds another tensor in the same memory, with a version of its own."""
+    alias = nn.Parameter(module.conv.weight.data)
+    alias.grad = torch.randn_like(alias)
+    torch.optim.Adam([alias], lr=0.1, fused=True).step()
+
+
+def through_a_flat_parameter(module: Still) -> None:
+    """The optimizer holds one tensor, of which the weight is a view that begins somewhere inside."""
+    whole = module.conv.weight.untyped_storage()
+    flat = nn.Parameter(torch.empty(0).set_(whole))  # type: ignore[call-overload]
+    assert len(flat) > module.conv.weight.numel()
+    flat.grad = torch.randn_like(flat)
+    torch.optim.SGD([flat], lr=0.1).step()
+
+
 CHANGES: dict[str, Callable[[Still], None]] = {
     "Adam": step(lambda p: torch.optim.Adam(p, lr=0.1)),
     "Adam fused": step(lambda p: torch.optim.Adam(p, lr=0.1, fused=True)),
@@ -199,14 +221,41 @@ CHANGES: dict[str, Callable[[Still], None]] = {
     "load_state_dict assign": load_assigning,
     "vector_to_parameters": to_vector_and_back,
     "weights_init, refresh": initialise_and_refresh,
+    "behind its back": behind_its_back,
+    "through another parameter": through_another_parameter,
+    "through a flat parameter": through_a_flat_parameter,
     "to float64": other_dtype,
 }
 
 
+class Gpu:
+    """A GPU as :mod:`weights` sees one: a current stream, and whether it is being captured."""
+
+    stream, capturing = 0, False
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(weights, "_is_cuda", lambda weight: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        current = type("Stream", (), {"cuda_stream": property(lambda _: self.stream)})()
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+
+
+@pytest.fixture(params=["CPU", "GPU"])
+def _where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "GPU":
+        Gpu(monkeypatch)
+    with weights.eager():
+        yield
+
+
+@pytest.mark.usefixtures("_where")
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("refrozen", [False, True])
 def test_made_anew_after_a_change(still: Still, name: str, refrozen: bool) -> None:
     """Whether a forward freezes again before the next use, or a captured or compiled one does not."""
+    room = torch.randn(150)  # the weight lies inside of something larger
+    still.conv.weight.data = room[17 : 17 + 96].view(3, 2, 4, 4)
+    still.freeze()
     for _ in range(3):
         before = still.derived()
         CHANGES[name](still)
@@ -228,6 +277,31 @@ def test_fused_optimizers_are_why_there_is_a_hook(still: Still, name: str) -> No
     assert not weights._entries
     assert not torch.equal(derived, -still.conv.weight)
     still.check()
+
+
+def test_on_a_gpu_only_calls_from_python_keep_anything(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiled program calls may lie in the memory of a CUDA graph: it is made there, each time."""
+    gpu = Gpu(monkeypatch)
+    assert still.derived() is not still.derived()
+    with weights.eager():
+        kept = still.derived()
+        assert still.derived() is kept
+        with weights.eager():
+            assert still.derived() is kept
+        gpu.capturing = True
+        assert still.derived() is not kept, "a graph would hold the address of what may be freed"
+        with weights.keeping() as held:
+            assert still.derived() is kept
+        assert held[0] is kept
+        gpu.capturing = False
+        gpu.stream = 7
+        other = still.derived()
+        assert other is not kept
+        assert still.derived() is other
+        gpu.stream = 0
+        assert still.derived() is kept
+    assert still.derived() is not kept
+    assert all(torch.equal(still.derived(), t) for t in (kept, other))
 
 
 def test_an_optimizer_of_other_parameters_forgets_nothing(still: Still) -> None:

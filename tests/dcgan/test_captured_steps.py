@@ -1,0 +1,486 @@
+"""Captured steps, with something on the CPU that behaves as a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from steps import (
+    LOSSES,
+    Pair,
+    Pretended,
+    adams,
+    assert_states_close,
+    batch_of,
+    half,
+    pair,
+    pretend,
+    state_of,
+)
+from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel
+
+from dcgan.kernels import ops, weights
+from dcgan.training import Result, TrainStep
+from dcgan.training.graph import SIZES, WARM_UP, Cuda, use_anew
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("extras", ["", "clip, ema", "scaler"])
+def test_captured_steps_are_the_eager_ones(loss: str, extras: str) -> None:
+    """To the last bit, a short batch among them, everything that they change and everything they leave."""
+    networks = pair()
+    beside = copy.deepcopy(networks)
+    ours, theirs = adams(networks, fused=True), adams(beside, fused=True)
+    options: list[dict[str, Any]] = [{"loss": loss}, {"loss": loss}]
+    emas = [copy.deepcopy(networks[0]) for _ in options]
+    if extras == "clip, ema":
+        for one, ema in zip(options, emas, strict=True):
+            one |= {"clip": 0.1, "ema": ema, "ema_decay": 0.9}
+    elif extras == "scaler":
+        for one in options:
+            one |= half(growth_interval=3)
+    step, backend = pretend(*networks, *ours, **options[0])
+    plain = TrainStep(*beside, *theirs, **options[1])
+    results = []
+    for i, count in enumerate([4] * 6 + [3] + [4] * 2):
+        real, noise = batch_of(networks, count)
+        random = torch.get_rng_state()
+        result, wanted = step(real, noise), plain(real, noise)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert result == wanted, f"step {i}"
+        results.append((result, Result(*(v.clone() for v in result))))
+        scalers = [one.get("scaler") for one in options]
+        assert_states_close(state_of(networks, ours, scalers[0]), state_of(beside, theirs, scalers[1]), 0.0)
+        for network, other in zip((*networks, emas[0]), (*beside, emas[1]), strict=True):
+            assert_states_close(network.state_dict(), other.state_dict(), 0.0)
+            for p, q in zip(network.parameters(), other.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None)
+                assert p.grad is None or torch.equal(p.grad, q.grad)
+    assert backend.new() == ["run"] * WARM_UP + ["capture"] + ["replay"] * 3 + ["run"] + ["replay"] * 2
+    for result, copied in results:
+        assert result == copied, "no later replay writes into it"
+
+
+def test_a_short_batch_that_keeps_coming_gets_a_graph_of_its_own() -> None:
+    networks = pair()
+    step, backend = pretend(*networks, *adams(networks))
+    logs = []
+    for _ in range(5):
+        for count in (4, 2):
+            step(*batch_of(networks, count))
+            logs.append(backend.new())
+    steps = [["run"]] * WARM_UP + [["capture", "replay"]] + [["replay"]]
+    assert logs[::2] == steps
+    assert logs[1::2] == steps
+
+
+def test_few_sizes_are_kept() -> None:
+    networks = pair()
+    step, backend = pretend(*networks, *adams(networks))
+    for count in range(1, SIZES + 2):
+        for _ in range(WARM_UP + 1):
+            step(*batch_of(networks, count))
+    backend.new()
+    step(*batch_of(networks, 2))
+    assert backend.new() == ["replay"]
+    step(*batch_of(networks, 1))
+    assert backend.new() == ["run"], "the one not used for longest was given up"
+
+
+def ready(**options: Any) -> tuple[Pair, list[optim.Adam], TrainStep, Pretended]:
+    """A step that is captured."""
+    networks = pair()
+    ours = adams(networks)
+    step, backend = pretend(*networks, *ours, **options)
+    for _ in range(WARM_UP + 1):
+        step(*batch_of(networks, 4))
+    backend.new()
+    return networks, ours, step, backend
+
+
+def set_lr(networks: Pair, ours: list[optim.Adam]) -> None:
+    ours[0].param_groups[0]["lr"] = 1e-3
+
+
+def set_betas(networks: Pair, ours: list[optim.Adam]) -> None:
+    ours[1].param_groups[0]["betas"] = (0.9, 0.99)
+
+
+def evaluate(networks: Pair, ours: list[optim.Adam]) -> None:
+    networks[1].main[3].eval()
+
+
+def freeze(networks: Pair, ours: list[optim.Adam]) -> None:
+    networks[0].main[0].requires_grad_(False)
+
+
+def replace_data(networks: Pair, ours: list[optim.Adam]) -> None:
+    weight = networks[0].main[0].weight
+    weight.data = weight.data.clone()
+
+
+def reload_optimizer(networks: Pair, ours: list[optim.Adam]) -> None:
+    ours[0].load_state_dict(copy.deepcopy(ours[0].state_dict()))
+
+
+@pytest.mark.parametrize(
+    "change", [set_lr, set_betas, evaluate, freeze, replace_data, reload_optimizer], ids=lambda f: f.__name__
+)
+def test_what_a_graph_depends_on_makes_it_anew(change: Callable[[Pair, list[optim.Adam]], None]) -> None:
+    networks, ours, step, backend = ready()
+    change(networks, ours)
+    for _ in range(WARM_UP + 2):
+        step(*batch_of(networks, 4))
+    assert backend.new() == ["run"] * WARM_UP + ["capture"] + ["replay"] * 2
+
+
+def test_the_engine_and_the_callers_autocast_make_it_anew() -> None:
+    networks, _, step, backend = ready()
+    with torch.autocast("cpu", torch.bfloat16):
+        step(*batch_of(networks, 4))
+    assert backend.new() == ["run"]
+    with ops.use_engine("reference"):
+        step(*batch_of(networks, 4))
+    assert backend.new() == ["run"]
+
+
+def test_weights_loaded_in_place_need_no_new_graph() -> None:
+    networks, _, step, backend = ready()
+    other = pair()
+    for network, source in zip(networks, other, strict=True):
+        network.load_state_dict(source.state_dict())
+    step(*batch_of(networks, 4))
+    assert backend.new() == ["replay"]
+
+
+def test_a_replay_raises_versions() -> None:
+    """By which autograd can tell that what it has kept for a backward is gone."""
+    networks, _, step, _ = ready()
+    tensors = step._tensors()[1]
+    versions = [t._version for t in tensors]
+    captured = next(iter(step._graphs._sizes.values())).captured
+    captured.replay = lambda: None  # a real one changes values without Python
+    step(*batch_of(networks, 4))
+    assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
+
+
+def sharing(network: Any) -> Any:
+    """Another network of the same parameters."""
+    other = copy.deepcopy(network)
+    for name, parameter in network.named_parameters():
+        module, _, attribute = name.rpartition(".")
+        setattr(other.get_submodule(module), attribute, parameter)
+    return other
+
+
+def aliasing(network: Any) -> Any:
+    """Another network whose parameters are others, with versions of their own, in the same memory."""
+    other = copy.deepcopy(network)
+    for parameter, source in zip(other.parameters(), network.parameters(), strict=True):
+        parameter.data = source.data
+    return other
+
+
+@pytest.mark.parametrize("keeps", ["ema", "sharing", "aliasing"])
+def test_what_others_keep_of_the_weights_follows_a_replay(keeps: str) -> None:
+    """A graph changes values and nothing else: no version, and no hook of an optimizer is called."""
+    networks = pair()
+    ema = copy.deepcopy(networks[0])
+    step, _ = pretend(*networks, *adams(networks), ema=ema)
+    for _ in range(WARM_UP + 1):
+        step(*batch_of(networks, 4))
+    keeper = {"ema": lambda: ema, "sharing": lambda: sharing(networks[0])}.get(
+        keeps, lambda: aliasing(networks[0])
+    )()
+    keeper.eval()
+    noise = torch.randn(2, keeper.latent_dim)
+
+    def replay() -> None:
+        for tensor in step._tensors()[1]:
+            if tensor.is_floating_point():
+                tensor.data.mul_(1.25)
+
+    next(iter(step._graphs._sizes.values())).captured.replay = replay
+    for _ in range(3):
+        with torch.no_grad():
+            before = keeper(noise)
+        assert weights.frozen(keeper.main[3].weight)
+        step(*batch_of(networks, 4))
+        with torch.no_grad():
+            after = keeper(noise)
+            keeper.refresh()
+            assert torch.equal(after, keeper(noise))
+        assert not torch.equal(before, after)
+
+
+def test_averaged_model_beside_a_graph() -> None:
+    networks = pair()
+    ema = AveragedModel(networks[0])
+    step, _ = pretend(*networks, *adams(networks), ema=ema)
+    for _ in range(WARM_UP + 3):
+        step(*batch_of(networks, 4))
+    assert ema.n_averaged == WARM_UP + 3
+
+
+# --- a capture that can be made at any time, or fails and breaks nothing ------------------------------------
+
+
+def accumulation(parameter: Tensor) -> Any:
+    """The node of autograd that adds to ``parameter.grad``, on the stream on which it was made."""
+    grad_fn = parameter.view_as(parameter).grad_fn
+    assert grad_fn is not None
+    return grad_fn.next_functions[0][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_parameter_used_anew_has_another_accumulation_node(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.randn(3, 2, dtype=dtype))
+    called: list[str] = []
+    parameter.register_hook(lambda gradient: called.append("hook"))
+    parameter.register_post_accumulate_grad_hook(lambda p: called.append("post"))
+    value, address, version = parameter.detach().clone(), parameter.data_ptr(), parameter._version
+    kept = parameter * 2
+    old = accumulation(parameter)
+    assert accumulation(parameter) is old, "as long as a graph lives"
+    use_anew([parameter])
+    assert accumulation(parameter) is not old
+    assert (parameter.data_ptr(), parameter._version, parameter.dtype) == (address, version, dtype)
+    assert torch.equal(parameter, value)
+    (parameter * 3).sum().backward()
+    kept.sum().backward()
+    assert parameter.grad is not None
+    assert bool((parameter.grad == 5).all()), "the graph of before accumulates too"
+    assert called == ["hook", "post"] * 2
+
+
+class Streams(Pretended):
+    """Refuses, as CUDA does, a capture whose gradients are accumulated on a stream outside of it."""
+
+    def __init__(self, step: TrainStep, scaler: Any = None) -> None:
+        super().__init__(step, scaler)
+        self.outside: set[Any] = set()
+
+    def _check(self) -> None:
+        if any(p.requires_grad and accumulation(p) in self.outside for p in self.step._tensors()[0]):
+            raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")
+
+    def run(self, step: Callable[[], Result]) -> Result:
+        self._check()
+        return super().run(step)
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self._check()
+        return super().capture(step)
+
+
+def test_a_graph_that_somebody_keeps_prevents_no_capture() -> None:
+    """A learning rate is changed, while clones of the parameters are kept that autograd knows of."""
+    networks = pair()
+    ours = adams(networks)
+    step = TrainStep(*networks, *ours)
+    backend = Streams(step)
+    step._graphs = step._on(backend, insist=True)
+    kept = []
+    for rate in (2e-4, 1e-4, 5e-5):
+        for optimizer in ours:
+            optimizer.param_groups[0]["lr"] = rate
+        parameters = [p for network in networks for p in network.parameters()]
+        kept += [p.clone() for p in parameters]
+        backend.outside |= {accumulation(p) for p in parameters}
+        for _ in range(WARM_UP + 2):
+            step(*batch_of(networks, 4))
+        assert backend.new() == ["run"] * WARM_UP + ["capture"] + ["replay"] * 2
+    torch.stack([value.sum() for value in kept]).sum().backward()  # and they are still good for that
+
+
+class Refusing(Pretended):
+    """The step does something that cannot be captured, in G's phase, with D's half done."""
+
+    refuses = True
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if not self.refuses:
+            return super().capture(step)
+        self.log.append("refuse")
+        state = [*self.step._tensors()[1], *self._more()]
+        before = [t.detach().clone() for t in state]
+        inner, self.step._loss_g = self.step._loss_g, self._refuse  # type: ignore[method-assign]
+        try:
+            step()
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        finally:
+            self.step._loss_g = inner  # type: ignore[method-assign]
+            with torch.no_grad():  # nothing of it was executed
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+        raise AssertionError("it refuses")
+
+    def _refuse(self, judged: Any) -> Tensor:
+        raise RuntimeError(REASON)
+
+
+REASON = "operation not permitted when stream is capturing"
+CANNOT = f"the training step cannot be captured in a CUDA graph: {REASON}"
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaler"])
+def test_after_a_capture_that_failed_steps_go_on_with_the_same_numbers(scaled: bool) -> None:
+    """A warning says why; a change of the learning rate, and it is tried again, and may succeed."""
+    networks = pair()
+    beside = copy.deepcopy(networks)
+    ours, theirs = adams(networks, fused=True), adams(beside, fused=True)
+    options, other = (half(growth_interval=3) if scaled else {} for _ in range(2))
+    step, plain = TrainStep(*networks, *ours, **options), TrainStep(*beside, *theirs, **other)
+    backend = Refusing(step, options.get("scaler"))
+    step._graphs = step._on(backend, insist=False)
+
+    def compare(count: int) -> None:
+        for _ in range(count):
+            batch = batch_of(networks, 4)
+            assert step(*batch) == plain(*batch)
+            states = state_of(networks, ours, options.get("scaler"))
+            assert_states_close(states, state_of(beside, theirs, other.get("scaler")), 0.0)
+
+    compare(WARM_UP)
+    with pytest.warns(RuntimeWarning, match=CANNOT):
+        compare(1)
+    assert step.why_not_captured == REASON
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        compare(2)
+    assert backend.new() == ["run"] * WARM_UP + ["refuse"] + ["run"] * 3
+    for optimizer in (*ours, *theirs):
+        optimizer.param_groups[0]["lr"] = 1e-3
+    backend.refuses = False
+    compare(WARM_UP + 2)
+    assert backend.new() == ["run"] * WARM_UP + ["capture"] + ["replay"] * 2
+    assert step.why_not_captured == ""
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaler"])
+def test_a_capture_that_was_asked_for_and_fails_is_an_error(scaled: bool) -> None:
+    networks = pair()
+    networks[1].main[2].requires_grad_(False)
+    needed = [p.requires_grad for p in networks[1].parameters()]
+    options = half() if scaled else {}
+    step = TrainStep(*networks, *adams(networks, fused=True), **options)
+    backend = Refusing(step, options.get("scaler"))
+    step._graphs = step._on(backend, insist=True)
+    for _ in range(WARM_UP):
+        step(*batch_of(networks, 4))
+    before = copy.deepcopy([network.state_dict() for network in networks])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"{CANNOT} \(capture=False runs it eagerly\)"):
+            step(*batch_of(networks, 4))
+    for network, state in zip(networks, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert [p.requires_grad for p in networks[1].parameters()] == needed
+    assert all(p.grad is None for network in networks for p in network.parameters())
+    backend.refuses = False
+    assert all(value.isfinite() for value in step(*batch_of(networks, 4))), "it can be captured yet"
+
+
+class FakeCuda:
+    """What :class:`Cuda` calls of torch.cuda; entering a capture may fail, and its end then does too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
+        self.calls: list[Any] = []
+        self.current, self.ended = "outside", ended
+        fake = self
+
+        class Graph:
+            def replay(self) -> None: ...
+
+        @contextlib.contextmanager
+        def graph(made: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            fake.current = stream
+            yield  # an exception in here leaves the stream the current one, as torch's own __exit__ does
+            fake.current = "outside"
+
+        class Random:
+            def clone_state(self) -> str:
+                return "a clone of before"
+
+            def graphsafe_set_state(self, state: str) -> None:
+                fake.calls.append(("random", state))
+
+        def end(index: int, pool: Any) -> None:
+            fake.calls.append(("end", index, pool))
+            if fake.ended:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+        for name, value in {
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "Stream": lambda device: "side",
+            "graph_pool_handle": lambda: "pool",
+            "current_stream": lambda: fake.current,
+            "set_stream": lambda stream: setattr(fake, "current", stream),
+            "default_generators": {1: Random()},
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        assert hasattr(torch._C, "_cuda_endAllocateToPool")
+        assert all(hasattr(torch.Generator, name) for name in ("clone_state", "graphsafe_set_state"))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["CUDA gave it up", "the step raised"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_capture_leaves_the_process_as_it_was(
+    error: type[BaseException], ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stream, its allocator and its generator of random numbers."""
+    fake = FakeCuda(monkeypatch, ended)
+    backend = Cuda(torch.device("cuda", 1))
+
+    def step() -> Tensor:
+        assert fake.current == "side"
+        raise error("no")
+
+    with pytest.raises(error, match="no"):
+        backend.capture(step)
+    assert fake.current == "outside"
+    assert fake.calls == [("end", 1, "pool"), ("random", "a clone of before")]
+    fake.calls.clear()
+    result = torch.zeros(4)
+    assert backend.capture(lambda: result)[1] is result
+    assert (fake.current, fake.calls) == ("outside", [])
+
+
+def test_no_graph_on_a_cpu() -> None:
+    networks = pair()
+    assert TrainStep(*networks, *adams(networks)).why_not_captured == "the networks are on cpu"
+    assert TrainStep(*networks, *adams(networks), capture=False).why_not_captured == "capture=False"
+    with pytest.raises(ValueError, match="capture=True is not possible: the networks are on cpu"):
+        TrainStep(*networks, *adams(networks), capture=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "scaled", "reason"),
+    [
+        (lambda p: optim.Adam(p), False, "optimizer_g, Adam, is not capturable=True"),
+        (lambda p: optim.Adam(p, capturable=True), False, ""),
+        (lambda p: optim.SGD(p, lr=0.1), False, ""),
+        (lambda p: optim.Adagrad(p), False, "optimizer_g, Adagrad, is not capturable=True"),
+        (lambda p: optim.Adam(p, capturable=True), True, "optimizer_g, Adam, is not fused=True, as a sca"),
+        (lambda p: optim.Adam(p, capturable=True, fused=True), True, ""),
+    ],
+    ids=["Adam", "capturable", "SGD", "Adagrad", "scaled", "scaled and fused"],
+)
+def test_what_a_graph_takes(
+    make: Callable[[Any], optim.Optimizer], scaled: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = pair()
+    step = TrainStep(*networks, *[make(list(n.parameters())) for n in networks], **half() if scaled else {})
+    monkeypatch.setattr(step, "_device", torch.device("cuda", 0))
+    assert step._why_not_captured().startswith(reason)
+    assert bool(step._why_not_captured()) == bool(reason)

@@ -1,0 +1,67 @@
+"""A device is settled where it comes in: 'cpu:0' and 'cuda', unequal to what tensors say, are as good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcgan import devices
+from dcgan.checkpoint import Folder
+from dcgan.cli import options
+from dcgan.data import Images
+from dcgan.devices import settled
+from dcgan.training import distributed
+from dcgan.training.feed import Feed
+from dcgan.training.run import Run, follow
+from dcgan.training.settings import Settings
+from dcgan.training.stop import Stop
+
+NAMED = torch.device("cpu", 0)
+TINY = {"batch_size": 8, "image_size": 32, "ngf": 4, "ndf": 4, "nz": 6, "epochs": 1, "ema": 0.9}
+
+
+def images() -> Images:
+    return Images(torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8), "fake")
+
+
+def test_a_settled_device_is_its_tensors() -> None:
+    here = torch.empty(1, device=NAMED).device
+    assert here != NAMED, "or there would be nothing to settle"
+    for name in (NAMED, "cpu", "cpu:0", torch.device("cpu"), here):
+        assert settled(name) == here
+    assert settled("meta") == torch.empty(1, device="meta").device
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_run_on_a_device_with_an_index(dtype: str, tmp_path: Path) -> None:
+    """Batches, steps, samples, checkpoints and going on from one."""
+    settings = Settings.of(TINY | {"dtype": dtype, "checkpoint_interval": 1})
+    for limit in (1, None):
+        folder = Folder(tmp_path)
+        saved = folder.resume(print)[0] if folder.last() is not None else None
+        run = Run(settings, images(), NAMED, saved=saved)
+        assert run.device == next(run.generator.parameters()).device
+        follow(run, folder, None, Stop(), limit=limit)
+    assert run.position.step == 3
+    assert run.samples().isfinite().all()
+
+
+def test_a_feed_takes_any_name_of_its_device() -> None:
+    pixels = images().pixels
+    named, plain = (Feed(pixels, 8, 0, 6, device) for device in (NAMED, torch.device("cpu")))
+    assert torch.equal(named.real(0, 0), plain.real(0, 0))
+    assert torch.equal(named.noise(0, 8), plain.noise(0, 8))
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_the_commands_settle_the_gpu_they_are_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = {"cuda": torch.device("cuda", 3)}.__getitem__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for module in (devices, options, distributed):
+        monkeypatch.setattr(module, "settled", settle)
+    assert options.choose_device(name).index == 3
+    with distributed.processes(name) as (_, where):
+        assert where.index == 3
