@@ -329,13 +329,14 @@ class _Fast(nn.Module):
         weights.freeze(self, _convolution_weights(self.main))
 
     def refresh(self) -> None:
-        """Forget everything made of the weights.
+        """Forget everything made of the weights, whichever network has made it.
 
         Needed in eval mode after ``p.data`` was edited in place, and after a CUDA graph that is not a
         TrainStep's has written to the weights; every other change (an optimizer's step, load_state_dict,
         ``copy_``, ``.to()``) is seen without it.
         """
         weights.thaw(self)
+        weights.written(self.parameters())
 
     def _fast(self, x: Tensor, sequence: nn.Sequential | None = None) -> Tensor:
         sequence = self.main if sequence is None else sequence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from networks import assert_equal_results, drop_in, reference, results, sample
 from tolerance import relative
 from torch import Tensor
 
-from dcgan.kernels import ops
+from dcgan import fast
+from dcgan.kernels import ops, weights
 
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -158,3 +160,27 @@ def test_a_whole_training_step() -> None:
             ROUNDING,
         )
         assert_equal_results(dict(other.named_buffers()), dict(model.named_buffers()), ROUNDING)
+
+
+@torch.no_grad()
+def test_on_a_gpu_a_compiled_network_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiled program has made lies in its memory, which may be a CUDA graph's; eager calls keep."""
+    monkeypatch.setattr(weights, "_is_cuda", lambda weight: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(weights, "_entries", {})
+
+    def kept() -> int:
+        return sum(len(entry.derived) for entry in weights._entries.values())
+
+    generator = fast.Generator(8, features=4, image_size=32).eval()
+    z = torch.randn(3, 8)
+    compiled = torch.compile(generator, fullgraph=True, backend="aot_eager")
+    made = [compiled(z) for _ in range(2)]
+    assert not kept()
+    image = generator(z)
+    assert kept()
+    assert all(torch.equal(one, image) for one in made)
+    before = kept()
+    compiled(z)
+    assert kept() == before

@@ -349,6 +349,9 @@ def test_two_drop_ins_around_one_network() -> None:
     assert torch.equal(assert_right(first, z), assert_right(second, z))
     CHANGES["copy_"](first)
     assert torch.equal(assert_right(second, z), assert_right(first, z))
+    first.main[3].weight.data.neg_()
+    first.refresh()  # which is of the weights, whoever has packed them
+    assert_right(second, z)
     first.train()
     CHANGES["Adam fused"](first)
     first.eval()

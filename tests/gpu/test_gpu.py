@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from bench.cases import DTYPES
 from dcgan import fast, models
 from dcgan.kernels import gpu, ops, weights
 from dcgan.kernels.gpu import products, tiles
+from dcgan.training import TrainStep
+from dcgan.training.graph import WARM_UP
 
 pytestmark = pytest.mark.gpu
 
@@ -62,15 +64,31 @@ def test_networks(batch: int, precision: str) -> None:
         assert error(y, exact) <= max(2 * error(plain, exact), NETWORK[precision])
 
 
+@pytest.fixture
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_compiled(mode: str) -> None:
+    """Call after call, also where calls are replays of a graph; and they follow the weights."""
     generator, discriminator = networks(torch.bfloat16)
-    z = torch.randn(64, 100, device="cuda", dtype=torch.bfloat16)
-    image = torch.compile(generator, fullgraph=True, mode=mode)(z)
-    assert error(image, generator(z).double()) <= 2**-8
-    verdict = torch.compile(discriminator, fullgraph=True, mode=mode)(image)
-    assert error(verdict, discriminator(image).double()) <= 2**-8
+    compiled = [torch.compile(network, fullgraph=True, mode=mode) for network in (generator, discriminator)]
+    for call in range(6):
+        if call == 4:
+            for network, position in ((generator, 3), (discriminator, 2)):
+                network.main[position].weight.mul_(-1.5)
+        z = torch.randn(64, 100, device="cuda", dtype=torch.bfloat16)
+        torch.compiler.cudagraph_mark_step_begin()
+        image = compiled[0](z).clone()
+        assert error(image, generator(z).double()) <= 2**-8, f"call {call}"
+        torch.compiler.cudagraph_mark_step_begin()
+        verdict = compiled[1](image).clone()
+        assert error(verdict, discriminator(image).double()) <= 2**-8, f"call {call}"
 
 
 def _edits() -> dict[str, Callable[[fast.Generator], None]]:
@@ -93,6 +111,26 @@ def _edits() -> dict[str, Callable[[fast.Generator], None]]:
         with torch.no_grad():
             network.main[6].weight.copy_(network.main[6].weight * 0.5)
 
+    def flat(network: fast.Generator) -> None:
+        """One tensor that all convolutions' weights are views of, stepped on by an optimizer."""
+        parameters = [p for p in network.parameters() if p.ndim == 4]
+        whole = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+        for p, part in zip(parameters, whole.data.split([p.numel() for p in parameters]), strict=True):
+            p.data = part.view(p.shape)
+        with torch.no_grad():
+            network(torch.randn(8, 100, device="cuda"))
+        whole.grad = torch.randn_like(whole)
+        torch.optim.Adam([whole], lr=0.02, fused=True).step()
+
+    def replay(network: fast.Generator) -> None:
+        """The network is trained by a captured step, in which it is its own moving average."""
+        trained = twin(network, torch.float32).train()
+        judge = models.Discriminator().cuda()
+        pair = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (trained, judge)]
+        step = TrainStep(trained, judge, *pair, capture=True, ema=network, ema_decay=0.5)
+        for _ in range(WARM_UP + 2):
+            step(torch.randn(8, 1, 64, 64, device="cuda").tanh(), torch.randn(8, 100, device="cuda"))
+
     def unseen(network: fast.Generator) -> None:
         network.main[6].weight.data.mul_(0.5)
         network.refresh()
@@ -108,19 +146,52 @@ def _edits() -> dict[str, Callable[[fast.Generator], None]]:
         "load_state_dict": load,
         ".data =": assign,
         "copy_": copy,
+        "a flat tensor": flat,
+        "a replay": replay,
         ".data.mul_ and refresh": unseen,
         "parameter replaced": replace,
     }
 
 
+def _keepers() -> dict[str, Callable[[fast.Generator], Callable[[Tensor], Tensor]]]:
+    """In what something is made of the weights, once."""
+
+    def beside(network: fast.Generator) -> fast.Generator:
+        """A network of the same modules, which the edit is not made through."""
+        other = fast.Generator.__new__(fast.Generator)
+        nn.Module.__init__(other)
+        other.main, other.latent_dim = network.main, network.latent_dim
+        return other.eval()
+
+    def under_autocast(network: fast.Generator) -> Callable[[Tensor], Tensor]:
+        """A cast is kept, and what is packed of the cast."""
+
+        def run(z: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.float16):
+                return network(z)
+
+        return run
+
+    return {
+        "eager": lambda network: network,
+        "graphed": lambda network: fast.graphed(network, 8),
+        "beside": beside,
+        "autocast": under_autocast,
+        "compiled": lambda network: torch.compile(network, mode="reduce-overhead"),
+    }
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
 @pytest.mark.parametrize("edit", _edits())
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graphed"])
-def test_weights_are_never_stale(edit: str, graph: bool) -> None:
+@pytest.mark.parametrize("keeper", _keepers())
+def test_weights_are_never_stale(edit: str, keeper: str) -> None:
+    """Every way in which weights change, and every one in which something made of them is kept."""
     generator, _ = networks(torch.float32)
-    run: Callable[[Tensor], Tensor] = fast.graphed(generator, 8) if graph else generator
+    run = _keepers()[keeper](generator)
     z = torch.randn(8, 100, device="cuda")
     with torch.no_grad():
-        before = run(z).clone()
+        for _ in range(3):  # the third call of a compiled network is its first replay
+            before = run(z).clone()
     _edits()[edit](generator)
     with torch.no_grad():
         after = run(z)

@@ -119,13 +119,15 @@ def gradients_of(run: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor)
 @pytest.mark.usefixtures("_nothing_compiled")
 @pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_training(which: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_training(which: int, dtype: torch.dtype, mode: str) -> None:
     """One graph forward and backward, the uncompiled results, and nothing compiled anew between steps."""
     network = networks(dtype, features=16, image_size=32)[which].train()
-    compiled = torch.compile(network, fullgraph=True)
+    compiled = torch.compile(network, fullgraph=True, mode=mode)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     bound = {torch.float32: NETWORK["tf32"], torch.bfloat16: 0.2}[dtype]  # signs before a ReLU may change
-    for step in range(3):
+    for step in range(4):  # a graph is warmed up, captured, and replayed
+        torch.compiler.cudagraph_mark_step_begin()
         x = samples(network, 32, dtype)
         network.load_state_dict(state)
         expected = gradients_of(network, network, x)

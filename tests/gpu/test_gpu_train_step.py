@@ -125,26 +125,38 @@ def test_triton_runs_it_and_makes_no_gradient_that_nothing_reads() -> None:
 SIZES = [8] * (WARM_UP + 3) + [5] + [8] * 2
 
 
+def lead(networks: Pair, beside: Pair, ours: Any = (), theirs: Any = ()) -> None:
+    """Let the networks beside begin the next step where ours do.
+
+    Two runs that differ in nothing but the order of some sums are apart by 1e-2 after nine steps, and now
+    and then by all there is: a pre-activation on the other side of a LeakyReLU's kink changes a gradient, and
+    from there on it grows. So steps are compared, and not runs.
+    """
+    for network, other in zip(networks, beside, strict=True):
+        other.load_state_dict(network.state_dict())
+    for optimizer, other in zip(ours, theirs, strict=True):
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
 @pytest.mark.usefixtures("_exact_products")
 @pytest.mark.parametrize("kind", ["fast", "reference"])
 @pytest.mark.parametrize("options", [{}, {"clip": 0.5}], ids=["", "clip"])
 def test_captured_is_eager(kind: str, options: dict[str, Any]) -> None:
-    """SGD, which follows its gradients as far as they are off; a short batch among the others."""
+    """Step by step, a short batch among the others; cuDNN may sum in another order each time."""
     networks = pair(kind)
     beside = copy.deepcopy(networks)
     captured = TrainStep(*networks, *sgds(networks), capture=True, **options)
     eager = TrainStep(*beside, *sgds(beside), capture=False, **options)
-    results = []
     for size in SIZES:
+        lead(networks, beside)
         batch = batch_of(networks, size)
-        results.append((captured(*batch), eager(*batch)))
-    for got, want in results:
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert_networks_close(networks, beside, rtol=1e-3, atol=1e-4)
-    for network, other in zip(networks, beside, strict=True):
-        for p, q in zip(network.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-3 * float(q.grad.abs().max()))
+        for name, a, b in zip(Result._fields, captured(*batch), eager(*batch), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        for network, other in zip(networks, beside, strict=True):
+            for p, q in zip(network.parameters(), other.parameters(), strict=True):
+                assert (p.grad - q.grad).norm() <= FLIPS * q.grad.norm()
+            for value, want in zip(network.buffers(), other.buffers(), strict=True):
+                torch.testing.assert_close(value, want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fast", "reference"])
@@ -166,9 +178,17 @@ def test_captured_adam(kind: str, precision: str) -> None:
     eager = TrainStep(*beside, *theirs, capture=False, ema=emas[1], ema_decay=0.9, **options[1])
     assert not captured.why_not_captured
     for size in SIZES:
+        if captured._optimizer_g.state:
+            lead((*networks, emas[0]), (*beside, emas[1]), ours, theirs)
         batch = batch_of(networks, size)
         for a, b in zip(captured(*batch), eager(*batch), strict=True):
-            torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        for network, other in zip((*networks, emas[0]), (*beside, emas[1]), strict=True):
+            for p, q in zip(network.parameters(), other.parameters(), strict=True):
+                assert (p - q).abs().max() <= 4 * LR  # a step is about lr at most, either way
+                assert p.isfinite().all()
+            for b, c in zip(network.buffers(), other.buffers(), strict=True):
+                torch.testing.assert_close(b, c, rtol=0.05, atol=0.02)
     steps = len(SIZES)
     assert networks[0].main[1].num_batches_tracked == steps
     assert networks[1].main[3].num_batches_tracked == 3 * steps
@@ -176,12 +196,6 @@ def test_captured_adam(kind: str, precision: str) -> None:
         assert all(state["step"] == steps for state in optimizer.state.values())
     if precision == "float16":
         assert options[0]["scaler"].get_scale() == options[1]["scaler"].get_scale() == 256.0 * 4
-    for network, other in zip((*networks, emas[0]), (*beside, emas[1]), strict=True):
-        for p, q in zip(network.parameters(), other.parameters(), strict=True):
-            assert (p - q).abs().max() <= 4 * LR * steps  # a step is about lr at most, either way
-            assert p.isfinite().all()
-        for b, c in zip(network.buffers(), other.buffers(), strict=True):
-            torch.testing.assert_close(b, c, rtol=0.1, atol=0.05)
 
 
 def test_results_are_read_later_and_nothing_waits() -> None:
@@ -232,38 +246,83 @@ def test_a_learning_rate_on_the_device_is_read_by_replays() -> None:
 
 
 def test_a_number_as_learning_rate_makes_the_graph_anew() -> None:
+    """While somebody keeps a graph of autograd in which the parameters were used on another stream."""
     networks = pair()
     ours = adams(networks)
     step = TrainStep(*networks, *ours, capture=True)
     batch = batch_of(networks, 8)
-    for _ in range(WARM_UP + 2):
-        step(*batch)
-    for optimizer in ours:
-        optimizer.param_groups[0]["lr"] = 0.0
     parameters = [p for network in networks for p in network.parameters()]
-    before = [p.clone() for p in parameters]
-    for _ in range(WARM_UP + 2):
-        step(*batch)
-    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+    for rate in (LR, 0.0, LR, 0.0):
+        for optimizer in ours:
+            optimizer.param_groups[0]["lr"] = rate
+        before = [p.clone() for p in parameters]
+        for _ in range(WARM_UP + 2):
+            step(*batch)
+        same = [torch.equal(p, q) for p, q in zip(parameters, before, strict=True)]
+        assert not any(same) if rate else all(same)
+    torch.stack([p.sum() for p in before]).sum().backward()
 
 
 def test_weights_kept_by_others_are_not_stale() -> None:
-    """An EMA in eval mode packs its weights and keeps them; a replay changes them without Python."""
+    """A replay changes weights without Python: those that an EMA in eval mode has packed, and those that a
+    network has that shares the parameters, by the same tensors or by others in the same memory."""
     networks = pair()
     ema = copy.deepcopy(networks[0]).eval()
-    shared = fast.convert(twin(networks[0], torch.float32).eval())
+    shared, aliased = (fast.convert(twin(networks[0], torch.float32).eval()) for _ in range(2))
     for name, parameter in networks[0].named_parameters():
         module, _, attribute = name.rpartition(".")
         setattr(shared.get_submodule(module), attribute, parameter)
+        aliased.get_parameter(name).data = parameter.data
     step = TrainStep(*networks, *adams(networks), capture=True, ema=ema, ema_decay=0.5)
     noise = torch.randn(4, LATENT, device=DEVICE)
-    for _ in range(WARM_UP + 3):
+    for i in range(WARM_UP + 3):
         step(*batch_of(networks, 8))
-        for network in (ema, shared):
+        for name, network in {"ema": ema, "shared": shared, "aliased": aliased}.items():
             with torch.no_grad():
                 image = network(noise)
+                exact = twin(network)(noise.double())
                 network.refresh()
-                assert torch.equal(image, network(noise))
+                anew = network(noise)
+                off, again = (((t.double() - exact).norm() / exact.norm()).item() for t in (image, anew))
+            assert torch.equal(image, anew), (
+                f"{name}, step {i}: {off:.1e} from float64, refreshed {again:.1e}"
+            )
+
+
+class Wrapper(torch.nn.Module):
+    """Somebody's own, around any network."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def with_spectral_norm(network: Any) -> Any:
+    torch.nn.utils.parametrizations.spectral_norm(network.main[3 if network.main[0].in_channels > 1 else 2])
+    return network
+
+
+@pytest.mark.usefixtures("_exact_products")
+@pytest.mark.parametrize("kind", ["fast", "reference"])
+@pytest.mark.parametrize("change", [torch.compile, Wrapper, with_spectral_norm], ids=lambda f: f.__name__)
+def test_wrapped_networks_are_captured(kind: str, change: Any) -> None:
+    bare = pair(kind)
+    beside = copy.deepcopy(bare)
+    networks = tuple(map(change, bare))
+    if change is with_spectral_norm:
+        beside = copy.deepcopy(networks)
+    step = TrainStep(*networks, *sgds(networks), capture=True)
+    plain = TrainStep(*beside, *sgds(beside), capture=False)
+    for _ in range(WARM_UP + 3):
+        lead(bare, beside)
+        batch = batch_of(bare, 8)
+        for a, b in zip(step(*batch), plain(*batch), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert step.why_not_captured == ""
+    torch._dynamo.reset()
 
 
 def test_averaged_model() -> None:
@@ -317,30 +376,71 @@ def test_what_is_not_captured() -> None:
 
 
 WAITS = """
+import copy, warnings
 import torch
 from dcgan import models
 from dcgan.training import TrainStep
 from dcgan.training.graph import WARM_UP
 
 class Asks(models.Discriminator):
+    asks = True
     def forward(self, image):
-        assert image.mean().item() < 10
+        if self.asks:
+            assert image.mean().item() < 10  # waits for the device, which no capture allows
         return super().forward(image)
 
+torch.backends.cudnn.deterministic = True
 g, d = models.Generator(8, features=8, image_size=32).cuda(), Asks(features=8, image_size=32).cuda()
-step = TrainStep(g, d, *[torch.optim.SGD(n.parameters(), lr=0.1) for n in (g, d)])
-batch = torch.randn(4, 1, 32, 32, device="cuda").tanh(), torch.randn(4, 8, device="cuda")
+beside = copy.deepcopy((g, d))
+pairs = [[torch.optim.SGD(n.parameters(), lr=0.1) for n in networks] for networks in ((g, d), beside)]
+step, plain = TrainStep(g, d, *pairs[0]), TrainStep(*beside, *pairs[1], capture=False)
+
+def same():
+    batch = torch.randn(4, 1, 32, 32, device="cuda").tanh(), torch.randn(4, 8, device="cuda")
+    for a, b in zip(step(*batch), plain(*batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for network, other in zip((g, d), beside, strict=True):
+        other.load_state_dict(network.state_dict())
+
 for _ in range(WARM_UP):
-    step(*batch)
+    same()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    same()
+    same()
+print(*[str(w.message) for w in said if "captured" in str(w.message)], sep="|")
+assert all(p.requires_grad for p in d.parameters())
+assert torch.cuda.current_stream() == torch.cuda.default_stream()
+assert len({float(torch.rand(1, device="cuda")) for _ in range(3)}) == 3
+assert step.why_not_captured
+for optimizer in (*pairs[0], *pairs[1]):
+    optimizer.param_groups[0]["lr"] = 0.05
+Asks.asks = False
+for _ in range(WARM_UP + 3):
+    same()
+assert step.why_not_captured == "" and any(size.captured for size in step._graphs._sizes.values())
+dropped = torch.nn.functional.dropout(torch.ones(1000, device="cuda"))
+assert 300 < float(dropped.count_nonzero()) < 700
+strict = TrainStep(g, d, *pairs[0], capture=True)
+Asks.asks = True
 try:
-    step(*batch)
+    for _ in range(WARM_UP + 1):
+        strict(torch.randn(4, 1, 32, 32, device="cuda").tanh(), torch.randn(4, 8, device="cuda"))
 except RuntimeError as error:
-    assert all(p.requires_grad for p in d.parameters())
     print(error)
+Asks.asks = False
+same()
 """
 
 
-def test_what_cannot_be_captured_says_so() -> None:
-    """In a process of its own, as a capture that failed may leave CUDA in any state."""
+def test_what_cannot_be_captured_says_so_and_breaks_nothing() -> None:
+    """In a process of its own: steps go on with eager's numbers, random numbers are drawn, and a capture that
+    can be made is."""
     done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=300)
-    assert "cannot be captured in a CUDA graph (capture=False runs it eagerly)" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    warned, refused = done.stdout.strip().splitlines()
+    cannot = "the training step cannot be captured in a CUDA graph: "
+    assert warned.startswith(cannot)
+    assert "|" not in warned, "once"
+    assert refused.startswith(cannot)
+    assert refused.endswith("(capture=False runs it eagerly)")
