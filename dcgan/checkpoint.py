@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dcgan.errors import InputError, RunError
-from dcgan.files import point, replacing, sync_folder
+from dcgan.files import point, replacing, sweep, sync_folder
 from dcgan.networks import Architecture
 
 FORMAT = "dcgan-kernels checkpoint"
@@ -164,8 +164,7 @@ class Folder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for left in self.path.glob(".*.tmp"):  # by a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            sweep(self.path)
         except OSError as error:
             raise RunError(f"cannot write into {self.path}: {error.strerror}") from error
         path = self.path / f"step-{checkpoint.step:09d}.pt"

@@ -40,6 +40,12 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what :func:`replacing` has left there in processes that were killed while they wrote."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the disk knows the folder's entries."""
     descriptor = os.open(folder, os.O_RDONLY)

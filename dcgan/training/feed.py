@@ -103,7 +103,8 @@ class Feed:
 
     def noise(self, step: int, size: int) -> Tensor:
         """This process's share of the z of a step, [size / world, latent_dim, 1, 1], from N(0, 1)."""
-        z = normal(self._seed, NOISE, step, (size, self._latent_dim, 1, 1))
+        pinned = self._device.type == "cuda"  # or a copy to the device would wait until it is idle
+        z = normal(self._seed, NOISE, step, (size, self._latent_dim, 1, 1), pinned)
         return self._mine(z).to(self._device, non_blocking=True)
 
     def _mine(self, batch: Tensor) -> Tensor:
@@ -119,8 +120,11 @@ class Feed:
         return pixels
 
 
-def normal(seed: int, stream: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """float32 N(0, 1), a function of its arguments; drawn on the CPU, so that every device gets the same."""
+def normal(seed: int, stream: int, index: int, shape: tuple[int, ...], pinned: bool = False) -> Tensor:
+    """float32 N(0, 1), a function of its arguments; drawn on the CPU, so that every device gets the same.
+
+    ``pinned``: in memory from which a GPU can copy by itself.
+    """
     state = np.random.SeedSequence((seed, stream, index)).generate_state(2, np.uint32)
     random = torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
-    return torch.randn(shape, generator=random)
+    return torch.randn(shape, generator=random, pin_memory=pinned)

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 
 from dcgan.errors import InputError, RunError
-from dcgan.files import replacing
+from dcgan.files import replacing, sweep
 from dcgan.generation import write_animation
 from dcgan.images import save_grid
-from dcgan.training.run import Position, Row, Run
+from dcgan.training.readings import Position, Row
+from dcgan.training.run import Run
 
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
 LINE_SECONDS = 10.0
@@ -48,6 +49,8 @@ class Report:
         self._out, self._run, self._console = out, run, console
         try:
             (out / SAMPLES).mkdir(exist_ok=True)
+            for folder in (out, out / SAMPLES):
+                sweep(folder)
             _drop_after(out / METRICS, run.position.step)
             self._metrics = (out / METRICS).open("a")
         except OSError as error:

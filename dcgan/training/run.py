@@ -6,12 +6,11 @@ score and save. What a person sees of it is :mod:`dcgan.training.report`'s.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from dcgan.networks import Architecture
 from dcgan.training import distributed
 from dcgan.training.feed import ALONE, FIXED_NOISE, SCORE_NOISE, Feed, Share, normal
 from dcgan.training.fused import TrainStep
+from dcgan.training.readings import NotFiniteLoss, Position, Readings, Row
 from dcgan.training.settings import Settings
 from dcgan.training.step import Result, optimizers
 from dcgan.training.stop import Stop
@@ -44,15 +44,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 class NotFinite(RunError):
     """A network's parameter is NaN or infinite."""
-
-
-class Position(NamedTuple):
-    """Where a run is: epochs that are complete, batches of the next one, steps and images in all."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    images: int = 0
 
 
 class Run:
@@ -261,20 +252,6 @@ def _start_from(network: nn.Module, file: Path) -> None:
 # --- driving it ---------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """What one step measured, read."""
-
-    step: int
-    epoch: int
-    """From 1, as all that a person reads."""
-    batch: int
-    images: int
-    loss_d: float
-    loss_g: float
-    d_x: float
-    d_g_z: float
-
-
 class Watcher(Protocol):
     """Who is told how a run goes; :class:`dcgan.training.report.Report` is one."""
 
@@ -319,14 +296,23 @@ def follow(
             stays the last; a checkpoint that can't be written.
     """
     settings, first = run.settings, run.share.rank == 0
-    spent, unread, taken = Spent(), list[tuple[Position, int, int, Result]](), 0
+    spent, readings, taken = Spent(), Readings(run.device), 0
+
+    def tell(everything: bool) -> None:
+        try:
+            rows = readings.read(everything)
+        except NotFiniteLoss as error:
+            raise RunError(f"{error}. {_last_good(folder)}") from error
+        if rows and watcher is not None:
+            watcher.steps(rows)
+
     while not run.done and not (limit is not None and taken >= limit):
         began = time.perf_counter()
-        epoch, batch = run.position.epoch, run.position.batch
+        before = run.position
         real, noise = run.inputs()
         ready = time.perf_counter()
         result = run.step(real, noise)
-        unread.append((run.position, epoch, batch, result))
+        readings.add(before, run.position, result)
         taken += 1
         ended = run.position.batch == 0
         last = run.done or taken == limit
@@ -335,11 +321,10 @@ def follow(
         reading = saving or drawing or _due(settings.log_interval, run.position.step)
         signal = stop.signal if run.share.world == 1 else 0
         if reading or signal:
-            rows = _read(unread, folder)
-            unread.clear()
+            tell(everything=bool(saving or drawing or signal))
             signal = distributed.largest_of_all(stop.signal, run.device)
-            if watcher is not None:
-                watcher.steps(rows)
+            if signal:
+                tell(everything=True)
         now = time.perf_counter()
         spent.inputs += ready - began
         spent.steps += now - began
@@ -356,24 +341,6 @@ def follow(
 
 def _due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _read(unread: list[tuple[Position, int, int, Result]], folder: Folder) -> list[Row]:
-    """The steps' losses; waits for the device."""
-    values = distributed.mean_of_all(torch.stack([torch.stack(result) for *_, result in unread])).tolist()
-    rows = [
-        Row(position.step, epoch + 1, batch + 1, position.images, *four)
-        for (position, epoch, batch, _), four in zip(unread, values, strict=True)
-    ]
-    for row in rows:
-        for name in ("loss_d", "loss_g"):
-            value = getattr(row, name)
-            if not math.isfinite(value):
-                raise RunError(
-                    f"{name} is {value} at step {row.step} (epoch {row.epoch}, batch {row.batch}). "
-                    + _last_good(folder)
-                )
-    return rows
 
 
 def _save(

@@ -155,6 +155,17 @@ def test_killed_at_random_moments(whole: Callable[[str], Path], tmp_path: Path) 
     assert len(reached) > 3
 
 
+def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for folder in (out, out / "samples", out / "checkpoints"):
+        folder.mkdir()
+        (folder / ".step-000000001.png.1.tmp").write_bytes(b"half")
+    process = go_on(out, "dcgan")
+    process.join()
+    assert process.exitcode == 0
+    assert not list(out.rglob(".*.tmp"))
+
+
 def slowly() -> None:
     """Steps of this run take no time; a kill is to come within one more often than before all."""
     from dcgan.training.fused import TrainStep
