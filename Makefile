@@ -73,49 +73,20 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-# On a machine with an NVIDIA GPU: STAGE=test, tune, bench, kernels, sanitize or all; the results go to OUT. Each
-# stage by itself takes less than ten minutes. Without a .venv it uses the python3 it is given, with the PyTorch
+# On a machine with an NVIDIA GPU; the results and an archive of them go to OUT. STAGE=check takes three minutes,
+# test, tune, bench and kernels one or two, all of them together seven; autotune, sanitize and native nine each.
+# ARGS are more options of `python -m bench gpu`. Without a .venv it uses the python3 it is given, with the PyTorch
 # and Triton that it has.
 STAGE ?= all
 OUT ?= runs/gpu
 GPU_PY := $(if $(wildcard $(VENV)/.installed),$(PY),python3)
-# Processes that share the tests: compiling kernels takes a core a second or two each, the GPU waits.
-GPU_JOBS ?= 12
 
-gpu: SHELL := /bin/bash
-gpu: .SHELLFLAGS := -o pipefail -c
 gpu:
 	@$(GPU_PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs an NVIDIA GPU, and there is no GPU here')"
-	@mkdir -p $(OUT)
 ifneq ($(GPU_PY),$(PY))
 	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
 endif
-ifneq ($(filter test all,$(STAGE)),)
-	@echo "== Tests on the GPU, and the native engine's on the instruction sets of this machine: $(OUT)/test-*.txt =="
-	@rm -f $(OUT)/test-*.txt; \
-	$(GPU_PY) -m pytest -m "not slow" tests/kernels/cpu > $(OUT)/test-native.txt 2>&1 & native=$$!; \
-	seq 0 $$(($(GPU_JOBS) - 1)) | xargs -P $(GPU_JOBS) -I{} sh -c \
-		'DCGAN_SHARE={}/$(GPU_JOBS) $(GPU_PY) -m pytest -m gpu tests/gpu > $(OUT)/test-{}.txt 2>&1'; status=$$?; \
-	wait $$native || status=1; \
-	grep -hE '^(FAILED|ERROR|E  )|(passed|failed|error|no tests ran).* in ' $(OUT)/test-*.txt | tee $(OUT)/test.txt; \
-	exit $$status
-endif
-ifneq ($(filter tune all,$(STAGE)),)
-	@echo "== Tuning =="
-	$(GPU_PY) -m bench gpu tune --out $(OUT) 2>&1 | tee $(OUT)/tune.txt
-endif
-ifneq ($(filter bench all,$(STAGE)),)
-	@echo "== Generation =="
-	$(GPU_PY) -m bench gpu bench --out $(OUT) 2>&1 | tee $(OUT)/bench.txt
-endif
-ifneq ($(filter kernels all,$(STAGE)),)
-	@echo "== Training's kernels beside cuDNN, eager and Inductor =="
-	$(GPU_PY) -m bench kernels --out $(OUT) 2>&1 | tee $(OUT)/kernels.txt
-endif
-ifneq ($(filter sanitize all,$(STAGE)),)
-	@echo "== compute-sanitizer =="
-	$(GPU_PY) -m bench gpu sanitize --out $(OUT) 2>&1 | tee $(OUT)/sanitize.txt
-endif
+	@$(GPU_PY) -m bench gpu $(STAGE) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

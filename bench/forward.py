@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Races, prints, writes. Returns the exit status: 1 if a provider is wrong or one of ours failed."""
     providers = find_providers(args.providers)
     cases = make_cases(args, command)
-    settings = Settings(args.seconds, args.rounds)
+    settings = Settings(args.seconds, args.rounds, together=cases[0].device == "cuda")
     out, progress = table.console(), table.console(stderr=True)
     load = machine.load()
 

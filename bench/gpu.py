@@ -1,21 +1,22 @@
-"""What ``make gpu`` does on a machine with an NVIDIA GPU besides its tests and ``python -m bench kernels``.
+"""``python -m bench gpu STAGE --out DIR``: everything that takes an NVIDIA GPU, in a time that is set.
 
-``tune``: times the tiles of every layer and phase; the fastest go to ``<GPU name>.json``, to be copied into
-``kernels/gpu/configs``, and to this machine's cache, from where the stages after it take them. ``bench``:
-races generation, into ``generate.jsonl`` and its plot. ``sanitize``: runs every kernel on small tensors under
-compute-sanitizer.
+``check``, three minutes: whether it works, the tests that matter most, a row of each benchmark. ``test``: the
+other GPU tests. ``tune``: times the tiles of every layer and phase; the fastest go to ``<GPU name>.json``, to
+be copied into ``kernels/gpu/configs``, and to this machine's cache, from where the stages after it take them.
+``bench``: generation and training steps beside cuDNN and torch.compile. ``kernels``: each layer beside cuDNN.
+``all``, seven minutes: all of these, and nothing twice. By themselves only: ``autotune``, the contestants
+that search for minutes; ``sanitize``, compute-sanitizer; ``native``, the tests of the CPU's kernels.
 
-Each stage starts no new work once its time is up, and says what it left out.
+Each begins no new work once its time is up, says what it left out, and leaves its results, logs and one
+archive of them in DIR. The exit status is 1 if a test failed or a result was wrong. The work is that of
+:mod:`bench.stages`, but for the tuning.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import shutil
-import subprocess
-import sys
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,35 +25,35 @@ from typing import Any, NamedTuple
 import torch
 from triton.errors import TritonError
 
-from bench import forward, plot, replay, shortlist, warm
+from bench import machine, replay, shortlist, warm
 from bench.budget import Budget
-from bench.layers import Layer
+from bench.layers import Layer, outputs
+from bench.stages import plan
 from bench.usage import UsageError, minutes, positive
-from dcgan.kernels.gpu import model, tiles
+from dcgan.kernels.gpu import aten, model, tiles
+from dcgan.kernels.gpu.launch import Product
 
-HELP = "tune the tiles, benchmark generation, sanitize, on a GPU (make gpu)"
+HELP = "test, tune and benchmark on a GPU (make gpu)"
 TUNED_BATCHES = (64, 1024, 256, 1, 4096, 8)
-TUNED_DTYPES = (("bfloat16", "tf32"), ("float32",))  # in turn; float16 has bfloat16's tiles
+TUNED_DTYPES = ("bfloat16", "tf32", "float32")  # in turn; float16 has bfloat16's tiles
 CHANNELS = (1, 3)
 CALLS = 8  # of a layer in the graph that is timed, as a training step has its tensors: warm in L2
 CALL_SECONDS = 0.01
-BENCH_BATCHES = (64, 1024, 1, 4096, 256, 8)
-BENCH_DTYPES = ("bfloat16", "tf32", "float16", "float32")
-MAX_AUTOTUNE_BATCHES = (1, 64, 1024)  # it takes a minute a network
-PROVIDERS = ("eager", "channels_last", "compile", "cudagraph", "fast", "fast-compile", "fast-graph")
-SANITIZERS = ("memcheck", "racecheck")
-SANITIZER_SECONDS = 240.0
-FOUND = 9  # compute-sanitizer's exit status where it found an error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage", choices=tuple(STAGES))
-    add_budget(parser)
-    parser.add_argument("--batch", type=positive, nargs="+", help="instead of the stage's own list")
+    add = parser.add_argument
+    add("stage", choices=tuple(plan.STAGES), nargs="?", default="all", help="(all)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add("--batch", type=positive, nargs="+", metavar="N", help="of tune, bench and kernels (64 1024)")
+    add("--dtype", nargs="+", metavar="NAME", help="of bench and kernels (bfloat16)")
+    add("--providers", nargs="*", metavar="NAME", help="of bench: contestants of bench generate")
+    add("--ways", nargs="*", metavar="NAME", help="of bench: contestants of bench train")
+    add("--processes", type=positive, default=machine.cores(), metavar="N", help="of the tests (all cores)")
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
-    """Where the results go, and how long a stage takes on new work."""
+    """Where the results go, and how long a piece takes on new work."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--minutes", type=minutes, default=6.5, help="no new work after that many (6.5)")
 
@@ -66,7 +67,7 @@ def need_gpu(out: Path) -> None:
 
 def run(args: argparse.Namespace) -> int:
     need_gpu(args.out)
-    return STAGES[args.stage](args, Budget(args.minutes))
+    return plan.run(args)
 
 
 # --- tune --------------------------------------------------------------------------------------------------
@@ -83,8 +84,7 @@ class Task(NamedTuple):
 
 def groups(batches: Sequence[int]) -> Iterator[tuple[int, str]]:
     """(batch, dtype), what matters most first."""
-    for dtypes in TUNED_DTYPES:
-        yield from itertools.product(batches, dtypes)
+    return ((batch, dtype) for dtype, batch in itertools.product(TUNED_DTYPES, batches))
 
 
 def tasks(batch: int, dtype: str, tuned: dict[str, tiles.Tile], processors: int, shared: int) -> list[Task]:
@@ -105,26 +105,61 @@ def time_tile(layer: Layer, tile: tiles.Tile, processors: int) -> float:
     return replay.measure([launches.__call__] * CALLS, cold=False, seconds=CALL_SECONDS).median
 
 
+def tile_error(layer: Layer, tile: tiles.Tile, processors: int, expected: Sequence[torch.Tensor]) -> float:
+    """‖error‖/‖result‖ of a layer's launches, of the output that is furthest off."""
+    return aten.error(outputs(layer, tile, processors), expected)
+
+
+class Found(NamedTuple):
+    """What has been found of a problem's tiles."""
+
+    best: tiles.Tile | None
+    """The fastest of those that run and are right, if there is one."""
+    seconds: float
+    wrong: list[tiles.Tile]
+
+
 def best_tile(
     layer: Layer, listed: Sequence[tiles.Tile], compiled: Sequence[Future[None]], processors: int
-) -> tuple[tiles.Tile, float] | None:
-    """The fastest and its seconds; None if none runs. A tile that the GPU refuses is said and passed over."""
+) -> Found:
+    """Holds every tile's results against float64, and times those that are right.
+
+    A tile that the GPU refuses, or that is wrong, is said and passed over.
+    """
+    key, allowed = layer.problem.key(), tiles.TOLERANCE[layer.problem.precision]
+    # The forward's y is what the gradients' prologues read: what is tried here must not be left in it.
+    y = layer.operation.y if isinstance(layer.operation, Product) else None
+    kept = None if y is None else y.clone()
+    expected = aten.exact(layer.operation)
     times: dict[tiles.Tile, float] = {}
+    wrong: list[tiles.Tile] = []
     for tile, done in zip(listed, compiled, strict=True):
         done.exception()  # waits; what has failed there fails here again, by name
         try:
-            times[tile] = time_tile(layer, tile, processors)
-        except TritonError as error:
-            print(f"{layer.problem.key()} {tuple(tile)} refused: {str(error).splitlines()[0]}", flush=True)
+            error = tile_error(layer, tile, processors, expected)
+            if error <= allowed:
+                times[tile] = time_tile(layer, tile, processors)
+            else:
+                wrong.append(tile)
+                print(f"{key} {tuple(tile)} WRONG: error {error:.1e}, {allowed:.1e} is allowed", flush=True)
+        except TritonError as failure:
+            print(f"{key} {tuple(tile)} refused: {str(failure).splitlines()[0]}", flush=True)
+    if y is not None and kept is not None:
+        y.copy_(kept)
     best = min(times, key=lambda tile: times[tile], default=None)
-    return None if best is None else (best, times[best])
+    return Found(best, math.inf if best is None else times[best], wrong)
 
 
 def tune(args: argparse.Namespace, budget: Budget) -> int:
-    """Times the tiles that should be fast for every layer, and writes the winners as they are found."""
+    """Times the tiles that should be fast for every layer, and writes the winners as they are found.
+
+    Tiles whose results are wrong go to ``refused.json``, to be copied into ``kernels/gpu/configs``; 1 if
+    there are any.
+    """
     name = torch.cuda.get_device_name()
     path, cache = args.out / tiles.gpu_file(name), tiles.cache_file(name)
     tuned = tiles.read(path)
+    wrong = 0
     properties: Any = torch.cuda.get_device_properties(0)
     processors, shared = (
         properties.multi_processor_count,
@@ -146,11 +181,14 @@ def tune(args: argparse.Namespace, budget: Budget) -> int:
                 of = where.network, where.channels
                 if of not in real:
                     real[of] = warm.listed(*where[:4], "cuda")
-                found = best_tile(real[of][where.position], task.tiles, futures, processors)
-                if found is None:
+                tile, measured, bad = best_tile(real[of][where.position], task.tiles, futures, processors)
+                if bad:
+                    wrong += len(bad)
+                    names = [tiles.refusal(task.layer.problem, one) for one in bad]
+                    tiles.refuse(args.out / tiles.REFUSED, *names)
+                if tile is None:
                     budget.left.append(f"{key} (no tile runs)")
                     continue
-                tile, measured = found
                 tuned[key] = tile
                 if not tile.fused:  # what the product after the passes is looked up by
                     tuned.setdefault(model.plain(task.layer.problem).key(), tile._replace(fused=True))
@@ -162,72 +200,4 @@ def tune(args: argparse.Namespace, budget: Budget) -> int:
                 tiles.write(path, tuned)
                 tiles.write(cache, tiles.read(cache) | tuned)
     print(f"{len(tuned)} problems in {path}; {budget.report()}")
-    return 0
-
-
-# --- bench -------------------------------------------------------------------------------------------------
-
-
-def bench(args: argparse.Namespace, budget: Budget) -> int:
-    """Races generation over batches and dtypes; the worst exit status of them."""
-    results = args.out / "generate.jsonl"
-    status = 0
-    for batch, dtype in itertools.product(args.batch or BENCH_BATCHES, BENCH_DTYPES):
-        if not budget.allows(f"batch {batch} {dtype}"):
-            continue
-        providers = [*PROVIDERS, *(["max-autotune"] if batch in MAX_AUTOTUNE_BATCHES else [])]
-        parser = argparse.ArgumentParser()
-        forward.add_arguments(parser, "generate")
-        line = f"--device cuda --batch {batch} --dtype {dtype} --seconds 1 --rounds 3 --json {results}"
-        status |= forward.run(parser.parse_args([*line.split(), "--providers", *providers]), "generate")
-    print(budget.report())
-    plot.run(argparse.Namespace(files=[results], out=args.out / "generate.png"))
-    return status
-
-
-# --- sanitize ----------------------------------------------------------------------------------------------
-
-
-def find_sanitizer() -> str | None:
-    """compute-sanitizer on the PATH or in a CUDA toolkit."""
-    toolkits = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    folders = [os.environ.get("PATH", ""), *(str(Path(root) / "bin") for root in toolkits if root)]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
-
-
-def sanitize(args: argparse.Namespace, budget: Budget) -> int:
-    """1 if a tool finds an error. Each tool's output goes to a file of its own."""
-    sanitizer = find_sanitizer()
-    if sanitizer is None:
-        print("sanitize: compute-sanitizer is not installed here (it comes with the CUDA toolkit): skipped")
-        return 0
-    root = str(Path(__file__).resolve().parent.parent)
-    # Without PyTorch's pool every tensor is an allocation of its own, whose ends memcheck sees.
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    plain = [sys.executable, "-m", "bench.sanitized"]
-    commands = {"plain": plain} | {  # first without a tool: compiles everything, and shows that it runs
-        tool: [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *plain] for tool in SANITIZERS
-    }
-    status = 0
-    for name, command in commands.items():
-        if not budget.allows(name):
-            continue
-        try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: not finished in {SANITIZER_SECONDS:.0f} s", flush=True)
-            continue
-        text = done.stdout + done.stderr
-        (args.out / f"sanitize-{name}.txt").write_text(text)
-        last = text.strip().splitlines()[-1:] or ["no output"]
-        verdict = {0: "clean", FOUND: "ERRORS FOUND"}.get(done.returncode, f"FAILED ({done.returncode})")
-        print(f"{name}: {verdict}: {last[0]}", flush=True)
-        status |= int(done.returncode != 0)
-        if name == "plain" and done.returncode:
-            break
-    print(budget.report())
-    return status
-
-
-STAGES = {"tune": tune, "bench": bench, "sanitize": sanitize}
+    return int(wrong > 0)

@@ -8,18 +8,17 @@ network launches on an H100. Exit status 1 if anything is amiss.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import pretend
+from bench import pretend, shortlist
 from bench.cases import DTYPES
 from bench.layers import Layer, layers, training
 from dcgan import fast, models
-from dcgan.kernels.gpu import model, offline, tiles
+from dcgan.kernels.gpu import offline, tiles
 
 HELP = "machine code of the Triton kernels, without a GPU"
 HEADINGS = (
@@ -37,17 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="every tile, not only the default one")
 
 
-def tiles_of(layer: Layer, arch: int, every: bool) -> Iterator[tiles.Tile]:
+def tiles_of(layer: Layer, arch: int, every: bool) -> list[tiles.Tile]:
     """The layer's default tile, or every candidate."""
-    problem = layer.problem
     if every:
-        listed = tiles.candidates(problem.kernel, problem.precision)
-        fitted = dict.fromkeys(tiles.fit(tile, problem) for tile in listed)
-        for tile in fitted | dict.fromkeys(tile._replace(fused=False) for tile in fitted):
-            if model.fits(problem, tile, tiles.SHARED_LIMIT[arch]):
-                yield tile
-    else:
-        yield tiles.estimate(problem, MULTIPROCESSORS[arch], tiles.SHARED_LIMIT[arch])
+        return shortlist.every(layer, tiles.SHARED_LIMIT[arch])
+    return [shortlist.default(layer, MULTIPROCESSORS[arch], arch)]
 
 
 def networks(channels: int) -> tuple[Any, Any]:
@@ -68,14 +61,16 @@ def run(args: argparse.Namespace) -> int:
                 shapes = network, args.batch, DTYPES[dtype]
                 for layer in layers(*shapes) + training(*shapes, input_gradient=True):
                     for tile in tiles_of(layer, arch, args.all):
-                        wrong += _row(table, layer, dtype, tile, arch)
+                        faults = _row(table, layer, dtype, tile, arch)
+                        # A candidate that spills is listed as one, and never chosen.
+                        wrong += any(not (args.all and fault.startswith("spills")) for fault in faults)
         console.print(table)
     if 90 in args.arch:
         wrong += _launches(console, args)
     return int(wrong > 0)
 
 
-def _row(table: Table, layer: Layer, dtype: str, tile: tiles.Tile, arch: int) -> bool:
+def _row(table: Table, layer: Layer, dtype: str, tile: tiles.Tile, arch: int) -> list[str]:
     launch = layer.launches(tile, MULTIPROCESSORS[arch]).product
     report = offline.inspect(launch, arch)
     faults = offline.faults(launch, report, arch)
@@ -97,7 +92,7 @@ def _row(table: Table, layer: Layer, dtype: str, tile: tiles.Tile, arch: int) ->
         str(report.loads),
         "; ".join(faults) or "ok",
     )
-    return bool(faults)
+    return faults
 
 
 def _launches(console: Console, args: argparse.Namespace) -> bool:

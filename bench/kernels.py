@@ -17,7 +17,8 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +27,15 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from bench import aten, ceiling, gpu, replay, results, shortlist, table, warm, worker
+from bench import ceiling, gpu, replay, results, shortlist, table, warm, worker
 from bench.budget import Budget
 from bench.cases import DTYPES
-from bench.layers import Layer, training
+from bench.layers import Layer, outputs, training
 from bench.stats import Spread
 from bench.usage import UsageError, positive
 from dcgan import models
 from dcgan.kernels import gpu as engine
-from dcgan.kernels.gpu import model, tiles
+from dcgan.kernels.gpu import aten, model, tiles
 from dcgan.kernels.gpu.launch import Product, Prologue
 from dcgan.kernels.gpu.wgrad import Gradient
 
@@ -84,12 +85,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=positive, nargs="+", default=list(BATCHES), metavar="N", help="batch sizes (64 1024)")
     add("--dtype", nargs="+", choices=tuple(TOLERANCE), default=list(DTYPE_NAMES), help="bfloat16 tf32")
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="all")
+    add(
+        "--layer", type=positive, nargs="+", metavar="N", help="of each network, counted from its input (all)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes, prints. 1 if a result of ours is wrong."""
     gpu.need_gpu(args.out)
-    return Stage(args.out, Budget(args.minutes)).run(args.batch, args.dtype, args.contestants)
+    return Stage(args.out, Budget(args.minutes)).run(args.batch, args.dtype, args.contestants, args.layer)
 
 
 def cold(calls: Sequence[Call]) -> Spread:
@@ -98,17 +102,6 @@ def cold(calls: Sequence[Call]) -> Spread:
 
 
 # --- the contestants ---------------------------------------------------------------------------------------
-
-
-def outputs(layer: Layer, tile: tiles.Tile, processors: int) -> tuple[Tensor, ...]:
-    """Runs a layer's launches: what :func:`bench.aten.compute` gives."""
-    launches = layer.launches(tile, processors)
-    launches()
-    sums: dict[str, Any] = {} if launches.reduction is None else launches.reduction.arguments
-    if not isinstance(layer.operation, Product):
-        return (sums["dw_ptr"],)
-    names = ("mean_ptr", "var_ptr") if "mean_ptr" in sums else ("dshift_ptr", "dscale_ptr")
-    return layer.operation.y, *(sums[name] for name in names if name in sums)
 
 
 def prepared(layer: Layer) -> tuple[Any, tuple[Tensor, ...]]:
@@ -171,23 +164,23 @@ def eager(network: str, layer: Layer, backward: bool, input_gradient: bool) -> C
 
 
 def compiled() -> Callable[[Any], tuple[Tensor, ...]]:
-    """Inductor's :func:`bench.aten.compute`, for the one layer it is then called with."""
+    """Inductor's :func:`.aten.compute`, for the one layer it is then called with."""
     torch._dynamo.reset()  # or after eight shapes the next would not be compiled at all
     return torch.compile(aten.compute, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
-
-
-def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest ‖got - expected‖/‖expected‖; infinite where something is not finite."""
-    each = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True)]
-    return max(each) if all(map(math.isfinite, each)) else math.inf
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def work(network: str, layers: Iterable[Layer], batch: int, dtype: str) -> Iterator[tuple[Entry, str]]:
-    """(what is timed, of whom) for the layers of a network's training step."""
+def work(
+    network: str, layers: Sequence[Layer], batch: int, dtype: str, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[Entry, str]]:
+    """(what is timed, of whom) for the layers of a network's training step, or those of the numbers."""
+    names = list(dict.fromkeys(layer.name for layer in layers))
+    chosen = names if numbers is None else [names[n - 1] for n in numbers if n <= len(names)]
     for layer in layers:
+        if layer.name not in chosen:
+            continue
         entry = Entry(network, layer.name, layer.phase, batch, dtype)
         yield from ((entry, who) for who in ("ours", "cudnn", "inductor"))
         if layer.phase == "forward":
@@ -232,8 +225,14 @@ class Stage:
             and all(row["versions"][p] == self._common["versions"][p] for p in ("torch", "triton"))
         )
 
-    def run(self, batches: Iterable[int], dtypes: Iterable[str], contestants: Sequence[str]) -> int:
-        """1 if a result of ours is wrong."""
+    def run(
+        self,
+        batches: Iterable[int],
+        dtypes: Iterable[str],
+        contestants: Sequence[str],
+        numbers: Sequence[int] | None = None,
+    ) -> int:
+        """1 if a result of ours is wrong. ``numbers``: of the layers, from 1; all without."""
         cases = list(itertools.product(dict.fromkeys(batches), dict.fromkeys(dtypes)))
         rates: dict[str, ceiling.Ceiling] = {}
         for dtype in dict.fromkeys(dtypes):
@@ -249,7 +248,7 @@ class Stage:
             for these in (("ours", "cudnn", "eager"), ("inductor",)):
                 for (batch, dtype), network in itertools.product(cases, self._networks()):
                     wanted = [name for name in these if name in contestants]
-                    self._case(network, batch, dtype, wanted, compilers)
+                    self._case(network, batch, dtype, wanted, numbers, compilers)
         for (batch, dtype), network in itertools.product(cases, self._networks()):
             self._console.print(self.table(network, batch, dtype, rates[dtype]))
         print(self._budget.report())
@@ -261,20 +260,22 @@ class Stage:
         batch: int,
         dtype: str,
         contestants: Sequence[str],
+        numbers: Sequence[int] | None,
         compilers: warm.Compilers | None,
     ) -> None:
         worker.set_precision(self._device, dtype)
         shapes = self._training(self._networks()[network], network, batch, dtype, "meta")
         todo = [
             (entry, who)
-            for entry, who in work(network, shapes, batch, dtype)
+            for entry, who in work(network, shapes, batch, dtype, numbers)
             if who in contestants and (entry, who) not in self._rows
         ]
         if not todo or not self._budget.allows(f"{network} batch {batch} {dtype} {'/'.join(contestants)}"):
             return
-        steps = self.steps(network, batch, dtype)
+        names = {entry.layer for entry, _ in todo}
         if compilers is not None and "ours" in contestants:
-            _precompile(compilers, network, batch, dtype, list(steps.values()))
+            self._precompile(compilers, network, batch, dtype, names)
+        steps = self.steps(network, batch, dtype, names)
         for entry, who in todo:
             if self._budget.allows(f"{' '.join(map(str, entry))} {who}"):
                 self._keep(entry, who, self._figures(entry, who, steps))
@@ -283,8 +284,25 @@ class Stage:
         # D's image has a gradient where G trains through it; z has none.
         return training(made, batch, DTYPES[dtype], device, input_gradient=network == "D")
 
-    def steps(self, network: str, batch: int, dtype: str) -> Steps:
-        """The phases of the network's layers, each over several sets of tensors."""
+    def _precompile(
+        self, compilers: warm.Compilers, network: str, batch: int, dtype: str, names: Collection[str]
+    ) -> None:
+        """What ours launches in training, compiled beside each other before it is chosen and timed.
+
+        Where a tile then turns out to spill, the next is compiled by itself.
+        """
+        processors = tiles.multiprocessors(torch.device(self._device))
+        futures: dict[str, Future[None]] = {}
+        for index, layer in enumerate(warm.listed(network, 1, batch, dtype, "meta")):
+            key = layer.problem.key()
+            if layer.name in names and layer.phase != "eval" and key not in futures:
+                where = warm.Where(network, 1, batch, dtype, index)
+                futures[key] = compilers.submit(where, self._tile(layer, lambda tile: False), processors)
+        for future in futures.values():
+            future.exception()  # what does not compile there is found out here
+
+    def steps(self, network: str, batch: int, dtype: str, names: Collection[str] | None = None) -> Steps:
+        """The phases of the network's layers, or those of the names, each over several sets of tensors."""
         copies = max(2, min(self._sets, self._sets * 64 // batch))
         sets = [
             self._training(self._networks()[network], network, batch, dtype, self._device)
@@ -293,6 +311,8 @@ class Stage:
         found: Steps = {}
         for same in map(list, zip(*sets, strict=True)):
             layer = same[0]
+            if names is not None and layer.name not in names:
+                continue
             own = self._tile(layer)
             timed, tile = same, own
             adjoint = found.get((layer.name, "dgrad"))
@@ -302,13 +322,19 @@ class Stage:
             found[layer.name, layer.phase] = Step(same, own, timed, tile)
         return found
 
-    def _tile(self, layer: Layer) -> tiles.Tile:
-        """From the stage ``tune`` if it has run, else what a call would take."""
+    def _tile(self, layer: Layer, spills: Callable[[tiles.Tile], bool] | None = None) -> tiles.Tile:
+        """From the stage ``tune`` if it has run, else what a call would take, which compiles to be chosen."""
         if self._device == "cuda":
             tuned = tiles.read(self._out / tiles.gpu_file(torch.cuda.get_device_name()))
             if layer.problem.key() in tuned:
                 return tuned[layer.problem.key()]
-        return tiles.choose(layer.problem, torch.device(self._device), lambda tile: None)
+        device = torch.device(self._device)
+        processors = tiles.multiprocessors(device)
+
+        def compiled(tile: tiles.Tile) -> bool:
+            return layer.launches(tile, processors).product.spills()
+
+        return tiles.choose(layer.problem, device, spills or compiled)
 
     def _figures(self, entry: Entry, who: str, steps: Steps) -> dict[str, Any]:
         """A row's own."""
@@ -337,7 +363,7 @@ class Stage:
         dtype: str,
         calls: Callable[[], Sequence[Call]],
     ) -> dict[str, Any]:
-        found = error(got, expected)
+        found = aten.error(got, expected)
         if not found <= TOLERANCE[dtype]:
             return {"status": "wrong", "error": None if math.isinf(found) else found}
         return self._timed(calls(), error=found)
@@ -481,20 +507,3 @@ def _searching(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _precompile(
-    compilers: warm.Compilers, network: str, batch: int, dtype: str, steps: Sequence[Step]
-) -> None:
-    """What ours launches, compiled beside each other before it is timed."""
-    processors = tiles.multiprocessors(torch.device("cuda"))
-    indices: dict[str, int] = {}
-    for index, layer in enumerate(warm.listed(network, 1, batch, dtype, "meta")):
-        indices.setdefault(layer.problem.key(), index)
-    futures = [
-        compilers.submit(warm.Where(network, 1, batch, dtype, indices[key]), step.tile, processors)
-        for step in steps
-        if (key := step.timed[0].problem.key()) in indices
-    ]
-    for future in futures:
-        future.exception()  # what does not compile there is found out here

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,10 @@ Network = models.Generator | models.Discriminator
 PHASES = ("eval", "forward", "dgrad", "wgrad")
 
 
+WRITTEN = ("out", "y", "partial", "mean", "var", "dcenter", "dscale", "dshift", "dw")
+"""Arguments that launches write."""
+
+
 class Launches(NamedTuple):
     """What one phase of one layer launches, in order."""
 
@@ -27,9 +32,19 @@ class Launches(NamedTuple):
     reduction: Launch | None  # of the tiles' sums or the chunks
 
     def __call__(self) -> None:
-        for launch in (*self.passes, self.product, self.reduction):
-            if launch is not None:
-                launch()
+        for launch in self.every():
+            launch()
+
+    def every(self) -> Iterator[Launch]:
+        """Each of them, in order."""
+        yield from (launch for launch in (*self.passes, self.product, self.reduction) if launch is not None)
+
+    def spoil(self) -> None:
+        """Makes NaN of all that they write, sums between two launches included."""
+        for launch in self.every():
+            for name in WRITTEN:
+                if (written := launch.arguments.get(f"{name}_ptr")) is not None:
+                    written.fill_(math.nan)
 
 
 class Layer(NamedTuple):
@@ -122,6 +137,18 @@ def of_gradient(name: str, gradient: wgrad.Gradient, weight: Tensor) -> Layer:
         return Launches(before, wgrad.launch(now, partial, tile), after)
 
     return Layer(name, "wgrad", problem.kernel, gradient, problem, launches)
+
+
+def outputs(layer: Layer, tile: Tile, processors: int) -> tuple[Tensor, ...]:
+    """Runs a layer's launches, what they write being NaN before; gives what :func:`.aten.compute` does."""
+    launches = layer.launches(tile, processors)
+    launches.spoil()
+    launches()
+    sums: dict[str, Any] = {} if launches.reduction is None else launches.reduction.arguments
+    if not isinstance(layer.operation, Product):
+        return (sums["dw_ptr"],)
+    names = ("mean_ptr", "var_ptr") if "mean_ptr" in sums else ("dshift_ptr", "dscale_ptr")
+    return layer.operation.y, *(sums[name] for name in names if name in sums)
 
 
 def after_pass(layer: Layer) -> Layer:

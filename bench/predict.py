@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import shortlist
 from bench.cases import DTYPES
 from bench.layers import Launches, Layer, after_pass, layers, training
 from bench.usage import UsageError, positive
@@ -81,7 +82,10 @@ def _times(problem: tiles.Problem, tile: tiles.Tile, launches: Launches) -> tupl
 
 def predicted(network: str, layer: Layer, processors: int = model.PROCESSORS, compiled: bool = True) -> Row:
     """The layer at its default tile, with the resources that its code for sm_90 takes, or guessed ones."""
-    tile = tiles.estimate(layer.problem, processors)
+    if compiled:
+        tile = shortlist.default(layer, processors, CAPABILITY)
+    else:
+        tile = tiles.estimate(layer.problem, processors)
     launches = layer.launches(tile, processors)
     problem = layer.problem if tile.fused else model.plain(layer.problem)
     if compiled:

@@ -39,6 +39,9 @@ class Provider(Generic[B]):
     dtypes: tuple[str, ...] = ("float32", "tf32", "float16", "bfloat16")
     replays: bool = False
     """Its calls replay CUDA graphs already (on CUDA), so they are not captured once more."""
+    searches: bool = False
+    """Building it is little but timing algorithms (cuDNN's, a compiler's templates), which nothing is to
+    disturb. torch.compile around cuDNN's convolutions compiles for half a minute and searches for moments."""
 
     def unavailable(self, case: Case) -> str | None:
         """Why it cannot run ``case`` here, or None."""
@@ -72,17 +75,23 @@ def _channels_last(model: Network, example: Tensor, threads: int) -> Runner:
     return _nhwc(model)
 
 
-def _compiled(model: nn.Module, mode: str | None = None, backend: str = "inductor") -> Runner:
+def _compiled(
+    model: nn.Module, mode: str | None = None, backend: str = "inductor", freeze: bool = False
+) -> Runner:
     """torch.compile as a user who wants speed would set it: channels_last, and weights frozen on the CPU."""
     import torch._inductor.config as inductor
 
-    if next(model.parameters()).device.type == "cpu":
+    if freeze or next(model.parameters()).device.type == "cpu":
         inductor.freezing = True
     return torch.compile(_nhwc(model), mode=mode, backend=backend)
 
 
 def _compile(model: Network, example: Tensor, threads: int) -> Runner:
     return _compiled(model)
+
+
+def _reduce_overhead(model: Network, example: Tensor, threads: int) -> Runner:
+    return _compiled(model, mode="reduce-overhead", freeze=True)
 
 
 def _max_autotune(model: Network, example: Tensor, threads: int) -> Runner:
@@ -94,7 +103,7 @@ def _zentorch(model: Network, example: Tensor, threads: int) -> Runner:
     return _compiled(model, backend="zentorch")
 
 
-def _cudagraph(model: Network, example: Tensor, threads: int) -> Runner:
+def _cudnn_graph(model: Network, example: Tensor, threads: int) -> Runner:
     """Eager channels_last, captured: what is left of eager once launches cost nothing."""
     network = _nhwc(model)
     static = example.clone()
@@ -137,11 +146,12 @@ def _fast_graph(model: Network, example: Tensor, threads: int) -> Runner:
 PROVIDERS: dict[str, Provider[Build]] = {
     provider.name: provider
     for provider in (
-        Provider("eager", _eager),
-        Provider("channels_last", _channels_last),
+        Provider("eager", _eager, searches=True),
+        Provider("channels_last", _channels_last, searches=True),
         Provider("compile", _compile),
-        Provider("max-autotune", _max_autotune, replays=True),
-        Provider("cudagraph", _cudagraph, devices=("cuda",), replays=True),
+        Provider("reduce-overhead", _reduce_overhead, devices=("cuda",), replays=True),
+        Provider("max-autotune", _max_autotune, replays=True, searches=True),
+        Provider("cudnn-graph", _cudnn_graph, devices=("cuda",), replays=True, searches=True),
         Provider(
             "onnxruntime",
             runtimes.onnxruntime,

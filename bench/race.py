@@ -7,8 +7,9 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
@@ -20,6 +21,7 @@ from bench.providers import Provider
 from bench.stats import Spread, summarise
 
 PREPARE_SECONDS = 900.0  # torch.compile's longest search, on a slow machine
+SEARCH_SECONDS = 8.0  # of the time in which all are built, kept for each that searches and so comes last
 SPARE_SECONDS = 120.0  # beyond its length, for a burst of slow calls
 
 
@@ -33,6 +35,11 @@ class Settings:
     """Bursts that the seconds are divided into."""
     prepare_seconds: float = PREPARE_SECONDS
     """Until a provider that does not answer is given up: building, compiling and checking."""
+    together: bool = False
+    """Build all side by side, as compilers take a core each, but those that search: they are alone, later."""
+    until: float = float("inf")
+    """When building ends, by the monotonic clock: who is not ready by then is not waited for; who compiles
+    beside others has to be ready SEARCH_SECONDS earlier for each that searches."""
 
 
 @dataclass
@@ -84,8 +91,17 @@ class Process:
 
     def ask(self, timeout: float, method: str, *arguments: Any) -> Any:
         """The worker's answer. Raises WorkerFailed."""
-        try:
+        self.tell(method, *arguments)
+        return self.hear(timeout)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Asks, and does not wait; :meth:`hear` is the answer."""
+        with suppress(OSError):  # it has ended, and hear() says how
             self._pipe.send((method, *arguments))
+
+    def hear(self, timeout: float) -> Any:
+        """The answer to the last :meth:`tell`. Raises WorkerFailed."""
+        try:
             if not self._pipe.poll(timeout):
                 raise WorkerFailed(f"no answer in {timeout:.0f} s")
             status, value = self._pipe.recv()
@@ -170,20 +186,9 @@ def contest(
             else:
                 processes[i] = Process(case.threads, case.worker)  # all import PyTorch at once
         with tempfile.TemporaryDirectory() as folder:
-            path, written, tolerance = Path(folder) / "case.pt", None, 0.0
-            several = any(case != entries[0][0] for case, _ in entries)
-            for i, (case, provider) in enumerate(entries):
-                if i in processes:
-                    if case != written:
-                        made = materials(case)
-                        made.save(path)
-                        written, tolerance = case, made.tolerance
-                    log(f"{case.title if several else provider.name}: building and checking")
-                    outcomes[i] = _check(processes[i], case, provider, path, tolerance, settings)
+            outcomes |= _checked(entries, processes, materials, settings, log, Path(folder))
         running = {i: p for i, p in processes.items() if outcomes[i].status == "ok"}
-        for i in processes.keys() - running.keys():
-            processes.pop(i).close()
-        log(f"timing {len(running)} {'cases' if several else 'providers'}, {settings.seconds:g} s each")
+        log(f"timing {len(running)} of {len(entries)}, {settings.seconds:g} s each")
         _time(running, outcomes, settings, seed=entries[0][0].seed if entries else 0)
     finally:
         for process in processes.values():
@@ -191,11 +196,58 @@ def contest(
     return [outcomes[i] for i in range(len(entries))]
 
 
-def _check(
-    process: Process, case: Case, provider: Provider[Any], path: Path, tolerance: float, settings: Settings
-) -> Outcome:
+def _checked(
+    entries: Sequence[Entry],
+    processes: dict[int, Process],
+    materials: Callable[[Case], Saved],
+    settings: Settings,
+    log: Callable[[str], None],
+    folder: Path,
+) -> dict[int, Outcome]:
+    """Builds and checks those that have a process; who is not right has none any more."""
+    outcomes: dict[int, Outcome] = {}
+    tolerances: dict[int, float] = {}
+    told: dict[int, float] = {}
+    written, path, tolerance = None, folder, 0.0
+    several = any(case != entries[0][0] for case, _ in entries)
+    alone: list[tuple[int, Path]] = []
+
+    def tell(i: int, path: Path) -> None:
+        case, provider = entries[i]
+        log(f"{f'{case.title}: ' if several else ''}{provider.name}: building and checking")
+        processes[i].tell("prepare", case, provider.name, str(path))
+        told[i] = time.monotonic()
+
+    def hear(i: int, until: float) -> None:
+        end = min(told[i] + settings.prepare_seconds, until)
+        outcomes[i] = _outcome(processes[i], entries[i][1], tolerances[i], max(end - time.monotonic(), 0.0))
+        if outcomes[i].status != "ok":  # it may still compile, beside those that come after
+            processes.pop(i).close()
+
+    for i, (case, provider) in enumerate(entries):
+        if i not in processes:
+            continue
+        if case != written:
+            made = materials(case)
+            written, path, tolerance = case, folder / f"{i}.pt", made.tolerance
+            made.save(path)
+        tolerances[i] = tolerance
+        if settings.together and not provider.searches:
+            tell(i, path)
+        else:
+            alone.append((i, path))
+    for i in list(told):
+        hear(i, settings.until - SEARCH_SECONDS * len(alone))
+    for i, path in alone:
+        tell(i, path)
+        hear(i, settings.until)
+    return outcomes
+
+
+def _outcome(process: Process, provider: Provider[Any], tolerance: float, timeout: float) -> Outcome:
+    """Of building and checking, which the process has been told to do."""
     try:
-        error, note, wrong = process.ask(settings.prepare_seconds, "prepare", case, provider.name, str(path))
+        error, note, wrong = process.hear(timeout)
     except WorkerFailed as failure:
         return Outcome(provider, "failed", str(failure))
     outcome = Outcome(provider, "ok", error=error, tolerance=tolerance, note=note)

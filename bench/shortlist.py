@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.layers import Launches, Layer
-from dcgan.kernels.gpu import model, tiles
+from dcgan.kernels.gpu import model, offline, tiles
 
 KEEP = 10  # tiles a problem; a second or two of compiling each
 
@@ -21,13 +21,17 @@ def seconds(problem: tiles.Problem, launches: Launches, tile: tiles.Tile, proces
 
 
 def every(layer: Layer, shared: int) -> list[tiles.Tile]:
-    """Every candidate that should fit, fused and, where there is a prologue, with passes of their own."""
-    problem = layer.problem
-    listed = tiles.candidates(problem.kernel, problem.precision)
-    fitted = list(dict.fromkeys(tiles.fit(tile, problem) for tile in listed))
-    if set(model.prologues(problem)) != {"none"}:
-        fitted += [tile._replace(fused=False) for tile in fitted]
-    return [tile for tile in fitted if model.fits(problem, tile, shared)]
+    """Every candidate that fits, fused and, where there is a prologue, with passes of their own."""
+    return [tile for tile in tiles.ways(layer.problem) if model.fits(layer.problem, tile, shared)]
+
+
+def default(layer: Layer, processors: int, capability: int) -> tiles.Tile:
+    """What a GPU of sm_<capability> takes where nothing is tuned; told by compiling for it here."""
+
+    def spills(tile: tiles.Tile) -> bool:
+        return offline.spills(layer.launches(tile, processors).product, capability)
+
+    return tiles.estimate(layer.problem, processors, tiles.SHARED_LIMIT[capability], spills)
 
 
 def shortlist(layer: Layer, processors: int, shared: int, keep: int = KEEP) -> list[tiles.Tile]:

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
         ceilings[case.dtype] = measure_ceiling(case).or_better(ceilings.get(case.dtype))
         rows: list[dict[str, Any]] = []
         if not args.profile:
-            report = raced(case, providers, Settings(args.seconds, args.rounds), ceilings[case.dtype], log)
+            settings = Settings(args.seconds, args.rounds, together=case.device == "cuda")
+            report = raced(case, providers, settings, ceilings[case.dtype], log)
             ceilings[case.dtype] = report.ceiling
             reports.append(report)
             out.print(race_table(report))

@@ -75,15 +75,8 @@ def compile_layer(where: Where, tile: tiles.Tile, processors: int) -> None:
     """Leave the code of a layer's launches in Triton's cache."""
     torch.backends.cudnn.allow_tf32 = where.dtype == "tf32"
     launches = _on_meta(*where[:4])[where.position].launches(tile, processors)
-    for launch in (*launches.passes, launches.product, launches.reduction):
-        if launch is not None:
-            launch.kernel.warmup(
-                **launch.arguments,
-                **launch.constants,
-                grid=(launch.programs,),
-                num_warps=launch.tile.num_warps,
-                num_stages=launch.tile.num_stages,
-            )
+    for launch in launches.every():
+        launch.compile()
 
 
 def _start() -> None:

@@ -2,7 +2,8 @@
 
 A build function gets both networks in training mode and float32, on the case's device, and returns a
 :class:`Loop`. Rivals are the seed's loop, :func:`dcgan.training.train_step`, around networks that PyTorch
-makes as fast as it can. In a 16-bit dtype the networks run under autocast, as mixed precision is trained.
+makes as fast as it can, and this project's own step around cuDNN's. In a 16-bit dtype the networks run under
+autocast, as mixed precision is trained.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.optim import Adam
 from bench.providers import Provider
 from bench.train_case import Batch, Training
 from dcgan.models import Discriminator, Generator
-from dcgan.training import Config, Result, optimizers, train_step
+from dcgan.training import Config, Result, TrainStep, optimizers, train_step
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,21 @@ def _with(change: Change, compiled: bool = False, mode: str | None = None) -> Bu
     return build
 
 
-def _train_step(generator: Generator, discriminator: Discriminator, case: Training) -> Loop:
-    """This project's own step around its own networks, with the optimizers that go with it."""
-    from dcgan import fast
-    from dcgan.training import TrainStep
+def _train_step(change: Change) -> BuildLoop:
+    """This project's own step around networks changed, with the optimizers that go with it.
 
-    pair = optimizers(generator, discriminator, Config(), fused=True)
-    if case.device == "cuda":  # a replay is to read what the check sets
-        for group in (group for adam in pair for group in adam.param_groups):
-            group["lr"] = torch.tensor(group["lr"], device=case.device)
-    g, d = fast.convert(generator), fast.convert(discriminator)
-    return Loop(TrainStep(g, d, *pair, autocast=case.autocast), pair)
+    Around channels_last networks, on a GPU, it is cuDNN's convolutions in one CUDA graph; the loss is ours.
+    """
+
+    def build(generator: Generator, discriminator: Discriminator, case: Training) -> Loop:
+        pair = optimizers(generator, discriminator, Config(), fused=True)
+        if case.device == "cuda":  # a replay is to read what the check sets
+            for group in (group for adam in pair for group in adam.param_groups):
+                group["lr"] = torch.tensor(group["lr"], device=case.device)
+        step = TrainStep(change(generator), change(discriminator), *pair, autocast=case.autocast)
+        return Loop(step, pair)
+
+    return build
 
 
 _CUDA = ("cuda",)
@@ -115,16 +120,21 @@ _CUDA = ("cuda",)
 WAYS: dict[str, Provider[BuildLoop]] = {
     way.name: way
     for way in (
-        Provider("eager", _with(_same)),
-        Provider("channels_last", _with(_nhwc)),
+        Provider("eager", _with(_same), searches=True),
+        Provider("channels_last", _with(_nhwc), searches=True),
         Provider("compile", _with(_same, compiled=True)),
         Provider("compile-channels_last", _with(_nhwc, compiled=True)),
-        Provider("max-autotune", _with(_same, compiled=True, mode="max-autotune")),
-        Provider("max-autotune-channels_last", _with(_nhwc, compiled=True, mode="max-autotune")),
+        Provider("max-autotune", _with(_same, compiled=True, mode="max-autotune"), searches=True),
+        Provider(
+            "max-autotune-channels_last",
+            _with(_nhwc, compiled=True, mode="max-autotune"),
+            searches=True,
+        ),
         Provider("reduce-overhead", _with(_nhwc, compiled=True, mode="reduce-overhead"), devices=_CUDA),
+        Provider("cudnn-graph", _train_step(_nhwc), devices=_CUDA, searches=True),
         Provider("fast", _with(_fast), ours=True),
         Provider("fast-compile", _with(_fast, compiled=True), ours=True),
-        Provider("train-step", _train_step, ours=True),
+        Provider("train-step", _train_step(_fast), ours=True),
     )
 }
 

@@ -16,11 +16,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from statement import act, column, convolve
+from statement import act, column, convolve, gradients, leaves
 from torch import Tensor
 
 from dcgan.kernels import ops
 from dcgan.kernels.reference import accumulator_dtype
+
+Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 FUNCTION_ULPS = 8  # tanh and sigmoid of a vector library: a few units in the last place
 SLACK = 1.1  # second-order terms
@@ -242,3 +244,60 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """‖actual - expected‖₂ / ‖expected‖₂, in float64."""
     a, e = actual.detach().double(), expected.detach().double()
     return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def uncancelled(
+    call: ops.Call, transposed: bool, given: Cotangents = (None, None, None)
+) -> dict[str, Tensor]:
+    """How large a call's outputs and gradients would be if no sum in them cancelled, elementwise, in float64.
+
+    Every result is a sum of products. Of random signs, their sum is about as large as the root of the sum of
+    their squares; but one sum alone may be near 0 by chance, and has the error of what was summed all the
+    same. So it is this root that an error is to be relative to. By Cauchy and Schwarz Σ|t| ≤ √n·√Σt².
+
+    Outputs are those before their activation, which is 1-Lipschitz. Gradients are there if ``given``, those
+    of the outputs, has any.
+    """
+    wide = call._replace(**{name: t.detach().double() for name, t in leaves(call).items()})
+    centred = pre = wide.x
+    if wide.center is not None and wide.scale is not None and wide.shift is not None:
+        centred = wide.x - column(wide.center)
+        pre = centred * column(wide.scale) + column(wide.shift)
+    pre = pre.detach().requires_grad_()
+    x_hat = act(pre, call.in_act, call.slope)
+    (in_slope,) = torch.autograd.grad(x_hat.sum(), pre)
+
+    def convolved(x: Tensor, weight: Tensor) -> Tensor:
+        return convolve(x, weight, call.stride, call.padding, transposed)
+
+    x2, weight2 = x_hat.detach().square().requires_grad_(), wide.weight.square().requires_grad_()
+    u, u2 = convolved(x_hat.detach(), wide.weight).requires_grad_(), convolved(x2, weight2)
+    mean, var = u.mean((0, 2, 3)), u.var((0, 2, 3), unbiased=False)
+    out_scale2 = 1.0 if wide.out_scale is None else column(wide.out_scale.square())
+    squares = {"y": u2 * out_scale2}
+    if call.stats:
+        squares["mean"] = u2.sum((0, 2, 3)) / u2[:, 0].numel() ** 2
+        # Its own terms do not cancel, but those of u do: it is off by the mean of 2·(u - mean)·error(u).
+        squares["var"] = var * u2.mean((0, 2, 3))
+    if all(g is None for g in given):
+        return {name: t.detach().sqrt() for name, t in squares.items()}
+
+    if call.stats:
+        (e,) = gradients((u, mean, var), given, {"u": u}).values()
+    else:
+        out_pre = u if wide.out_scale is None else u * column(wide.out_scale)
+        out_pre = out_pre if wide.out_shift is None else out_pre + column(wide.out_shift)
+        out_pre = out_pre.detach().requires_grad_()
+        y = act(out_pre, call.out_act, call.slope)
+        (e,) = gradients((y, mean, var), given, {"out_pre": out_pre}).values()
+        squares["dout_shift"] = e.square().sum((0, 2, 3))
+        squares["dout_scale"] = (e.square() * u2).sum((0, 2, 3))
+    g2, squares["dweight"] = torch.autograd.grad(u2, (x2, weight2), e.square() * out_scale2)
+    squares["dx"] = g2 = g2 * in_slope.square()
+    if wide.scale is not None:
+        scale2 = wide.scale.square()
+        squares["dshift"] = g2.sum((0, 2, 3))
+        squares["dscale"] = (g2 * centred.square()).sum((0, 2, 3))
+        squares["dcenter"] = scale2 * squares["dshift"]
+        squares["dx"] = g2 * column(scale2)
+    return {name: t.detach().sqrt() for name, t in squares.items()}

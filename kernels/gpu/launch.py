@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .tiles import Problem, Tile
 
@@ -88,6 +89,28 @@ class Launch:
             num_warps=self.tile.num_warps,
             num_stages=self.tile.num_stages,
         )
+
+    def compile(self) -> Any:
+        """Triton's compiled kernel for the current device; nothing is launched."""
+        return self.kernel.warmup(
+            **self.arguments,
+            **self.constants,
+            grid=(self.programs,),
+            num_warps=self.tile.num_warps,
+            num_stages=self.tile.num_stages,
+        )
+
+    def spills(self) -> bool:
+        """Whether its code for the current device spills registers, or needs more than the device has.
+
+        Compiles it; a launch after that finds the code compiled.
+        """
+        try:
+            compiled = self.compile()
+            compiled[(self.programs, 1, 1)]  # loads the code, from which Triton then reads what it takes
+        except OutOfResources:
+            return True
+        return bool(compiled.n_spills > 0)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -5,10 +5,12 @@ Needs Triton alone: its wheel holds ptxas, cuobjdump and nvdisasm.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +71,31 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def machine_code(compiled: Any) -> tuple[str, str]:
-    """(resource usage, SASS) of a compiled kernel."""
+@contextlib.contextmanager
+def _cubin(compiled: Any) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        return _tool("cuobjdump", "--dump-resource-usage", f.name), _tool("nvdisasm", "-c", f.name)
+        yield f.name
+
+
+def machine_code(compiled: Any) -> tuple[str, str]:
+    """(resource usage, SASS) of a compiled kernel."""
+    with _cubin(compiled) as path:
+        return _tool("cuobjdump", "--dump-resource-usage", path), _tool("nvdisasm", "-c", path)
+
+
+def _usage(text: str) -> dict[str, int]:
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+def spills(launch: Launch, capability: int) -> bool:
+    """What :meth:`.launch.Launch.spills` would say on a GPU of that capability."""
+    compiled = compile_launch(launch, capability)
+    if compiled.metadata.shared > SHARED_LIMIT[capability]:
+        return True
+    with _cubin(compiled) as path:
+        return _usage(_tool("cuobjdump", "--dump-resource-usage", path))["STACK"] > 0
 
 
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
@@ -90,7 +111,7 @@ def inspect(launch: Launch, capability: int) -> Report:
     """Compile and read."""
     compiled = compile_launch(launch, capability)
     usage, sass = machine_code(compiled)
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    numbers = _usage(usage)
     return Report(
         registers=numbers["REG"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),

@@ -8,6 +8,7 @@ call finds out, the compiled kernel included, is kept under those.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import weights
+from . import aten, passes, reduce, wgrad
 from . import bce as losses
-from . import passes, reduce, wgrad
 from .launch import Launch, Product, Prologue, precision
-from .select import kernel_for
-from .tiles import Tile, choose, multiprocessors
+from .select import Kernel, kernel_for
+from .tiles import Tile, Trial, choose, multiprocessors
 
 LIMIT = 4096  # plans kept; a plan is a few kilobytes
 
@@ -105,7 +106,11 @@ class Outcome(NamedTuple):
 def product(it: Product) -> Outcome:
     """Writes ``it.y``."""
     kernel = kernel_for(it)
-    packed = weights.transformed(it.weight, kernel.name, kernel.pack)
+    return _product(it, kernel, weights.transformed(it.weight, kernel.name, kernel.pack))
+
+
+def _product(it: Product, kernel: Kernel, packed: Tensor) -> Outcome:
+    """With the weight packed; calls itself where the prologue is a pass of its own."""
     prologue, epilogue = it.prologue, it.epilogue
     pointers = (
         *(it.x, prologue.other, prologue.center, prologue.scale, prologue.shift, packed, epilogue.input),
@@ -121,7 +126,7 @@ def product(it: Product) -> Outcome:
     group = kernel.tiles_a_row(it)
     plan = _plans.get(key, _UNKNOWN)
     if plan is None:
-        return product(_apart(it))
+        return _product(_apart(it), kernel, packed)
     if plan is not _UNKNOWN:
         partial = _empty(it.y, plan.partial) if epilogue.sums else None
         plan((*pointers, partial, it.y), it.y)
@@ -129,31 +134,56 @@ def product(it: Product) -> Outcome:
 
     sizes = kernel.problem(it)
 
-    def with_tile(tile: Tile) -> tuple[Launch, Tensor | None, Any]:
-        it_now = it if tile.fused else _apart(it)
+    def launch(tile: Tile, now: Product) -> tuple[Launch, Tensor | None]:
         shape = (2, -(-sizes.rows // tile.block_m) * group, it.y.shape[1])
         partial = _empty(it.y, shape) if epilogue.sums else None
-        launch = kernel.launch(it_now, packed, partial, tile)
-        return launch, partial, launch()
+        return kernel.launch(now, packed, partial, tile), partial
 
-    tile = choose(sizes, it.x.device, with_tile)
+    def results(tile: Tile) -> tuple[Tensor, ...]:
+        it.y.fill_(math.nan)
+        ready, partial = launch(tile, it if tile.fused else _apart(it))
+        if partial is None:
+            ready()
+            return (it.y,)
+        partial.fill_(math.nan)
+        ready()
+        if epilogue.kind == "adjoint":
+            return it.y, *partial.sum(1)
+        channels = it.y.shape[1]
+        mean, var = (torch.empty_like(partial[0, 0]) for _ in range(2))
+        reduce.statistics(partial, mean, var, it.y.numel() // channels // group, group, tile.block_m)()
+        return it.y, mean, var
+
+    trial = Trial(
+        run=lambda tile: launch(tile, it if tile.fused else _apart(it))[0](),
+        results=results,
+        expected=lambda: aten.exact(it),
+    )
+    tile = choose(
+        sizes,
+        it.x.device,
+        lambda tile: launch(tile, it if tile.fused else _apart(it, run=False))[0].spills(),
+        trial,
+    )
     if not tile.fused:
         _put(key, None)
-        return product(_apart(it))
-    launch, partial, compiled = with_tile(tile)
-    _keep(key, _PRODUCT, launch, compiled, () if partial is None else tuple(partial.shape))
+        return _product(_apart(it), kernel, packed)
+    ready, partial = launch(tile, it)
+    _keep(key, _PRODUCT, ready, ready(), () if partial is None else tuple(partial.shape))
     return Outcome(partial, tile, group, it.x, prologue)
 
 
-def _apart(it: Product) -> Product:
-    return it._replace(x=written(it.x, it.prologue, it.slope), prologue=Prologue())
+def _apart(it: Product, run: bool = True) -> Product:
+    return it._replace(x=written(it.x, it.prologue, it.slope, run), prologue=Prologue())
 
 
-def written(x: Tensor, prologue: Prologue, slope: float) -> Tensor:
-    """What the prologue makes of x, by a pass of its own; x if there is none."""
+def written(x: Tensor, prologue: Prologue, slope: float, run: bool = True) -> Tensor:
+    """What the prologue makes of x, by a pass of its own; x if there is none. Not ``run``, it is empty."""
     if prologue.kind == "none":
         return x
     out = passes.output(x)
+    if not run:
+        return out
     pointers = (x, prologue.other, prologue.center, prologue.scale, prologue.shift)
     key = ("pass", *_described(x, prologue), x.dtype, x.device, slope, _aligned(pointers))
     _planned(key, _PASS, (*pointers, out), lambda: passes.launch(x, prologue, slope, out))
@@ -183,25 +213,40 @@ def gradient(it: wgrad.Gradient) -> Tensor:
 
     processors = multiprocessors(it.small.device)
 
-    def with_tile(tile: Tile) -> tuple[Launch, Tensor, Any]:
-        it_now = it if tile.fused else _both_apart(it)
-        partial = wgrad.partials(it_now, tile, processors)
-        launch = wgrad.launch(it_now, partial, tile)
-        return launch, partial, launch()
+    def launch(tile: Tile, now: wgrad.Gradient) -> tuple[Launch, Tensor]:
+        partial = wgrad.partials(now, tile, processors)
+        return wgrad.launch(now, partial, tile), partial
 
-    tile = choose(wgrad.problem(it), it.small.device, with_tile)
+    def results(tile: Tile) -> tuple[Tensor, ...]:
+        ready, partial = launch(tile, it if tile.fused else _both_apart(it))
+        partial.fill_(math.nan)
+        ready()
+        c_small, c_large, k_h, k_w = it.shape
+        return (partial.sum(0).view(k_h, k_w, c_small, c_large).permute(2, 3, 0, 1),)
+
+    trial = Trial(
+        run=lambda tile: launch(tile, it if tile.fused else _both_apart(it))[0](),
+        results=results,
+        expected=lambda: aten.exact(it),
+    )
+    tile = choose(
+        wgrad.problem(it),
+        it.small.device,
+        lambda tile: launch(tile, it if tile.fused else _both_apart(it, run=False))[0].spills(),
+        trial,
+    )
     if not tile.fused:
         _put(key, None)
         return gradient(_both_apart(it))
-    launch, partial, compiled = with_tile(tile)
-    _keep(key, _GRADIENT, launch, compiled, tuple(partial.shape))
+    ready, partial = launch(tile, it)
+    _keep(key, _GRADIENT, ready, ready(), tuple(partial.shape))
     return partial
 
 
-def _both_apart(it: wgrad.Gradient) -> wgrad.Gradient:
+def _both_apart(it: wgrad.Gradient, run: bool = True) -> wgrad.Gradient:
     return it._replace(
-        small=written(it.small, it.small_prologue, it.slope),
-        large=written(it.large, it.large_prologue, it.slope),
+        small=written(it.small, it.small_prologue, it.slope, run),
+        large=written(it.large, it.large_prologue, it.slope, run),
         small_prologue=Prologue(),
         large_prologue=Prologue(),
     )

@@ -34,9 +34,8 @@ def _gradient(call: Backward, scale: Tensor | None) -> Prologue:
         if call.dmean is None and call.dvar is None:
             return Prologue()
         assert call.mean is not None
-        nothing = torch.zeros_like(call.mean)
-        dmean = nothing if call.dmean is None else call.dmean
-        dvar = nothing if call.dvar is None else call.dvar
+        dmean = torch.zeros_like(call.mean) if call.dmean is None else call.dmean
+        dvar = torch.zeros_like(call.mean) if call.dvar is None else call.dvar
         return Prologue("statistics", "none", call.mean, dvar, dmean, call.y)
     if call.out_act == "none" and scale is None:
         return Prologue()

@@ -4,9 +4,13 @@
 
 1. what tuning on this machine found (``$DCGAN_CACHE``, by default ``~/.cache/dcgan-kernels``);
 2. what is shipped for this GPU, ``configs/<GPU name>.json``;
-3. :func:`estimate`, the candidate that should be fastest by the model in :mod:`.model`.
+3. :func:`estimate`, the candidate that should be fastest by the model in :mod:`.model` among those whose
+   compiled code does not spill.
 
 ``DCGAN_AUTOTUNE=1`` times every candidate the first time a shape is met and keeps the result on disk.
+
+``configs/refused.json`` lists tiles that a version of Triton has been seen to miscompile, by that version:
+``{"3.6.0": ["up/16bit/affine+statistics/128/256/64/8/3"]}``. None of these is taken, tuned or not.
 """
 
 from __future__ import annotations
@@ -16,15 +20,18 @@ import functools
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 DIRECTORY = Path(__file__).parent / "configs"
 KERNELS = ("up", "up_narrow", "down", "down_narrow", "dense", "dense_narrow", "wgrad", "wgrad_narrow")
 PRECISIONS = ("16bit", "tf32", "ieee")
+REFUSED = "refused.json"
 
 
 class Tile(NamedTuple):
@@ -63,6 +70,63 @@ def candidates(kernel: str, precision: str) -> tuple[Tile, ...]:
     return tuple(Tile(*row) for row in listed.get(precision, listed.get("any", ())))
 
 
+def refusal(problem: Problem, tile: Tile) -> str:
+    """How ``refused.json`` names the product that a problem runs with a tile."""
+    from . import model
+
+    seen = problem if tile.fused else model.plain(problem)
+    return "/".join(map(str, (seen.kernel, seen.precision, seen.fusion, *tile[:5])))
+
+
+def read_refused(path: Path) -> dict[str, list[str]]:
+    """Refused tiles by Triton's version; empty if there is no such file."""
+    try:
+        found: dict[str, list[str]] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def refuse(path: Path, *names: str) -> None:
+    """Add tiles, named by :func:`refusal`, to those that a file refuses with this version of Triton.
+
+    Other processes may be doing the same.
+    """
+    import fcntl
+
+    import triton
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = read_refused(path)
+        found[triton.__version__] = sorted({*found.get(triton.__version__, ()), *names})
+        _replace(path, json.dumps(found, indent=2) + "\n")
+
+
+@functools.cache
+def _refused() -> frozenset[str]:
+    import triton
+
+    return frozenset(read_refused(DIRECTORY / REFUSED).get(triton.__version__, ()))
+
+
+def allowed(problem: Problem, tile: Tile) -> bool:
+    """Whether a tile may be taken: it is none that this version of Triton miscompiles."""
+    return refusal(problem, tile) not in _refused()
+
+
+def ways(problem: Problem) -> tuple[Tile, ...]:
+    """Every allowed candidate fitted to a problem, and with ``fused`` off too where there are prologues."""
+    from . import model
+
+    listed = candidates(problem.kernel, problem.precision)
+    fitted = list(dict.fromkeys(fit(tile, problem) for tile in listed))
+    if set(model.prologues(problem)) != {"none"}:
+        fitted += [tile._replace(fused=False) for tile in fitted]
+    return tuple(tile for tile in fitted if allowed(problem, tile))
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -87,12 +151,31 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory a program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table 24)."""
 
 
-def estimate(problem: Problem, processors: int, shared: int = SHARED_LIMIT[90]) -> Tile:
-    """The candidate that should be fastest (see :mod:`.model`) of those that fit ``shared`` bytes."""
+def estimate(
+    problem: Problem,
+    processors: int,
+    shared: int = SHARED_LIMIT[90],
+    spills: Callable[[Tile], bool] | None = None,
+) -> Tile:
+    """The candidate predicted fastest (see :mod:`.model`) of those that fit ``shared`` bytes and don't spill.
+
+    ``spills(tile)`` compiles the launch with a tile, and is asked of one after the other until one does not;
+    if all do, or without ``spills``, it is the one predicted fastest.
+    """
     from . import model
 
-    listed = candidates(problem.kernel, problem.precision)
-    return model.estimate(problem, listed, processors, shared)
+    ranked = model.ranked(problem, ways(problem), processors, shared)
+    if spills is None:
+        return ranked[0]
+    spilling: set[Tile] = set()
+    for tile in ranked:
+        # What spills after passes of their own for the prologues does so with these inside.
+        if tile.fused and tile._replace(fused=False) in spilling:
+            continue
+        if not spills(tile):
+            return tile
+        spilling.add(tile)
+    return ranked[0]
 
 
 # --- tuned choices ------------------------------------------------------------------------------------------
@@ -131,8 +214,12 @@ def write(path: Path, tuned: dict[str, Tile]) -> None:
     """Write tuned tiles so that a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f'  "{key}": {json.dumps(tile)}' for key, tile in sorted(tuned.items()))
+    _replace(path, "{\n" + lines + "\n}\n")
+
+
+def _replace(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
-        f.write("{\n" + lines + "\n}\n")
+        f.write(text)
     os.replace(f.name, path)
 
 
@@ -154,43 +241,71 @@ def multiprocessors(device: torch.device) -> int:
     return _device(torch.cuda.current_device() if device.index is None else device.index)[1]
 
 
-def choose(problem: Problem, device: torch.device, run: Callable[[Tile], object]) -> Tile:
-    """The tile for a problem on a device; ``run(tile)`` runs it, for tuning."""
-    if device.type != "cuda":  # Triton's interpreter
+class Trial(NamedTuple):
+    """A launch that has no tile yet, for tuning."""
+
+    run: Callable[[Tile], object]
+    """Launches it with a tile, and passes of their own before where the tile is not fused."""
+    results: Callable[[Tile], tuple[Tensor, ...]]
+    """Runs it too, what it writes being NaN before; gives what :func:`.aten.exact` does."""
+    expected: Callable[[], tuple[Tensor, ...]]
+    """:func:`.aten.exact` of it."""
+
+
+def choose(
+    problem: Problem, device: torch.device, spills: Callable[[Tile], bool], trial: Trial | None = None
+) -> Tile:
+    """The tile for a problem on a device; ``spills`` as for :func:`estimate`, ``trial`` for tuning."""
+    if device.type != "cuda":  # Triton's interpreter, which compiles nothing
         return estimate(problem, multiprocessors(device))
     index = torch.cuda.current_device() if device.index is None else device.index
     gpu, processors, shared = _device(index)
     tuned = _tuned(gpu)
     tile = tuned.get(problem.key())
-    if tile is not None:
+    if tile is not None and allowed(problem, tile):
         return tile
-    if os.environ.get("DCGAN_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing():
-        tile = tune(problem, run)
-        tuned[problem.key()] = tile
-        write(cache_file(gpu), read(cache_file(gpu)) | {problem.key(): tile})
-        return tile
-    return estimate(problem, processors, shared)
+    wanted = trial is not None and os.environ.get("DCGAN_AUTOTUNE") == "1"
+    if trial is not None and wanted and not torch.cuda.is_current_stream_capturing():
+        tile = tune(problem, trial)
+        if tile is not None:
+            tuned[problem.key()] = tile
+            write(cache_file(gpu), read(cache_file(gpu)) | {problem.key(): tile})
+            return tile
+    return estimate(problem, processors, shared, spills)
 
 
-def tune(problem: Problem, run: Callable[[Tile], object]) -> Tile:
-    """The fastest candidate by measurement: device time in a captured graph, median."""
+TOLERANCE = {"16bit": 2**-7, "tf32": 2**-7, "ieee": 2**-14}
+"""‖error‖/‖result‖ from which a tile's result is wrong: several times what rounding and accumulation take."""
+
+
+def tune(problem: Problem, trial: Trial) -> Tile | None:
+    """The fastest candidate by measurement (device time in a captured graph, median) of those that are right.
+
+    None if none is: then it is the numbers at hand that cannot be told from rounding, all but zero perhaps.
+    """
     import triton
     from triton.runtime.errors import OutOfResources
 
-    from . import model
+    from . import aten, model
 
-    # The benchmark's stream does not wait for this one, whose kernels may still read what run() overwrites.
+    # The benchmark's stream does not wait for this one, whose kernels may still read what it overwrites.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    fitted = dict.fromkeys(fit(t, problem) for t in candidates(problem.kernel, problem.precision))
-    if set(model.prologues(problem)) != {"none"}:
-        fitted |= dict.fromkeys(tile._replace(fused=False) for tile in fitted)
+    expected = trial.expected()
     times = {}
-    for tile in fitted:
+    for tile in ways(problem):
         if not model.fits(problem, tile):
             continue
         with contextlib.suppress(OutOfResources):  # of a chip with less shared memory
+            found = aten.error(trial.results(tile), expected)
+            if not found <= TOLERANCE[problem.precision]:
+                warnings.warn(
+                    f"{refusal(problem, tile)} gives a wrong result with Triton {triton.__version__} "
+                    f"(relative error {found:.1e}) and is not taken",
+                    stacklevel=2,
+                )
+                continue
             # Outside a graph the launches' own Python would be what is timed.
-            timed = functools.partial(run, tile)
+            timed = functools.partial(trial.run, tile)
             times[tile] = triton.testing.do_bench_cudagraph(timed, return_mode="median")
-    return min(times, key=lambda tile: times[tile])
+    return min(times, key=lambda tile: times[tile], default=None)

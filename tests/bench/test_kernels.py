@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from statement import Problem, gradients, leaves, state
 from torch import Tensor
 
-from bench import aten, kernels
+from bench import kernels, warm
 from bench.__main__ import main
 from bench.budget import Budget
 from bench.ceiling import Ceiling
@@ -24,7 +25,7 @@ from bench.stats import Spread, summarise
 from dcgan import models
 from dcgan.kernels import gpu
 from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import products
+from dcgan.kernels.gpu import aten, products, tiles
 
 RATE = Ceiling(1e12, 1e11, "a stand-in")
 
@@ -104,8 +105,8 @@ def test_the_convolution_alone_is_that_of_eager(problem: Problem) -> None:
 
 def test_error_sees_what_is_not_finite() -> None:
     one = torch.ones(3, dtype=torch.float64)
-    assert kernels.error([one * 1.5], [one]) == pytest.approx(0.5)
-    assert kernels.error([one, torch.full((3,), float("nan"))], [one, one]) == float("inf")
+    assert aten.error([one * 1.5], [one]) == pytest.approx(0.5)
+    assert aten.error([one, torch.full((3,), float("nan"))], [one, one]) == float("inf")
 
 
 # --- the stage ---------------------------------------------------------------------------------------------
@@ -187,6 +188,26 @@ def test_another_gpu_or_version_is_measured_for_itself(tmp_path: Path) -> None:
     path.write_text("\n".join(line.replace('"torch": "', '"torch": "0.') for line in rows) + "\n")
     stage(tmp_path).run([2], ["bfloat16"], ["eager"])
     assert len(path.read_text().splitlines()) == 2 * len(rows)
+
+
+def test_what_is_timed_is_compiled_before_it_is_chosen(tmp_path: Path) -> None:
+    """By other processes, each problem once, with the tile that should be chosen; of the layers wanted."""
+    asked: list[tuple[warm.Where, tiles.Tile]] = []
+
+    class Compilers:
+        def submit(self, where: warm.Where, tile: tiles.Tile, processors: int) -> Any:
+            asked.append((where, tile))
+            return types.SimpleNamespace(exception=lambda: None)
+
+    compilers: Any = Compilers()
+    stage(tmp_path)._precompile(compilers, "D", 64, "bfloat16", ["64→128 @32→16"])
+    listed = warm.listed("D", 1, 64, "bfloat16", "meta")
+    of = [listed[where.position] for where, _ in asked]
+    assert [(layer.name, layer.phase) for layer in of] == [
+        ("64→128 @32→16", phase) for phase in ("forward", "dgrad", "wgrad", "wgrad")
+    ]
+    assert len({layer.problem.key() for layer in of}) == len(of)
+    assert [tile for _, tile in asked] == [tiles.estimate(layer.problem, 132) for layer in of]
 
 
 def figures(us: float, **more: Any) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from native import NEEDED
 
 from bench import providers, race, worker
-from bench.cases import Case, Materials
+from bench.cases import Case, Materials, Prepared
 from dcgan import fast
 from dcgan.kernels import ops
 
@@ -37,7 +38,7 @@ def mixed() -> dict[str, race.Outcome]:
         patch.syspath_prepend(folder)
         patch.setenv("PYTHONPATH", folder)
         rogue = [f"rogue:{name}" for name in ("wrong", "stale", "raises", "dies", "dies_later")]
-        return outcomes("eager", *rogue, "cudagraph", "fast")
+        return outcomes("eager", *rogue, "cudnn-graph", "fast")
 
 
 def test_a_right_provider_is_timed(mixed: dict[str, race.Outcome]) -> None:
@@ -83,7 +84,7 @@ def test_a_failure_is_a_row(mixed: dict[str, race.Outcome], name: str, reason: s
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_row_without_a_gpu(mixed: dict[str, race.Outcome]) -> None:
-    assert (mixed["cudagraph"].status, mixed["cudagraph"].reason) == ("skipped", "no GPU here")
+    assert (mixed["cudnn-graph"].status, mixed["cudnn-graph"].reason) == ("skipped", "no GPU here")
 
 
 def test_a_hanging_provider_is_given_up() -> None:
@@ -120,7 +121,86 @@ def test_several_cases_in_one_contest() -> None:
     found = race.contest(entries, materials, QUICK, log.append)
     assert [outcome.status for outcome in found] == ["ok", "ok"]
     assert asked == [1, 3]
-    assert log[0] == f"{cases[0].title}: building and checking"
+    assert log[0] == f"{cases[0].title}: eager: building and checking"
+
+
+class Acts:
+    """Stands in for a process: takes a second of a clock to build, but 'hangs' for ever."""
+
+    now = 0.0
+    events: ClassVar[list[str]] = []
+
+    def __init__(self, threads: int, worker: str) -> None:
+        self._asked: tuple[Any, ...] = ()
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        self._asked = method, *arguments
+        if method == "prepare":
+            self.events.append(f"tell {arguments[1]}")
+
+    def hear(self, timeout: float) -> Any:
+        _, _, name, _ = self._asked
+        self.events.append(f"hear {name}")
+        if name == "hangs":
+            Acts.now += timeout
+            raise race.WorkerFailed(f"no answer in {timeout:.0f} s")
+        if timeout == 0:
+            raise race.WorkerFailed("no answer in 0 s")
+        Acts.now += 1
+        return Prepared(0.0, "")
+
+    def ask(self, timeout: float, method: str, *arguments: Any) -> Any:
+        return {"warm": [1e-3]}, 0
+
+    def close(self) -> None:
+        if self._asked:
+            self.events.append(f"close {self._asked[2]}")
+
+
+def acted(monkeypatch: pytest.MonkeyPatch, settings: race.Settings, *names: str) -> list[race.Outcome]:
+    """A race of such processes; of the providers' names, those with an 's' search."""
+    monkeypatch.setattr(race, "Process", Acts)
+    monkeypatch.setattr(race.time, "monotonic", lambda: Acts.now)
+    monkeypatch.setattr(Acts, "now", 0.0)
+    monkeypatch.setattr(Acts, "events", [])
+    eager = providers.PROVIDERS["eager"]
+    listed = [dataclasses.replace(eager, name=name, searches=name.startswith("s")) for name in names]
+    return race.race(TINY, listed, settings, lambda line: None)
+
+
+def test_built_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those that search among algorithms: nothing else runs then."""
+    together = dataclasses.replace(QUICK, together=True)
+    found = acted(monkeypatch, together, "s1", "a", "s2", "b")
+    assert [outcome.provider.name for outcome in found] == ["s1", "a", "s2", "b"]
+    assert [outcome.status for outcome in found] == 4 * ["ok"]
+    assert Acts.events[:8] == [
+        "tell a",
+        "tell b",
+        "hear a",
+        "hear b",
+        "tell s1",
+        "hear s1",
+        "tell s2",
+        "hear s2",
+    ]
+    acted(monkeypatch, QUICK, "s1", "a")
+    assert Acts.events[:4] == ["tell s1", "hear s1", "tell a", "hear a"]
+
+
+def test_who_is_not_ready_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended before others search; nobody is waited for any longer."""
+    settings = dataclasses.replace(QUICK, together=True, prepare_seconds=20.0, until=30.0)
+    first, hung, last = acted(monkeypatch, settings, "a", "hangs", "s")
+    assert (first.status, last.status) == ("ok", "ok")
+    assert hung.reason == "no answer in 19 s", "20 from when it was told"
+    assert Acts.events.index("close hangs") < Acts.events.index("tell s")
+    settings = dataclasses.replace(settings, until=5.0 + race.SEARCH_SECONDS)
+    first, hung, last = acted(monkeypatch, settings, "a", "hangs", "s")
+    assert (first.status, last.status) == ("ok", "ok")
+    assert hung.reason == "no answer in 4 s", "the time to search is kept"
+    settings = dataclasses.replace(settings, until=0.0)
+    assert {o.reason for o in acted(monkeypatch, settings, "a", "s")} == {"no answer in 0 s"}
 
 
 def test_a_note_on_the_reference() -> None:

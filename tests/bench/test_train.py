@@ -14,12 +14,15 @@ from bench.__main__ import main
 from bench.answers import Materials, moved
 from bench.ceiling import Ceiling
 from bench.phases import Part, Profile
+from bench.providers import PROVIDERS
 from bench.race import Outcome
 from bench.results import Report
 from bench.stats import Spread
 from bench.train_case import FLOOR, Batch, Training
 from bench.ways import WAYS, adams, seeds_loop
 from bench.worker import Prepared
+from dcgan.models import Discriminator, Generator
+from dcgan.training import TrainStep
 
 SIZES = {"features": 4, "image_size": 32, "latent_dim": 8}
 TINY = Training("train", 4, "float32", "cpu", 1, SIZES)
@@ -52,13 +55,35 @@ def checked(name: str, materials: Path) -> Prepared:
 # --- the check ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["eager", "channels_last", "fast", "train-step", "rogue:seeds"])
+@pytest.mark.parametrize(
+    "name", ["eager", "channels_last", "cudnn-graph", "fast", "train-step", "rogue:seeds"]
+)
 @pytest.mark.usefixtures("rogues")
 def test_a_right_way(materials: Path, name: str) -> None:
     found = checked(name, materials)
     assert 0 < found.error < FLOOR
     assert found.wrong == ""
-    assert bool(found.note) == (name in ("fast", "train-step"))
+    steps = ("cudnn-graph", "train-step")  # both take the loss from its operator
+    assert bool(found.note) == (name in ("fast", *steps))
+
+
+def test_the_strongest_rival_is_our_step_around_cudnn() -> None:
+    """On a GPU one CUDA graph of the reference networks, channels_last; on a CPU the same, eagerly."""
+    loop = WAYS["cudnn-graph"].build(*TINY.networks(), TINY)
+    assert isinstance(loop.step, TrainStep)
+    assert loop.step.why_not_captured == "the networks are on cpu"
+    for network, kind in ((loop.step.generator, Generator), (loop.step.discriminator, Discriminator)):
+        assert type(network) is kind
+        assert network.get_submodule("main")[2 if kind is Discriminator else 3].weight.is_contiguous(
+            memory_format=torch.channels_last
+        )
+    assert all(group["fused"] for adam in loop.adams for group in adam.param_groups)
+    way, provider = WAYS["cudnn-graph"], PROVIDERS["cudnn-graph"]
+    assert way.searches
+    assert provider.searches
+    assert provider.replays
+    assert not way.ours
+    assert way.unavailable(TINY) == provider.unavailable(TINY) != ""
 
 
 @pytest.mark.parametrize("name", ["half_a_gradient", "remembers", "forgets_its_optimizers"])

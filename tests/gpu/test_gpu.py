@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matrix
 import pytest
 import torch
-from real import LAYERS, NETWORK, TOLERANCE, call_of, error, in_float64, networks, twin
+from real import NETWORK, ROLES, TOLERANCE, call_of, error, in_float64, networks, twin
 from torch import Tensor, nn
 
 from bench.cases import DTYPES
@@ -19,9 +20,11 @@ from dcgan.training.graph import WARM_UP
 
 pytestmark = pytest.mark.gpu
 
+# Every kernel once, and where TF32's cut shows most.
+CHECKED = [*(("bfloat16", layer) for layer in ROLES), ("tf32", "G5")]
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
-@pytest.mark.parametrize("layer", LAYERS)
+
+@pytest.mark.parametrize(matrix.LAYER, matrix.layers(CHECKED), indirect=["precision"])
 def test_layer(layer: str, batch: int, precision: str) -> None:
     call, transposed = call_of(layer, batch, DTYPES[precision])
     with ops.use_engine("triton"):
@@ -29,6 +32,7 @@ def test_layer(layer: str, batch: int, precision: str) -> None:
     assert error(y, in_float64(call, transposed)) <= TOLERANCE[precision]
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("layer", ["G1", "G2", "G5", "D1", "D2", "D5"])  # one a kernel
 def test_every_tile(layer: str, precision: str) -> None:
     """Each tile writes every element, right: a loop miscompiled at one size shows here."""
@@ -46,7 +50,9 @@ def test_every_tile(layer: str, precision: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize(
+    ("batch", "precision"), [*((64, name) for name in DTYPES), (1, "bfloat16")], indirect=["precision"]
+)
 def test_networks(batch: int, precision: str) -> None:
     """No further from float64 than twice eager is, and by Triton alone."""
     dtype = DTYPES[precision]
@@ -73,6 +79,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_nothing_compiled")
 @torch.no_grad()
+@pytest.mark.check
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_compiled(mode: str) -> None:
     """Call after call, also where calls are replays of a graph; and they follow the weights."""
@@ -181,10 +188,14 @@ def _keepers() -> dict[str, Callable[[fast.Generator], Callable[[Tensor], Tensor
     }
 
 
+EVERY = [(keeper, edit) for keeper in _keepers() for edit in _edits() if keeper != "compiled"]
+# A compiled network keeps nothing, which three tell as well as all, and each takes long.
+EVERY += [("compiled", edit) for edit in ("fused Adam", ".data =", "a replay")]
+
+
 @pytest.mark.usefixtures("_nothing_compiled")
-@pytest.mark.parametrize("edit", _edits())
-@pytest.mark.parametrize("keeper", _keepers())
-def test_weights_are_never_stale(edit: str, keeper: str) -> None:
+@pytest.mark.parametrize(("keeper", "edit"), EVERY)
+def test_weights_are_never_stale(keeper: str, edit: str) -> None:
     """Every way in which weights change, and every one in which something made of them is kept."""
     generator, _ = networks(torch.float32)
     run = _keepers()[keeper](generator)

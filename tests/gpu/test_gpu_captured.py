@@ -118,7 +118,9 @@ def gradients_of(run: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor)
 
 @pytest.mark.usefixtures("_nothing_compiled")
 @pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.check)], ids=str
+)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_training(which: int, dtype: torch.dtype, mode: str) -> None:
     """One graph forward and backward, the uncompiled results, and nothing compiled anew between steps."""

@@ -17,7 +17,7 @@ from dcgan.training.run import Run, follow
 from dcgan.training.settings import Settings
 from dcgan.training.stop import Stop
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.check]
 
 TINY = {"batch_size": 8, "image_size": 32, "ngf": 16, "ndf": 16, "nz": 16, "epochs": 2}
 STEPS = 12

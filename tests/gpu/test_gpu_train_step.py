@@ -138,6 +138,7 @@ def lead(networks: Pair, beside: Pair, ours: Any = (), theirs: Any = ()) -> None
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+@pytest.mark.check
 @pytest.mark.usefixtures("_exact_products")
 @pytest.mark.parametrize("kind", ["fast", "reference"])
 @pytest.mark.parametrize("options", [{}, {"clip": 0.5}], ids=["", "clip"])
@@ -245,6 +246,7 @@ def test_a_learning_rate_on_the_device_is_read_by_replays() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
 
 
+@pytest.mark.check
 def test_a_number_as_learning_rate_makes_the_graph_anew() -> None:
     """While somebody keeps a graph of autograd in which the parameters were used on another stream."""
     networks = pair()
@@ -263,6 +265,7 @@ def test_a_number_as_learning_rate_makes_the_graph_anew() -> None:
     torch.stack([p.sum() for p in before]).sum().backward()
 
 
+@pytest.mark.check
 def test_weights_kept_by_others_are_not_stale() -> None:
     """A replay changes weights without Python: those that an EMA in eval mode has packed, and those that a
     network has that shares the parameters, by the same tensors or by others in the same memory."""
@@ -305,6 +308,7 @@ def with_spectral_norm(network: Any) -> Any:
     return network
 
 
+@pytest.mark.check
 @pytest.mark.usefixtures("_exact_products")
 @pytest.mark.parametrize("kind", ["fast", "reference"])
 @pytest.mark.parametrize("change", [torch.compile, Wrapper, with_spectral_norm], ids=lambda f: f.__name__)
@@ -433,6 +437,7 @@ same()
 """
 
 
+@pytest.mark.check
 def test_what_cannot_be_captured_says_so_and_breaks_nothing() -> None:
     """In a process of its own: steps go on with eager's numbers, random numbers are drawn, and a capture that
     can be made is."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import matrix
 import pytest
 import torch
 from real import (
     LAYERS,
+    ROLES,
     TRAINING,
     assert_exact,
     cotangent_of,
@@ -29,8 +31,9 @@ pytestmark = pytest.mark.gpu
 FLIPS = {"float32": 2**-8, "tf32": 5e-2, "float16": 5e-2, "bfloat16": 2e-1}
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    matrix.LAYER, matrix.layers([("bfloat16", layer) for layer in ROLES]), indirect=["precision"]
+)
 def test_layer(layer: str, batch: int, precision: str) -> None:
     """Output, statistics and every gradient against float64, by Triton alone."""
     call, transposed = training_call(layer, batch, DTYPES[precision])
@@ -40,6 +43,7 @@ def test_layer(layer: str, batch: int, precision: str) -> None:
     assert_exact(found, exact(call, transposed, found["y"], given), precision, layer)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_same_bits_twice(layer: str, precision: str) -> None:
     """No atomics, sums in a fixed order: whichever program comes first."""
@@ -83,7 +87,9 @@ def assert_as_good_as_eager(
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
-@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize(
+    ("batch", "precision"), [*((64, name) for name in DTYPES), (16, "bfloat16")], indirect=["precision"]
+)
 def test_network(which: int, batch: int, precision: str) -> None:
     """A forward and a backward, running statistics included, no further from float64 than twice eager."""
     dtype = DTYPES[precision]
@@ -98,6 +104,7 @@ def test_network(which: int, batch: int, precision: str) -> None:
     assert_as_good_as_eager(found, eager, expected, precision)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
 def test_network_gives_the_same_bits_twice(which: int, precision: str) -> None:
     dtype = DTYPES[precision]

@@ -19,7 +19,7 @@ from cases import (
     training_call,
     triton_results,
 )
-from statement import column
+from statement import column, pairwise
 from torch import Tensor
 
 from dcgan.kernels.call import Call
@@ -37,11 +37,14 @@ SOME = [  # every kernel, every kind of prologue, du written for two products an
     ("dense_down", "affine_sigmoid", "statistics"),
     ("dense_narrow_3", "affine_leaky_relu", "shift_sigmoid"),
 ]
-MORE = itertools.product(
-    SHAPES,
-    ("relu", "affine_leaky_relu", "affine_sigmoid"),
-    ("statistics", "tanh", "scale", "scale_shift_leaky_relu"),
-)
+MORE = [
+    tuple(row.values())
+    for row in pairwise(
+        name=list(SHAPES),
+        before=["relu", "affine_leaky_relu", "affine_sigmoid"],
+        after=["statistics", "tanh", "scale", "scale_shift_leaky_relu"],
+    )
+]
 
 
 @pytest.fixture

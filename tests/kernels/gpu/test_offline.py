@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from bench import shortlist
 from bench.cases import DTYPES
 from bench.inspect import MULTIPROCESSORS, networks, tiles_of
 from bench.layers import Launches, Layer, layers, of_product, training
@@ -63,13 +64,13 @@ def code(launch: Launch, without: tuple[str, ...] = ()) -> Hashable:
     )
 
 
-def check_all(found: Iterable[tuple[str, Launch]], arch: int, bytes_spilled: int = 0) -> None:
+def check_all(found: Iterable[tuple[str, Launch]], arch: int, may_spill: bool = False) -> None:
     """No launch has a fault. One after the other: ``ast.parse`` in two threads fails on CPython 3.11."""
 
     def faults(case: tuple[str, Launch]) -> list[str]:
         name, launch = case
         report = offline.inspect(launch, arch)
-        if report.stack <= bytes_spilled:
+        if may_spill:
             report = report._replace(spills=0, stack=0)
         return [
             f"{launch.kernel.__name__} of {name} {tuple(launch.tile)}: {fault}"
@@ -102,8 +103,7 @@ def with_others(layer: Layer, launches: Launches) -> Iterator[tuple[str, Launch]
 def test_default_tiles(dtype: str, arch: int) -> None:
     """Those of bfloat16 are below, with an epilogue; of tf32 and of sm_80, one of each kernel in training."""
     for layer in cases(1, dtype):
-        limit = tiles.SHARED_LIMIT[arch]
-        check(layer, tiles.estimate(layer.problem, MULTIPROCESSORS[arch], limit), arch)
+        check(layer, shortlist.default(layer, MULTIPROCESSORS[arch], arch), arch)
 
 
 @pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
@@ -116,22 +116,31 @@ def test_default_tiles_with_their_epilogue(dtype: str, arch: int) -> None:
         vector = torch.empty(product.y.shape[1], device="meta")
         epilogue = Epilogue("affine", "tanh", None, vector, vector)
         product = product._replace(epilogue=epilogue)
-        check(
-            of_product(layer.name, layer.phase, product),
-            tiles.estimate(layer.problem, MULTIPROCESSORS[arch]),
-            arch,
-        )
+        whole = of_product(layer.name, layer.phase, product)
+        check(whole, shortlist.default(whole, MULTIPROCESSORS[arch], arch), arch)
+
+
+EVERY = ("float32", "tf32", "bfloat16")  # float16's code is bfloat16's
+Distinct = dict[Hashable, tuple[str, Launch]]
+
+
+def family(layer: Layer, channels: int) -> Hashable:
+    """Layers of one family have the same code but for its sizes, unless they make or take an image."""
+    return layer.phase, layer.kernel, channels if "narrow" in layer.kernel else None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_tile(channels: int, dtype: str, arch: int) -> None:
-    for layer in cases(channels, dtype):
-        problem = layer.problem
-        for tile in tiles.candidates(problem.kernel, problem.precision):
-            check(layer, tiles.fit(tile, problem), arch)
+@pytest.mark.parametrize("dtype", EVERY)
+def test_every_tile(dtype: str, arch: int) -> None:
+    """For one layer of each family that can have it."""
+    distinct: Distinct = {}
+    for channels in (1, 3):
+        for layer in cases(channels, dtype):
+            for tile in tiles.candidates(layer.problem.kernel, layer.problem.precision):
+                launch = layer.launches(tiles.fit(tile, layer.problem), MULTIPROCESSORS[arch]).product
+                distinct.setdefault((family(layer, channels), launch.tile), (described(layer), launch))
+    check_all(distinct.values(), arch)
 
 
 def test_a_spilling_tile_is_a_fault() -> None:
@@ -146,7 +155,8 @@ def test_default_tiles_in_training() -> None:
     """Of passes and reductions one for all sizes: their code differs in numbers alone."""
     distinct: dict[Hashable, tuple[str, Launch]] = {}
     for layer in training_cases(1, "bfloat16"):
-        launches = layer.launches(tiles.estimate(layer.problem, MULTIPROCESSORS[90]), MULTIPROCESSORS[90])
+        tile = shortlist.default(layer, MULTIPROCESSORS[90], 90)
+        launches = layer.launches(tile, MULTIPROCESSORS[90])
         for name, launch in with_others(layer, launches):
             key = code(launch, () if launch is launches.product else SIZES)
             distinct.setdefault(key, (name, launch))
@@ -167,42 +177,51 @@ def test_a_tile_of_each_kernel_in_training(dtype: str, arch: int) -> None:
     assert len(chosen) == 9
     found = []
     for layer in chosen.values():
+
+        def product(tile: tiles.Tile, layer: Layer = layer) -> Launch:
+            return layer.launches(tile, MULTIPROCESSORS[arch]).product
+
+        def passed_over(tile: tiles.Tile, product: Callable[[tiles.Tile], Launch] = product) -> bool:
+            return not tile.fused or offline.spills(product(tile), arch)
+
         limit = tiles.SHARED_LIMIT[arch]
-        tile = tiles.estimate(layer.problem, MULTIPROCESSORS[arch], limit)._replace(fused=True)
-        found.append((described(layer), layer.launches(tile, MULTIPROCESSORS[arch]).product))
+        tile = tiles.estimate(layer.problem, MULTIPROCESSORS[arch], limit, passed_over)
+        found.append((described(layer), product(tile)))
     check_all(found, arch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_tile_in_training(channels: int, dtype: str, arch: int) -> None:
-    """Fused and not, whatever the model lets through; float16's code is bfloat16's.
+@pytest.mark.parametrize("dtype", EVERY)
+def test_every_tile_in_training(dtype: str, arch: int) -> None:
+    """All that have the shared memory they need, for one layer of each family; fused, and the pass beside it.
 
-    Of tiles that are not the default some spill up to 16 registers on sm_80, whose products take their
-    operands from registers, and two elsewhere: tuning times them as they are.
+    Some spill, and are not chosen for it; tuning times them as they are.
     """
-    distinct = {
-        code(launch): (name, launch)
-        for layer in training_cases(channels, dtype)
-        for tile in tiles_of(layer, arch, every=True)
-        for name, launch in with_others(layer, layer.launches(tile, MULTIPROCESSORS[arch]))
-    }
-    check_all(distinct.values(), arch, bytes_spilled=64 if arch == 80 else 8)
+    distinct: Distinct = {}
+    for channels in (1, 3):
+        for layer in training_cases(channels, dtype):
+            for tile in sorted(tiles_of(layer, arch, every=True), key=lambda tile: not tile.fused):
+                launches = layer.launches(tile, MULTIPROCESSORS[arch])
+                for name, launch in with_others(layer, launches):
+                    of = family(layer, channels) if launch is launches.product else None
+                    blocks = launch.tile._replace(fused=True)
+                    distinct.setdefault((launch.kernel.__name__, of, blocks), (name, launch))
+    check_all(distinct.values(), arch, may_spill=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [64, 1024])
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_default_tile_in_training(dtype: str, arch: int, batch: int) -> None:
-    distinct = {
-        code(launch): (name, launch)
-        for layer in training_cases(1, dtype, batch)
-        for tile in tiles_of(layer, arch, every=False)
-        for name, launch in with_others(layer, layer.launches(tile, MULTIPROCESSORS[arch]))
-    }
+@pytest.mark.parametrize("dtype", EVERY)
+def test_every_default_tile_in_training(dtype: str, arch: int) -> None:
+    """Of every layer, at a batch of 64 and of 1024; of passes and reductions one for all sizes."""
+    distinct: Distinct = {}
+    for layer in training_cases(1, dtype, 64) + training_cases(1, dtype, 1024):
+        for tile in tiles_of(layer, arch, every=False):
+            launches = layer.launches(tile, MULTIPROCESSORS[arch])
+            for name, launch in with_others(layer, launches):
+                key = code(launch, () if launch is launches.product else SIZES)
+                distinct.setdefault(key, (name, launch))
     check_all(distinct.values(), arch)
 
 
@@ -225,14 +244,15 @@ def test_channels_that_are_no_multiple_of_16_bytes_compile(dtype: str) -> None:
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
         for layer in layers(network, 3, DTYPES[dtype]):
-            check(layer, tiles.estimate(layer.problem, 132), 90)
+            check(layer, shortlist.default(layer, 132, 90), 90)
 
 
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("tf32", marks=pytest.mark.slow)])
 def test_channels_that_are_no_multiple_of_16_bytes_compile_in_training(dtype: str) -> None:
-    """One layer of each kernel and phase, the prologues inside.
+    """One layer of each kernel and phase.
 
-    ptxas stops at 56 registers for the head's adjoint, of 255, and spills what one more would hold.
+    ptxas stops at 56 registers for a tile of the head's adjoint, of 255, and spills what one more would hold:
+    another is taken.
     """
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     chosen = {}
@@ -241,9 +261,8 @@ def test_channels_that_are_no_multiple_of_16_bytes_compile_in_training(dtype: st
             chosen[layer.kernel, layer.phase] = layer
     check_all(
         (
-            (described(layer), layer.launches(tiles.estimate(layer.problem, 132), 132).product)
+            (described(layer), layer.launches(shortlist.default(layer, 132, 90), 132).product)
             for layer in chosen.values()
         ),
         90,
-        bytes_spilled=8,
     )

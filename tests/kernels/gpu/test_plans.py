@@ -13,8 +13,9 @@ from torch import Tensor
 from bench.pretend import Driver
 from dcgan.kernels import gpu
 from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import model, packing, plans
-from dcgan.kernels.gpu.launch import Launch
+from dcgan.kernels.gpu import model, offline, packing, plans, products
+from dcgan.kernels.gpu.launch import Launch, Product
+from dcgan.kernels.gpu.select import Kernel
 from dcgan.kernels.gpu.tiles import Problem, Tile
 
 
@@ -319,6 +320,43 @@ def test_every_training_call_packs_the_weight_before_its_launch(
         weight.data.copy_(torch.randn_like(weight))
 
 
+@TRAINED
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+def test_a_weight_is_packed_once_a_product(
+    monkeypatch: pytest.MonkeyPatch,
+    transposed: bool,
+    c_in: int,
+    c_out: int,
+    size: int,
+    kernel: str,
+    adjoint: str,
+    fused: bool,
+) -> None:
+    """By the call that plans it and by those after it, whether or not the prologue is a pass of its own."""
+    packed: list[str] = []
+    kernel_for = plans.kernel_for
+
+    def counting(it: Product) -> Kernel:
+        found = kernel_for(it)
+
+        def pack(weight: Tensor) -> Tensor:
+            packed.append(found.name)
+            return found.pack(weight)
+
+        return found._replace(pack=pack)
+
+    monkeypatch.setattr(plans, "kernel_for", counting)
+    if not fused:
+        apart(monkeypatch)
+    it = step(transposed, c_in, c_out, size)
+    for _ in range(3):
+        packed.clear()
+        gpu.forward(it.forward, transposed)
+        assert len(packed) == 1
+        gpu.backward(it.backward, transposed)
+        assert len(packed) == 2, "dx; the weight gradient reads no weight"
+
+
 @pytest.fixture
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches do nothing, at once: for what depends on keys alone."""
@@ -407,3 +445,50 @@ def test_what_a_step_needs_not_is_not_launched() -> None:
             ran.clear()
             gpu.backward(it.backward._replace(needs=needs), False)
             assert ran == expected
+
+
+# --- registers ----------------------------------------------------------------------------------------------
+
+
+def up_launch(tile: Tile) -> Launch:
+    """512→256, with statistics."""
+    it = call(True, 512, 256, 4, False)._replace(stats=True, out_act="none")
+    product = products.forward(it, True, gpu.output(it, True))
+    kernel = gpu.kernel_for(product)
+    partial = torch.empty(2, 4, 256)
+    return kernel.launch(product, kernel.pack(product.weight), partial, tile)
+
+
+@pytest.mark.parametrize(
+    ("spilled", "expected", "tile"), [(0, False, Tile(64, 64, 32, 4, 2)), (3, True, Tile(64, 64, 32, 4, 3))]
+)
+def test_whether_a_launch_spills_is_asked_of_its_compiled_code(
+    monkeypatch: pytest.MonkeyPatch, spilled: int, expected: bool, tile: Tile
+) -> None:
+    """Which the driver loads; nothing is launched, and the launch then finds it compiled."""
+    loaded: list[str] = []
+
+    def load(name: str, *binary: Any) -> tuple[int, ...]:
+        loaded.append(name)
+        return 0, 0, 255, spilled, 1024
+
+    monkeypatch.setattr(Recorder.utils, "load_binary", load, raising=False)
+    launch = up_launch(tile)
+    assert launch.spills() is expected
+    assert launched == []
+    assert loaded == ["_up_kernel"]
+    launch()
+    assert len(launched) == 1
+    assert loaded == ["_up_kernel"]
+
+
+def test_a_launch_that_the_chip_has_no_room_for_is_as_good_as_one_that_spills() -> None:
+    """float32 at 128×256×64 and four stages: 393 KB of shared memory."""
+    assert up_launch(Tile(128, 256, 64, 8, 4)).spills()
+
+
+def test_offline_compilation_says_the_same_of_spills() -> None:
+    """A tile too large for its warps, and one that is not."""
+    assert offline.spills(up_launch(Tile(128, 128, 16, 1, 2)), 90)
+    assert not offline.spills(up_launch(Tile(64, 64, 32, 4, 2)), 90)
+    assert offline.spills(up_launch(Tile(128, 256, 64, 8, 4)), 90), "no room for it"

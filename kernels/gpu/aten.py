@@ -1,22 +1,24 @@
 """What a launch computes, in plain PyTorch: what the kernels are checked against and raced with.
 
-:func:`product` and :func:`gradient` are functions of the launch as data
-(:class:`dcgan.kernels.gpu.launch.Product`, :class:`dcgan.kernels.gpu.wgrad.Gradient`), in the dtype of its
-tensors: float64 ones make them the reference, others what Inductor gets. Products are formed in the dtype of
-the operands and elementwise work in float32, as autocast has it. :func:`convolution` and
-:func:`convolution_weight` are the convolutions alone.
+:func:`product` and :func:`gradient` are functions of the launch as data (:class:`.launch.Product`,
+:class:`.wgrad.Gradient`), in the dtype of its tensors: float64 ones make them a reference, others what
+Inductor gets. Products are formed in the dtype of the operands and elementwise work in float32, as autocast
+has it. :func:`convolution` and :func:`convolution_weight` are the convolutions alone. :func:`exact` is the
+reference for one launch: it rounds where the kernels say they do, and nowhere else.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcgan.kernels.gpu.launch import Product, Prologue
-from dcgan.kernels.gpu.wgrad import Gradient
-from dcgan.kernels.reference import accumulator_dtype, activate, activation_backward
+from ..reference import accumulator_dtype, activate, activation_backward
+from .launch import Product, Prologue
+from .wgrad import Gradient
 
 aten = torch.ops.aten
 
@@ -75,8 +77,12 @@ def convolution(x: Tensor, product: Product) -> Tensor:
 
 def product(it: Product) -> tuple[Tensor, ...]:
     """(y, and the sums of its epilogue): of statistics mean and var, of the adjoint Σ g and Σ g·(x - c)."""
+    return finished(convolution(prepared(it.x, it.prologue, it.slope), it), it)
+
+
+def finished(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
+    """What the epilogue makes of the convolution."""
     epilogue = it.epilogue
-    raw = convolution(prepared(it.x, it.prologue, it.slope), it)
     y = raw.to(accumulator_dtype(raw.dtype))
     if epilogue.kind == "statistics":
         var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
@@ -134,3 +140,24 @@ def converted(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(converted(item, dtype) for item in value))
     return value
+
+
+def exact(it: Product | Gradient) -> tuple[Tensor, ...]:
+    """:func:`compute` in float64, of operands that the prologues have rounded to their dtype, as kernels do.
+
+    So a result is as far from it as its own rounding and its accumulation take it, and no further.
+    """
+    if isinstance(it, Product):
+        x = prepared(it.x, it.prologue, it.slope).double()
+        bare = it.prologue._replace(center=None, scale=None, shift=None, other=None)
+        wide = converted(it._replace(prologue=bare), torch.float64)
+        return finished(convolution(x, wide), wide)
+    small = prepared(it.small, it.small_prologue, it.slope).double()
+    large = prepared(it.large, it.large_prologue, it.slope).double()
+    return (convolution_weight(small, large, it),)
+
+
+def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest ‖got - expected‖/‖expected‖; infinite where something is not finite."""
+    each = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True)]
+    return max(each) if all(map(math.isfinite, each)) else math.inf
