@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.stats import Spread, summarise
+from dcgan.capturing import capturing
 
 Runner = Callable[[Tensor], Tensor]
 Times = dict[str, list[float]]
@@ -136,7 +137,7 @@ class CudaSampler:
     def _captured(self) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with capturing(graph, torch.cuda.Stream()):
                 for i in range(GRAPH_CALLS):
                     self._call(i)
         except RuntimeError:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import models
+from .capturing import capturing
 from .kernels import ops, weights
 
 Network = models.Generator | models.Discriminator
@@ -81,7 +82,7 @@ class Graphed:
         current.wait_stream(self._stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with weights.keeping() as kept, torch.cuda.graph(graph, stream=self._stream):
+        with weights.keeping() as kept, capturing(graph, self._stream):
             self._output = self.model(self._input)
         self._graph, self._kept = graph, list(kept)
         self._stamp = self._state()

@@ -9,8 +9,8 @@ graph before its fourth time.
 A step can be captured again at any time, after a change of what it depends on. Two things could prevent that.
 A gradient is accumulated on the stream on which its parameter was first used in a graph of autograd that is
 still alive, and a capture that reaches out to a stream which is not captured fails: so every warm-up and
-capture begins with parameters that have no such stream (:func:`use_anew`). And a capture that fails leaves
-CUDA's allocator and random generator as if it were still under way: :class:`Cuda` sets them right.
+capture begins with parameters that have no such stream (:func:`use_anew`). And a capture that fails would
+leave the process as if it were still under way, if :mod:`dcgan.capturing` did not set it right.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dcgan.capturing import capturing
 from dcgan.kernels import weights
 from dcgan.training.step import Result
 
@@ -55,7 +56,6 @@ class Cuda:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def here(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self._device)
@@ -70,22 +70,9 @@ class Cuda:
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        outside = torch.cuda.current_stream()
-        random = torch.cuda.default_generators[self._device.index]
-        before = random.clone_state()
-        try:
-            # thread_local: what other threads do meanwhile, pinning memory for the next batch, is not our
-            # step.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                result = step()
-        except BaseException:
-            # Where CUDA gives the capture up, torch's own end of it raises before it has ended anything.
-            torch.cuda.set_stream(outside)
-            with contextlib.suppress(RuntimeError):  # the step itself raised, and torch has ended it
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            random.graphsafe_set_state(before)
-            self._failed.append(graph)  # to which allocators may still refer
-            raise
+        # thread_local: what other threads do meanwhile, pinning memory for the next batch, is not our step.
+        with capturing(graph, self._stream, self._pool, "thread_local"):
+            result = step()
         return graph.replay, result
 
 

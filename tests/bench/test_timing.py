@@ -37,7 +37,8 @@ class Device:
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+        monkeypatch.setattr(timing, "capturing", lambda graph, stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(timing, "FLUSH_BYTES", 16)
 
@@ -86,10 +87,10 @@ def test_large_batches_are_not_captured(device: Device) -> None:
 
 
 def test_what_cannot_be_captured_is_timed_without(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(graph: object) -> contextlib.AbstractContextManager[None]:
+    def refuse(graph: object, stream: object) -> contextlib.AbstractContextManager[None]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(timing, "capturing", refuse)
     times = timing.CudaSampler(device.run, INPUTS, capture=True).burst(1e-9)
     assert sorted(times) == ["cold", "warm"]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dcgan.kernels import ops, weights
 from dcgan.training import Result, TrainStep
-from dcgan.training.graph import SIZES, WARM_UP, Cuda, use_anew
+from dcgan.training.graph import SIZES, WARM_UP, use_anew
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -387,73 +386,6 @@ def test_a_capture_that_was_asked_for_and_fails_is_an_error(scaled: bool) -> Non
     assert all(p.grad is None for network in networks for p in network.parameters())
     backend.refuses = False
     assert all(value.isfinite() for value in step(*batch_of(networks, 4))), "it can be captured yet"
-
-
-class FakeCuda:
-    """What :class:`Cuda` calls of torch.cuda; entering a capture may fail, and its end then does too."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
-        self.calls: list[Any] = []
-        self.current, self.ended = "outside", ended
-        fake = self
-
-        class Graph:
-            def replay(self) -> None: ...
-
-        @contextlib.contextmanager
-        def graph(made: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-            fake.current = stream
-            yield  # an exception in here leaves the stream the current one, as torch's own __exit__ does
-            fake.current = "outside"
-
-        class Random:
-            def clone_state(self) -> str:
-                return "a clone of before"
-
-            def graphsafe_set_state(self, state: str) -> None:
-                fake.calls.append(("random", state))
-
-        def end(index: int, pool: Any) -> None:
-            fake.calls.append(("end", index, pool))
-            if fake.ended:
-                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-
-        for name, value in {
-            "CUDAGraph": Graph,
-            "graph": graph,
-            "Stream": lambda device: "side",
-            "graph_pool_handle": lambda: "pool",
-            "current_stream": lambda: fake.current,
-            "set_stream": lambda stream: setattr(fake, "current", stream),
-            "default_generators": {1: Random()},
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-        assert hasattr(torch._C, "_cuda_endAllocateToPool")
-        assert all(hasattr(torch.Generator, name) for name in ("clone_state", "graphsafe_set_state"))
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
-
-
-@pytest.mark.parametrize("ended", [False, True], ids=["CUDA gave it up", "the step raised"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_capture_leaves_the_process_as_it_was(
-    error: type[BaseException], ended: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its stream, its allocator and its generator of random numbers."""
-    fake = FakeCuda(monkeypatch, ended)
-    backend = Cuda(torch.device("cuda", 1))
-
-    def step() -> Tensor:
-        assert fake.current == "side"
-        raise error("no")
-
-    with pytest.raises(error, match="no"):
-        backend.capture(step)
-    assert fake.current == "outside"
-    assert fake.calls == [("end", 1, "pool"), ("random", "a clone of before")]
-    fake.calls.clear()
-    result = torch.zeros(4)
-    assert backend.capture(lambda: result)[1] is result
-    assert (fake.current, fake.calls) == ("outside", [])
 
 
 def test_no_graph_on_a_cpu() -> None:
