@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
 from dcgan import fast, models
 from dcgan.training import Result, TrainStep
@@ -33,6 +33,17 @@ def pair(
     for network in networks:
         network.apply(models.weights_init).to(dtype)
     return tuple(map(fast.convert, networks)) if kind == "fast" else networks  # type: ignore[return-value]
+
+
+class Wrapper(nn.Module):
+    """Somebody's own module around a network; it has no logits."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 def reference_of(networks: Pair) -> Pair:

@@ -16,6 +16,7 @@ from steps import (
     LATENT,
     LOSSES,
     Pair,
+    Wrapper,
     adams,
     assert_states_close,
     batch_of,
@@ -212,17 +213,6 @@ def test_a_sure_discriminator_still_teaches(loss: str) -> None:
 # --- other people's networks --------------------------------------------------------------------------------
 
 
-class Plain(nn.Module):
-    """A Discriminator without logits."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.inner(image)
-
-
 class Doubtful(models.Discriminator):
     """A subclass whose forward is another function than its logits."""
 
@@ -249,7 +239,7 @@ def without_sigmoid(discriminator: Any) -> nn.Module:
 @pytest.mark.parametrize(
     "change",
     [
-        Plain,
+        Wrapper,
         lambda d: Doubtful(**d.sizes()).double(),
         with_hook,
         with_hooked_sigmoid,
@@ -450,7 +440,7 @@ def test_nan_is_visible(kind: str, where: str) -> None:
     networks = pair("reference" if kind == "own" else kind)
     real, noise = batch_of(networks, 4)
     if kind == "own":
-        networks = networks[0], Plain(networks[1])
+        networks = networks[0], Wrapper(networks[1])
     if where == "weight":
         with torch.no_grad():
             next(networks[1].parameters())[0, 0, 0, 0] = torch.nan
@@ -574,7 +564,7 @@ def plain_loop(
 def test_autocast_of_a_discriminator_without_logits() -> None:
     """BCELoss raises under autocast: the loss is computed outside of it."""
     generator, discriminator = pair()
-    networks = generator, Plain(discriminator)
+    networks = generator, Wrapper(discriminator)
     step = TrainStep(*networks, *sgds(networks), autocast=torch.bfloat16)
     result = step(*batch_of((generator, discriminator), 4))
     assert all(value.isfinite() and value.dtype == torch.float32 for value in result)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from seed_loop import seed_step
-from steps import Pair, Pretended, adams, assert_states_close, batch_of, pair, sgds
+from steps import Pair, Pretended, Wrapper, adams, assert_states_close, batch_of, pair, sgds
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -19,17 +19,6 @@ from dcgan.training import TrainStep
 from dcgan.training.graph import WARM_UP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Wrapper(nn.Module):
-    """Somebody's own, around any network."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
 
 
 def compiled_in_place(network: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from real import DEVICE, twin
 from seed_loop import seed_step
+from steps import Wrapper
 from torch import Tensor, optim
 from torch.optim.swa_utils import AveragedModel
 
@@ -290,17 +291,6 @@ def test_weights_kept_by_others_are_not_stale() -> None:
             assert torch.equal(image, anew), (
                 f"{name}, step {i}: {off:.1e} from float64, refreshed {again:.1e}"
             )
-
-
-class Wrapper(torch.nn.Module):
-    """Somebody's own, around any network."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
 
 
 def with_spectral_norm(network: Any) -> Any:
