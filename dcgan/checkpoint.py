@@ -3,12 +3,21 @@
 A file is what ``torch.save`` writes of a dict of tensors and plain values, so that
 ``torch.load(path, weights_only=True)`` reads it; nothing in it is ever executed. It is written beside its
 name, synchronised and moved there, so that a name always stands for a whole checkpoint.
+
+``last.pt`` and ``best.pt`` are marks: symbolic links, or where there can be none, text files that hold the
+checkpoint's name. A folder that was copied with links followed has whole checkpoints in their places, which
+are read as they are, and become marks again when the run is resumed.
 """
 
 from __future__ import annotations
 
+import errno
+import filecmp
+import re
+import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcgan import foreign
 from dcgan.errors import InputError, RunError
-from dcgan.files import point, replacing, sweep, sync_folder
+from dcgan.files import point, pointed, replacing, sweep, sync_folder
 from dcgan.networks import Architecture
 
 FORMAT = "dcgan-kernels checkpoint"
 VERSION = 1
 LAST, BEST = "last.pt", "best.pt"
+_NAME = re.compile(r"step-\d+\.pt")
 
 State = dict[str, Any]
 
@@ -114,33 +125,66 @@ def load(path: Path, whole: bool = False) -> Any:
     """``torch.load(path, weights_only=True)`` onto the CPU: tensors and plain values, nothing that runs.
 
     Args:
-        path: any file that ``torch.save`` wrote.
+        path: any file that ``torch.save`` wrote, or a mark of one.
         whole: check the file's own checksums first, which PyTorch does not.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
+        CheckpointError: the file is missing, damaged, of another kind, or holds more than tensors and plain
+            values; says which, and where there is one, the line that makes a file that can be loaded.
     """
+    path = followed(path)
     try:
         if whole:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # of a path, torch.load would go by the suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever bytes that are no checkpoint make of zip's and pickle's parsers
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            why = "it holds more than tensors and plain values, and is not trusted to run code"
-        else:
-            why = "it is truncated, damaged or of another kind"
-        raise CheckpointError(f"{path} is not a checkpoint that can be loaded: {why}") from error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a seek beyond a truncated file
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} {_why_not(path, error)}") from error
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    found = foreign.described(path)
+    if found is not None:
+        return f"is {found}"
+    return foreign.refused(path, error) or (
+        "is not a checkpoint that can be loaded: it is truncated, damaged or of another kind"
+    )
+
+
+def followed(path: Path) -> Path:
+    """The checkpoint that a mark kept as text names; ``path`` itself where it is anything else."""
+    target = None if path.is_symlink() else pointed(path)
+    return path if target is None or _NAME.fullmatch(target.name) is None else target
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _read_either(path: Path, copies: dict[Path, Path]) -> Checkpoint:
+    """The checkpoint of that name, or where it is missing or damaged, a copy of it."""
+    try:
+        return read(path)
+    except CheckpointError:
+        for copy, own in copies.items():
+            if own == path:
+                return read(copy)
+        raise
 
 
 class Folder:
-    """One run's checkpoints: the last ``keep`` and the best; ``last.pt`` and ``best.pt`` are links to them.
+    """One run's checkpoints: the last ``keep`` and the best; ``last.pt`` and ``best.pt`` are marks of them.
 
     Args:
         path: the folder; made when the first checkpoint is written.
@@ -162,19 +206,18 @@ class Folder:
         Raises:
             RunError: it cannot be written; earlier checkpoints and both marks are as they were.
         """
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             sweep(self.path)
-        except OSError as error:
-            raise RunError(f"cannot write into {self.path}: {error.strerror}") from error
-        path = self.path / f"step-{checkpoint.step:09d}.pt"
+        path = self._named(checkpoint.step)
         write(checkpoint, path)
-        self._mark(path, checkpoint.score)
-        marked = {self._target(LAST), self._target(BEST)}
-        for old in self._all()[self.keep :]:
-            if old not in marked:
-                old.unlink(missing_ok=True)
-        sync_folder(self.path)
+        with self._writing():
+            self._mark(path, checkpoint.score)
+            marked = {self._target(LAST), self._target(BEST)}
+            for old in self._all()[self.keep :]:
+                if old not in marked:
+                    old.unlink(missing_ok=True)
+            sync_folder(self.path)
         return path
 
     def last(self) -> Path | None:
@@ -195,31 +238,68 @@ class Folder:
 
         Raises:
             CheckpointError: there is none.
+            RunError: the marks can't be written.
         """
+        copies = self._copies()
+        if mark:
+            with self._writing():
+                for copy, path in copies.items():
+                    self._adopt(copy, path)
         failures: list[str] = []
-        for path in self._all():
+        for path in sorted({*self._all(), *copies.values()}, reverse=True):
             try:
-                found = read(path)
+                found = _read_either(path, copies)
             except CheckpointError as error:
                 failures.append(str(error))
                 continue
             for failure in failures:
                 say(f"{failure}; going back to {path.name}, the one before")
             if mark:
-                self._mark(path, found.score)
+                with self._writing():
+                    self._mark(path, found.score)
             return found, path
         raise CheckpointError(
             f"no checkpoint to resume from in {self.path}" + "".join(f"; {failure}" for failure in failures)
         )
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"cannot write into {self.path}: {error.strerror or error}") from error
+
+    def _named(self, step: int) -> Path:
+        return self.path / f"step-{step:09d}.pt"
+
     def _all(self) -> list[Path]:
         """The highest step first."""
         return sorted(self.path.glob("step-*.pt"), reverse=True)
 
+    def _copies(self) -> dict[Path, Path]:
+        """Whole checkpoints in the places of marks, each with the name that is its own."""
+        found = {}
+        for copy in (self.path / LAST, self.path / BEST):
+            if self._target(copy.name) == copy:
+                with suppress(CheckpointError):
+                    found[copy] = self._named(read(copy).step)
+        return found
+
+    def _adopt(self, copy: Path, path: Path) -> None:
+        """Make ``copy`` a mark of ``path``, and ``path`` its content, unless it is another checkpoint."""
+        if path.exists() and not filecmp.cmp(copy, path, shallow=False) and _is_whole(path):
+            return
+        with replacing(path, durable=True) as file, copy.open("rb") as content:
+            shutil.copyfileobj(content, file)
+        point(copy, path.name)
+
     def _target(self, mark: str) -> Path | None:
+        """What is marked: the checkpoint in the mark's own place, where one is there; None for nothing."""
         link = self.path / mark
-        target = self.path / link.readlink() if link.is_symlink() else None
-        return target if target is not None and target.exists() else None
+        if not link.is_symlink() and zipfile.is_zipfile(link):
+            return link
+        target = pointed(link) if link.is_symlink() else followed(link)
+        return target if target is not None and target != link and target.exists() else None
 
     def _mark(self, path: Path, score: float | None) -> None:
         point(self.path / LAST, path.name)

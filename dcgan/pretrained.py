@@ -4,11 +4,15 @@ Read are, by content and never by executing anything:
 
 * a run's folder, or its ``checkpoints``: the checkpoint marked last, or best;
 * a checkpoint of :mod:`dcgan.checkpoint`: the Generator's moving average where it has one;
-* a bare state dict as ``torch.save`` wrote it: ``generator_epoch_N.pth`` and ``discriminator_epoch_N.pth``,
-  and ``netG_epoch_N.pth`` and ``netD_epoch_N.pth`` of pytorch/examples, whose networks are these with 3
-  channels. Keys may begin with the ``module.`` of DataParallel and DistributedDataParallel or the
-  ``_orig_mod.`` of torch.compile, and lack BatchNorm's ``num_batches_tracked``, as before PyTorch 0.4.1;
-* the same as safetensors, which :func:`dcgan.export.safetensors` writes.
+* a state dict as ``torch.save`` wrote it, in archives or before them: ``generator_epoch_N.pth`` and
+  ``discriminator_epoch_N.pth``, and ``netG_epoch_N.pth`` and ``netD_epoch_N.pth`` of pytorch/examples, whose
+  networks are these with 3 channels. It may lack BatchNorm's ``num_batches_tracked``, as before PyTorch
+  0.4.1;
+* one or several of them within dicts and lists, ``{"state_dict": …}``, ``{"netG": …, "netD": …}``,
+  Lightning's ``.ckpt`` and the like, with any prefixes before the keys; see :mod:`dcgan.states`. Of several
+  Generators, or Discriminators, the moving average is taken, or with ``ema=False`` the other, then the one
+  that is named after the network; where that leaves several that differ, an error lists them;
+* the same as safetensors, which :func:`dcgan.export.safetensors` writes, under any suffix.
 
 Sizes are read off the state. Only the fully connected network's image cannot be: its state is read from a
 checkpoint, or a safetensors file of ours, which say.
@@ -16,6 +20,7 @@ checkpoint, or a safetensors file of ours, which say.
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,17 +29,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from dcgan import checkpoint, models
+from dcgan import checkpoint, states
 from dcgan.checkpoint import CheckpointError
 from dcgan.errors import InputError
 from dcgan.networks import Architecture, Engine
+from dcgan.states import Network
 
-Network = Literal["generator", "discriminator"]
 Which = Literal["last", "best"]
 
 SAFETENSORS = ".safetensors"
+LONGEST_HEADER = 100_000_000  # bytes, by the format's definition
 
 
 @dataclass(frozen=True)
@@ -120,22 +125,16 @@ def read(path: Path | str, network: Network, *, ema: bool = True, which: Which =
     if network not in get_args(Network):
         raise InputError(f"network must be one of {', '.join(get_args(Network))}, got {network!r}")
     file = find(Path(path), which)
-    if file.suffix == SAFETENSORS:
-        found = _from_state(*_read_safetensors(file), file)
-    else:
-        content = checkpoint.load(file, whole=zipfile.is_zipfile(file))
-        if isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
-            return _from_checkpoint(checkpoint.parse(content, file), network, ema, file)
-        found = _from_state(content, {}, file)
-    if found.network != network:
-        raise CheckpointError(
-            f"{file} holds the weights of a {_TITLES[found.network]}, not of a {_TITLES[network]}"
-        )
-    return found
+    if _is_safetensors(file):
+        return _from_state(*_read_safetensors(file), network, ema, file)
+    content = checkpoint.load(file, whole=zipfile.is_zipfile(file))
+    if isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
+        return _from_checkpoint(checkpoint.parse(content, file), network, ema, file)
+    return _from_state(content, {}, network, ema, file)
 
 
 def find(path: Path, which: Which = "last") -> Path:
-    """The file meant by ``path``: itself, or for a folder the checkpoint that is marked ``which``.
+    """The file meant by ``path``: itself, or what it marks, or the checkpoint that a folder marks ``which``.
 
     Raises:
         CheckpointError: a folder without such a checkpoint.
@@ -146,7 +145,7 @@ def find(path: Path, which: Which = "last") -> Path:
     if not path.is_dir():
         if which == "best" and path.exists():
             raise InputError(f"which must be last for a single file, got 'best' for {path}")
-        return path
+        return checkpoint.followed(path)
     inner = path / "checkpoints"
     folder = checkpoint.Folder(inner if inner.is_dir() else path)
     found = folder.best() if which == "best" else folder.last()
@@ -154,7 +153,7 @@ def find(path: Path, which: Which = "last") -> Path:
         return found
     if folder.last() is not None:
         raise CheckpointError(f"no checkpoint in {folder.path} is marked best: the run measured no score")
-    others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", SAFETENSORS))
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".ckpt", SAFETENSORS))
     hint = f"; give one of its files, such as {others[-1]}" if others else ""
     raise CheckpointError(f"{path} has no checkpoint of a run{hint}")
 
@@ -167,49 +166,48 @@ def _from_checkpoint(content: checkpoint.Checkpoint, network: Network, ema: bool
     return Pretrained(file, network, content.architecture, content.generator)
 
 
-def _from_state(content: Any, about: Mapping[str, str], file: Path) -> Pretrained:
-    """A bare state dict; ``about`` is what a safetensors file says of itself."""
-    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+def _from_state(
+    content: Any, about: Mapping[str, str], network: Network, ema: bool, file: Path
+) -> Pretrained:
+    """A state dict of the network in ``content``; ``about`` is what a safetensors file says of itself."""
+    dicts = list(states.state_dicts(content))
+    if not dicts and not (isinstance(content, Mapping) and all(isinstance(key, str) for key in content)):
         raise CheckpointError(f"{file} holds no network, but a {type(content).__name__}")
-    state = dict(content)
-    for prefix in ("module.", "_orig_mod."):
-        consume_prefix_in_state_dict_if_present(state, prefix)
+    found = [one for place, state in dicts for one in states.networks(place, state, about)]
+    chosen = states.chosen([one for one in found if one.network == network], network, ema)
+    if not chosen:
+        other = next((one.network for one in found if one.network is not None), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{file} holds the weights of a {_TITLES[other]}, not of a {_TITLES[network]}"
+            )
+        why = found[0].why_not if found else states.no_network(dicts)
+        raise CheckpointError(f"{file} holds no network of this project: {why}")
+    if len(chosen) > 1:
+        name = json.dumps(file.name)
+        content_of = (
+            f"safetensors.torch.load_file({name})"
+            if _is_safetensors(file)
+            else f"torch.load({name}, weights_only=True)"
+        )
+        lines = [f'torch.save({one.taken_from(content_of)}, "{network}.pth")' for one in chosen]
+        raise CheckpointError(
+            f"{file} holds {len(chosen)} {_TITLES[network]}s that differ, and nothing tells which is meant; "
+            f"make a file of one: {'; or '.join(lines)}"
+        )
+    one = chosen[0]
+    assert one.architecture is not None
+    return Pretrained(file, network, one.architecture, one.state, one.averaged)
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By its beginning: the length of a JSON text, 8 bytes, and that text. A file that is missing is none."""
     try:
-        network, architecture = _declared(about) if "network" in about else _recognised(state)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{file} holds no network of this project: {error}") from error
-    return Pretrained(file, network, architecture, state)
-
-
-def _declared(about: Mapping[str, str]) -> tuple[Network, Architecture]:
-    network: Any = about["network"]
-    if network not in get_args(Network):
-        raise ValueError(f"its network is {network!r}")
-    model: Any = about["model"]
-    sizes = {name: int(about[name]) for name in ("latent_dim", "channels", "image_size") if name in about}
-    if "features" in about:
-        sizes["features_g" if network == "generator" else "features_d"] = int(about["features"])
-    return network, Architecture(model, **sizes)
-
-
-def _recognised(state: Mapping[str, Any]) -> tuple[Network, Architecture]:
-    """Raises ValueError for what is neither network's state."""
-    first = state.get("main.0.weight")
-    if not isinstance(first, Tensor):
-        keys = ", ".join(list(state)[:4]) or "none"
-        raise ValueError(
-            f"it has no tensor main.0.weight; its keys are {keys}{', …' if len(state) > 4 else ''}"
-        )
-    if first.ndim == 2:
-        raise ValueError(
-            "main.0.weight is a fully connected layer's, and the size of its images can't be read off; "
-            "give the run's checkpoint"
-        )
-    if "main.1.weight" in state:  # BatchNorm comes first in a Generator; in a Discriminator LeakyReLU does
-        sizes: dict[str, Any] = dict(models.Generator.sizes_of(state))
-        return "generator", Architecture(features_g=sizes.pop("features"), **sizes)
-    sizes = dict(models.Discriminator.sizes_of(state))
-    return "discriminator", Architecture(features_d=sizes.pop("features"), **sizes)
+        with file.open("rb") as content:
+            head = content.read(9)
+    except OSError:
+        return False
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

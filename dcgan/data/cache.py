@@ -21,18 +21,26 @@ from torch import Tensor
 
 from dcgan.files import cache_folder, replacing
 
-FORMAT = "dcgan-kernels images 1"
+FORMAT = "dcgan-kernels images 2"
 END = struct.Struct("<QI")
 
-Item = np.ndarray | str
-"""An image's pixels, uint8 [C, H, W], contiguous; or why there are none."""
+
+class Note(NamedTuple):
+    """What a user should know of the images."""
+
+    text: str
+
+
+Item = np.ndarray | str | Note
+"""An image's pixels, uint8 [C, H, W], contiguous; or why there are none; or a note, which is of no image."""
 
 
 class Pixels(NamedTuple):
-    """uint8 [N, C, H, W] of the images that could be read, and by position, why the others could not."""
+    """uint8 [N, C, H, W] of the images that could be read; by position, why the others could not; notes."""
 
     pixels: Tensor
     unreadable: dict[int, str]
+    notes: tuple[str, ...] = ()
 
 
 class _Unusable(Exception):
@@ -47,13 +55,18 @@ def default_folder() -> Path:
 def in_memory(items: Iterable[Item], count: int, shape: tuple[int, int, int]) -> Pixels:
     """``count`` items of ``shape``, without a file."""
     pixels = torch.empty(count, *shape, dtype=torch.uint8)
-    rows, unreadable = pixels.numpy(), {}
-    for position, item in enumerate(items):
-        if isinstance(item, str):
-            unreadable[position] = item
+    rows, found = pixels.numpy(), 0
+    unreadable: dict[int, str] = {}
+    notes = []
+    for item in items:
+        if isinstance(item, Note):
+            notes.append(item.text)
+        elif isinstance(item, str):
+            unreadable[found + len(unreadable)] = item
         else:
-            rows[position - len(unreadable)] = item
-    return Pixels(pixels[: count - len(unreadable)], unreadable)
+            rows[found] = item
+            found += 1
+    return Pixels(pixels[:found], unreadable, tuple(notes))
 
 
 def kept(
@@ -94,16 +107,26 @@ def kept(
 
 def _write(path: Path, key: str, items: Iterable[Item], shape: tuple[int, int, int]) -> None:
     """Raises OSError: no permission, no room; nothing is left then."""
-    count, crc, unreadable = 0, 0, {}
+    count = crc = 0
+    unreadable: dict[int, str] = {}
+    notes = []
     with replacing(path, durable=True) as file:
-        for position, item in enumerate(items):
-            if isinstance(item, str):
-                unreadable[position] = item
-                continue
-            file.write(item.data)
-            crc = zlib.crc32(item.data, crc)
-            count += 1
-        about = {"format": FORMAT, "key": key, "shape": [count, *shape], "unreadable": unreadable}
+        for item in items:
+            if isinstance(item, Note):
+                notes.append(item.text)
+            elif isinstance(item, str):
+                unreadable[count + len(unreadable)] = item
+            else:
+                file.write(item.data)
+                crc = zlib.crc32(item.data, crc)
+                count += 1
+        about = {
+            "format": FORMAT,
+            "key": key,
+            "shape": [count, *shape],
+            "unreadable": unreadable,
+            "notes": notes,
+        }
         text = json.dumps(about).encode()
         file.write(text + END.pack(len(text), zlib.crc32(text, crc)))
 
@@ -116,8 +139,11 @@ def _read(path: Path, key: str) -> Pixels:
             raise _Unusable("damaged")
         # Copy-on-write, so that nothing done to the tensor reaches the file. Where Python knows the flag, no
         # memory is reserved for the copies, which would fail for a file larger than the memory.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        mapped = mmap.mmap(file.fileno(), length, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        if hasattr(mmap, "MAP_NORESERVE"):
+            flags = mmap.MAP_PRIVATE | mmap.MAP_NORESERVE
+            mapped = mmap.mmap(file.fileno(), length, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY)
     end = length - END.size
     text_length, crc = END.unpack_from(mapped, end)
     start = end - text_length
@@ -128,4 +154,5 @@ def _read(path: Path, key: str) -> Pixels:
     if about["format"] != FORMAT or about["key"] != key:
         raise _Unusable("not of the images as they are now")
     pixels = torch.frombuffer(mapped, dtype=torch.uint8)[:start].view(about["shape"])
-    return Pixels(pixels, {int(position): why for position, why in about["unreadable"].items()})
+    unreadable = {int(position): why for position, why in about["unreadable"].items()}
+    return Pixels(pixels, unreadable, tuple(about["notes"]))

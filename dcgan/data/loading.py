@@ -6,10 +6,12 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dcgan.data import pictures
-from dcgan.data.cache import Item, Pixels, default_folder, in_memory, kept
+from dcgan.data.cache import Item, Note, Pixels, default_folder, in_memory, kept
 from dcgan.data.sources import DATASETS, Source, channels_of, evenly, find
 from dcgan.errors import InputError
 from dcgan.models import IMAGE_SIZES
@@ -31,6 +33,8 @@ ROWS = 1024
 """Images of an array that are resized at a time, for the same reason."""
 NAMED = 5
 """Unreadable images that are named to the user; all of them are in :attr:`Images.skipped`."""
+DARK = 4095
+"""The white of 12 bits; 16-bit images without a level above it are said to be dark."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +90,7 @@ def load(
 
     Pixels are those of torchvision's ``Resize(image_size)`` and ``CenterCrop(image_size)`` on PIL images,
     the seed's transform; :func:`dcgan.data.normalise` is the rest of it. What is done to other modes than L
-    and RGB, :func:`dcgan.data.pictures.converted` says.
+    and RGB, :func:`dcgan.data.pictures.converted` says; 32-bit integers have one white for all files.
 
     * ``mnist``, ``fashion-mnist``: IDX files, gzipped or not, in root/MNIST/raw, root/FashionMNIST/raw;
       1 channel.
@@ -114,7 +118,8 @@ def load(
         download: whether what is not there may be downloaded.
         cache: the folder of the cache; None for ``$DCGAN_CACHE/images``, or without that variable
             ``~/.cache/dcgan-kernels/images``.
-        say: is given a line for the user now and then.
+        say: is given a line for the user now and then; without it, only what may make pictures come out other
+            than meant is told, as a warning.
 
     Raises:
         InputError: an argument that is not allowed; a root without the dataset, where it cannot be
@@ -142,6 +147,11 @@ def load(
         if not len(found.pixels):
             raise InputError(f"none of the {len(skipped):,} images in {str(root)!r} can be read: {what}")
         say(f"Skipped {len(skipped):,} of {len(chosen):,} images, which cannot be read: {what}.")
+    for note in found.notes:
+        if say is _silent:
+            warnings.warn(note, stacklevel=2)
+        else:
+            say(note)
     of_found = None if labels is None else torch.from_numpy(np.delete(labels[chosen], unreadable))
     return Images(found.pixels, name, kept_classes, of_found, skipped)
 
@@ -211,7 +221,8 @@ def _of_files(
 
     def items() -> Iterator[Item]:
         say(f"Decoding {len(chosen):,} images of {root} to {size}×{size}.")
-        return _decoded([source.files[i] for i in chosen], channels, size, workers)
+        files, names = ([of[i] for i in chosen] for of in (source.files, source.names))
+        return _decoded(files, names, channels, size, workers)
 
     state = [(source.names[i], _state(source.files[i])) for i in chosen]
     folder = default_folder() if cache is None else Path(os.path.expanduser(cache))
@@ -220,22 +231,76 @@ def _of_files(
     return in_memory(items(), len(chosen), shape) if found is None else found
 
 
-def _decoded(files: Sequence[str], channels: int, size: int, workers: int) -> Iterator[Item]:
-    """Each file's pixels, or why it has none."""
+def _decoded(
+    files: Sequence[str], names: Sequence[str], channels: int, size: int, workers: int
+) -> Iterator[Item]:
+    """Each file's pixels, or why it has none; then what is to be said of pictures of 16 and 32 bits."""
+    dark: dict[int, int] = {}
+    wide = _Wide(files, names)
 
-    def one(file: str) -> Item:
+    def one(position: int) -> Item:
         try:
-            return pictures.pixels_of(pictures.opened(file), channels, size)
+            image = pictures.opened(files[position])
+            top = pictures.top_of_16_bits(image)
+            if top is not None and 0 < top <= DARK:
+                dark[position] = top
+            white = wide.white() if pictures.depth(image) == 32 else None
+            return pictures.pixels_of(image, channels, size, white)
         except Exception as error:  # whatever bytes that are no image make of Pillow's parsers
             return _why(error)
 
     Image.init()  # in the first threads to meet a rarer format, Pillow would race to do it, and lose images
     if workers == 0:
-        yield from map(one, files)
-        return
-    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without Python's lock
-        for start in range(0, len(files), TOGETHER):
-            yield from pool.map(one, files[start : start + TOGETHER])
+        yield from map(one, range(len(files)))
+    else:
+        with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without Python's lock
+            for start in range(0, len(files), TOGETHER):
+                yield from pool.map(one, range(start, min(start + TOGETHER, len(files))))
+    if dark:
+        few = "; ".join(f"{names[i]} (up to {dark[i]})" for i in sorted(dark)[:NAMED])
+        more = f"; and {len(dark) - NAMED:,} more" if len(dark) > NAMED else ""
+        yield Note(
+            f"{len(dark):,} images of 16 bits have no level above {DARK}, as if of 12 bits, and come out "
+            f"dark, as white is taken to be 65535; where it is {DARK}, multiply them by 16: {few}{more}."
+        )
+    if wide.said:
+        yield Note(wide.said)
+
+
+class _Wide:
+    """The white of pictures of 32-bit integers, one for all of them, so that none is brighter than it was.
+
+    All of them are looked at, but only once there is one.
+    """
+
+    def __init__(self, files: Sequence[str], names: Sequence[str]) -> None:
+        self._files, self._names, self._lock = files, names, Lock()
+        self._white: int | None = None
+        self.said = ""
+
+    def white(self) -> int:
+        with self._lock:
+            if self._white is None:
+                tops = {name: _top(file) for file, name in zip(self._files, self._names, strict=True)}
+                known = {name: top for name, top in tops.items() if top is not None}
+                name = max(known, key=known.__getitem__, default="")
+                self._white = pictures.white_of(known.get(name, 0))
+                if known:
+                    self.said = (
+                        f"{len(known):,} images are of 32-bit or signed integers, up to {known[name]} in "
+                        f"{name}: white is taken to be {self._white} in all of them, the least 2^n - 1 that "
+                        "reaches that."
+                    )
+            return self._white
+
+
+def _top(file: str) -> int | None:
+    """The largest level of a picture of 32-bit integers; None for all else."""
+    try:
+        with Image.open(file) as image:
+            return pictures.largest(image) if pictures.depth(image) == 32 else None
+    except Exception:  # as in decoding, which says what it is
+        return None
 
 
 def _why(error: Exception) -> str:

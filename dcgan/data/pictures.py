@@ -6,6 +6,7 @@ the crop that pytorch/examples adds.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch.nn import functional as F
 
 from dcgan.errors import InputError
 
-VERSION = 1
+VERSION = 2
 """Of what is done to a picture; a change of it makes cached pixels anew."""
 LONGEST = 256
+BITS = "bits a channel"
+"""In the ``info`` of a picture from :func:`opened`: those of its file, where these are other than 8."""
 
 
 def opened(path: str | Path) -> Image.Image:
@@ -28,6 +31,10 @@ def opened(path: str | Path) -> Image.Image:
         Exception: the file is missing, unreadable, truncated or no image; Pillow has many for that.
     """
     with Image.open(path) as image:
+        # Pillow keeps the upper 8 of 16 bits of colour, and says of what it read only until it has.
+        bits = re.search(r";(\d+)", " ".join(str(tile[3]) for tile in image.tile))
+        if bits:
+            image.info[BITS] = int(bits[1])
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -37,20 +44,68 @@ def is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
 
 
-def converted(image: Image.Image, channels: int) -> Image.Image:
+def depth(image: Image.Image) -> int:
+    """Bits of a grey level in memory: 16 or 32 of a mode with so many, and 8 of all others.
+
+    Pillow reads 16-bit PGM as mode I, and stretches its levels to 65535: these are 16.
+    """
+    if image.mode == "I":
+        return 16 if image.format in ("PPM", "PNG") else 32
+    return 16 if image.mode.startswith("I;16") else 8
+
+
+def largest(image: Image.Image) -> int:
+    """The largest level of a picture of mode I or I;16, of either byte order.
+
+    Raises:
+        ValueError: a level below 0, where black is anyone's guess.
+    """
+    values = np.asarray(image)
+    if values.min() < 0:
+        raise ValueError(f"integers from {values.min()} to {values.max()}, and no black is known below 0")
+    return int(values.max())
+
+
+def top_of_16_bits(image: Image.Image) -> int | None:
+    """The largest level in a file of 16 bits a channel, or of colour the most it may be; else None.
+
+    Raises:
+        ValueError: as :func:`largest`.
+    """
+    if image.info.get(BITS) != 16 or depth(image) == 32:  # signed 16 bits are of mode I
+        return None
+    if depth(image) == 16:
+        return largest(image)
+    upper = np.asarray(image.convert("RGB"))  # without alpha
+    return int(upper.max()) << 8 | 255
+
+
+def white_of(level: int) -> int:
+    """The white of pictures whose largest level this is: the least 2^n - 1 that reaches it, at least 255."""
+    return max(255, (1 << level.bit_length()) - 1)
+
+
+def converted(image: Image.Image, channels: int, white: int | None = None) -> Image.Image:
     """The picture in mode L (``channels`` 1) or RGB (3).
 
     Grey becomes three equal channels; RGB becomes L = 0.299 R + 0.587 G + 0.114 B (ITU-R 601). Alpha is
     dropped, not blended, as torchvision's ImageFolder does. 16 bits of grey are scaled to 8: v·255/65535,
-    rounded. Modes with neither grey nor RGB (CMYK, YCbCr, LAB, palettes) become RGB first.
+    rounded; the 12 of a TIFF that says so, v·255/4095. Of 32 bits no one uses all, and v·255/``white`` is
+    taken. Modes with neither grey nor RGB (CMYK, YCbCr, LAB, palettes) become RGB first.
+
+    Args:
+        image: of any mode.
+        channels: 1 or 3.
+        white: of 32-bit grey; None for :func:`white_of` the picture's own largest level.
 
     Raises:
-        ValueError: floating-point pixels, or integers beyond 16 bits, whose black and white nothing tells.
+        ValueError: floating-point pixels, whose black and white nothing tells, or integers below 0 or above
+            the white.
     """
     if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is not known")
-    if image.mode.startswith("I"):
-        image = _to_8_bits(image)
+        raise ValueError("floating-point pixels, whose range is not known; save them as 8 or 16-bit integers")
+    if depth(image) > 8:
+        image = _to_8_bits(image, white)
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns of P → RGB where the palette has an alpha
     if channels == 1 and is_grey(image):
@@ -59,12 +114,16 @@ def converted(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L") if channels == 1 else image
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Modes I;16 (of either byte order) and I, as which Pillow also reads 16-bit PGM."""
+def _to_8_bits(image: Image.Image, white: int | None) -> Image.Image:
+    top = largest(image)
+    if depth(image) == 16:
+        white = 4095 if image.info.get(BITS) == 12 else 65535
+    elif white is None:
+        white = white_of(top)
+    if top > white:
+        raise ValueError(f"integers up to {top}, above the white of {white}")
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"integers from {values.min()} to {values.max()}, which are not 16-bit grey levels")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
@@ -83,13 +142,13 @@ def fitted(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def pixels_of(image: Image.Image, channels: int, size: int) -> np.ndarray:
+def pixels_of(image: Image.Image, channels: int, size: int, white: int | None = None) -> np.ndarray:
     """The picture as uint8 [channels, size, size], contiguous.
 
     Raises:
         ValueError: as :func:`converted` and :func:`fitted`.
     """
-    pixels = np.asarray(fitted(converted(image, channels), size)).reshape(size, size, channels)
+    pixels = np.asarray(fitted(converted(image, channels, white), size)).reshape(size, size, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -203,7 +203,12 @@ class Run:
 
     def _check(self, saved: Checkpoint) -> None:
         if saved.architecture != self.architecture:
-            raise InputError(f"the checkpoint is of {saved.architecture}, the run is of {self.architecture}")
+            was, now = asdict(saved.architecture), asdict(self.architecture)
+            differing = [name for name in now if was[name] != now[name]]
+            raise InputError(
+                f"the checkpoint is of {', '.join(f'{name}={was[name]!r}' for name in differing)}, "
+                f"the run is of {', '.join(f'{name}={now[name]!r}' for name in differing)}"
+            )
         if not saved.optimizer_g or not saved.optimizer_d:
             raise CheckpointError("the checkpoint has no optimizers' states, and can't be resumed")
         batches = len(self.feed)

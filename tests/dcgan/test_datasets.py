@@ -186,6 +186,171 @@ def test_grey_and_colour_agree_on_white_and_black(tmp_path: Path) -> None:
     assert [x.unique().tolist() for x in images.pixels] == [[255], [255], [0]]
 
 
+def png(path: Path, levels: np.ndarray) -> None:
+    """A PNG of 16 bits a channel, which Pillow writes of grey alone: [H, W] or [H, W, 3 or 4]."""
+    height, width = levels.shape[:2]
+    kind = {2: 0, 3: {3: 2, 4: 6}.get(levels.shape[-1])}[levels.ndim]
+    rows = levels.astype(">u2").reshape(height, -1).view(np.uint8)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def tiff(path: Path, levels: np.ndarray) -> None:
+    """A TIFF of any integers, which Pillow writes of few."""
+    tiff_of(path, levels, levels.astype(levels.dtype.newbyteorder("<")).tobytes(), 8 * levels.itemsize)
+
+
+def tiff_of(path: Path, levels: np.ndarray, data: bytes, bits: int) -> None:
+    """A TIFF, uncompressed: its data, then its tags, which are number, type, count and value."""
+    signed = levels.dtype.kind == "i"
+    height, width = levels.shape
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, 1), (273, 4, 1, 8), (278, 4, 1, height), (279, 4, 1, len(data))]
+    tags += [(339, 3, 1, 2 if signed else 1)]
+    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + table + b"\0\0\0\0")
+
+
+def said_of(folder: Path, **arguments: object) -> tuple[Images, list[str]]:
+    said: list[str] = []
+    return load("folder", folder, image_size=32, channels=1, say=said.append, **arguments), said
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32])
+@pytest.mark.parametrize(
+    ("top", "white"),
+    [
+        (200, 255),
+        (255, 255),
+        (256, 511),
+        (4095, 4095),
+        (40000, 65535),
+        (65536, 131071),
+        (2**31 - 1, 2**31 - 1),
+    ],
+)
+def test_32_bit_integers_have_one_white_for_all(top: int, white: int, dtype: type, tmp_path: Path) -> None:
+    """The least 2^n - 1 that the largest of all reaches, so that darker pictures stay darker."""
+    levels = np.random.default_rng(0).integers(0, top, (3, 32, 32), endpoint=True)
+    levels[0, 0, 0] = top
+    levels[1] //= 4
+    for i, one in enumerate(levels):
+        tiff(tmp_path / f"{i}.tif", one.astype(dtype))
+    save(tmp_path / "3.png", noise(32, 32))
+    for workers in (0, 2):
+        images, said = said_of(tmp_path, workers=workers, cache=tmp_path / f"cache-{workers}")
+        assert not images.skipped
+        expected = np.floor(levels * 255.0 / white + 0.5)
+        assert np.abs(images.pixels[:3, 0].numpy() - expected).max() <= 1
+        assert images.pixels[0].max() >= 127
+        assert torch.equal(images.pixels[3, 0], torch.from_numpy(noise(32, 32)))
+        line = next(line for line in said if "3 images are of 32-bit or signed integers" in line)
+        assert f"up to {top} in 0.tif: white is taken to be {white} in all of them" in line
+
+
+def test_32_bit_integers_of_no_known_black_are_skipped_and_named(tmp_path: Path) -> None:
+    tiff(tmp_path / "a.tif", np.array([[-5, 7], [1, 2]], np.int32))
+    tiff(tmp_path / "b.tif", np.array([[0, 3_000_000_000], [1, 2]], np.uint32))  # Pillow's own are signed
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "c.tif")
+    tiff(tmp_path / "d.tif", np.array([[0, 255], [1, 2]], np.int32))
+    images, said = said_of(tmp_path)
+    assert images.skipped == ("a.tif", "b.tif", "c.tif")
+    line = next(line for line in said if "Skipped 3" in line)
+    assert "a.tif (integers from -5 to 7, and no black is known below 0)" in line
+    assert (
+        "c.tif (floating-point pixels, whose range is not known; save them as 8 or 16-bit integers)" in line
+    )
+    assert any("up to 255 in d.tif" in line for line in said)
+
+
+def test_pictures_of_32_bits_alone_have_their_own_white() -> None:
+    for top, white in ((3, 255), (300, 511)):
+        levels = np.array([[0, top]], np.int32)
+        got = np.asarray(pictures.converted(Image.fromarray(levels), 1))
+        assert got.tolist() == [[0, round(top * 255 / white)]]
+        got = np.asarray(pictures.converted(Image.fromarray(levels), 1, 1023))
+        assert got.tolist() == [[0, round(top * 255 / 1023)]]
+    with pytest.raises(ValueError, match="integers up to 300, above the white of 299"):
+        pictures.converted(Image.fromarray(levels), 1, 299)
+
+
+DEEP: dict[str, tuple[str, Callable[[Path, np.ndarray], None]]] = {
+    "grey PNG": (".png", png),
+    "grey PNG of Pillow": (".png", lambda path, levels: Image.fromarray(levels.astype(np.uint16)).save(path)),
+    "colour PNG": (".png", lambda path, levels: png(path, np.stack(3 * [levels], 2))),
+    "PNG with alpha": (".png", lambda path, levels: png(path, np.stack([*3 * [levels], levels | 65535], 2))),
+    "grey TIFF": (".tif", lambda path, levels: tiff(path, levels.astype(np.uint16))),
+}
+
+
+@pytest.mark.parametrize(
+    ("top", "dark"), [(0, False), (255, True), (1023, True), (4095, True), (4096, False), (65535, False)]
+)
+@pytest.mark.parametrize("kind", DEEP)
+def test_12_bits_in_16_are_said(kind: str, top: int, dark: bool, tmp_path: Path) -> None:
+    """Whether decoded or from the cache; their pixels are those of 16 bits all the same."""
+    suffix, write = DEEP[kind]
+    levels = np.linspace(0, top, 32 * 32).round().astype(np.int64).reshape(32, 32)
+    if kind in ("colour PNG", "PNG with alpha"):  # of which Pillow keeps the upper 8 bits
+        top, dark = top | 255, dark or top == 0
+    write(tmp_path / f"a{suffix}", levels)
+    save(tmp_path / "b.png", noise(32, 32))
+    for _ in range(2):
+        images, said = said_of(tmp_path)
+        assert not images.skipped
+        assert np.abs(images.pixels[0, 0].numpy() - levels * 255 / 65535).max() <= 1
+        lines = [line for line in said if "come out dark" in line]
+        assert len(lines) == dark
+        if dark:
+            assert f"a{suffix} (up to {top})" in lines[0]
+            assert "1 images of 16 bits have no level above 4095" in lines[0]
+            assert "white is taken to be 65535; where it is 4095, multiply them by 16" in lines[0]
+
+
+def test_many_dark_images_are_counted(tmp_path: Path) -> None:
+    for i in range(7):
+        png(tmp_path / f"{i}.png", np.full((32, 32), 100 + i))
+    _, said = said_of(tmp_path)
+    line = next(line for line in said if "come out dark" in line)
+    assert line.startswith("7 images of 16 bits")
+    assert "0.png (up to 100); 1.png" in line
+    assert line.endswith("4.png (up to 104); and 2 more.")
+
+
+def test_without_say_dark_images_are_a_warning(tmp_path: Path) -> None:
+    png(tmp_path / "a.png", np.full((32, 32), 4095))
+    with pytest.warns(UserWarning, match=r"come out dark.*a\.png"):
+        load("folder", tmp_path, image_size=32)
+
+
+def test_tiff_of_12_bits_says_so(tmp_path: Path) -> None:
+    levels = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4
+    bits = np.unpackbits(levels.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 4:]
+    tiff_of(tmp_path / "a.tif", levels, np.packbits(bits).tobytes(), 12)
+    images, said = said_of(tmp_path)
+    assert np.abs(images.pixels[0, 0].numpy() - levels * 255.0 / 4095).max() <= 1
+    assert not any("dark" in line for line in said)
+
+
+def test_tiff_of_signed_16_bits_is_as_of_32(tmp_path: Path) -> None:
+    levels = np.arange(1024, dtype=np.int16).reshape(32, 32) * 4
+    tiff(tmp_path / "a.tif", levels)
+    images, said = said_of(tmp_path)
+    assert np.abs(images.pixels[0, 0].numpy() - levels * 255.0 / 4095).max() <= 1
+    assert any("up to 4092 in a.tif: white is taken to be 4095" in line for line in said)
+
+
+def test_pgm_of_12_bits_is_stretched_by_its_own_white(tmp_path: Path) -> None:
+    levels = np.arange(1024).reshape(32, 32) * 4
+    (tmp_path / "a.pgm").write_bytes(b"P5 32 32 4095\n" + levels.astype(">u2").tobytes())
+    images, said = said_of(tmp_path)
+    assert np.abs(images.pixels[0, 0].numpy() - levels * 255 / 4095).max() <= 1
+    assert not any("dark" in line for line in said)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
     pixels = noise(48, 48)
@@ -373,8 +538,8 @@ def damage(path: Path, kind: str) -> None:
         path.write_bytes(b"")
     elif kind == "floats":
         Image.fromarray(np.ones((40, 40), np.float32)).save(path, format="TIFF")
-    elif kind == "wide integers":
-        Image.fromarray(np.full((40, 40), 70000, np.int32)).save(path, format="TIFF")
+    elif kind == "negative integers":
+        Image.fromarray(np.full((40, 40), -1, np.int32)).save(path, format="TIFF")
     elif kind == "bomb":
         header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
         path.write_bytes(
@@ -389,7 +554,7 @@ KINDS = {
     "text": "no image",
     "empty": "no image",
     "floats": "floating-point",
-    "wide integers": "not 16-bit",
+    "negative integers": "integers from -1 to -1",
     "bomb": "decompression bomb",
     "strip": "a strip of 3×1000 pixels",
 }

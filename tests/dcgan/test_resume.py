@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 
 from dcgan import checkpoint as checkpoints
 from dcgan import files
+from dcgan.errors import InputError
+from dcgan.networks import Architecture
 
 KINDS: dict[str, dict[str, Any]] = {
     "dcgan": {"ema": 0.9, "sample_interval": 3},
@@ -222,3 +225,21 @@ def test_a_damaged_last_checkpoint_is_said_and_the_one_before_taken(
     process.join()
     assert process.exitcode == 0
     runs.assert_same_end(out, whole("dcgan"))
+
+
+@pytest.mark.parametrize(
+    ("other", "was", "now"),
+    [
+        ({"features_g": 8}, "features_g=8", "features_g=64"),
+        ({"channels": 3, "image_size": 32}, "channels=3, image_size=32", "channels=1, image_size=64"),
+        ({"model": "mlp"}, "model='mlp'", "model='dcgan'"),
+    ],
+    ids=["one", "two", "the model"],
+)
+def test_architectures_are_told_apart_by_what_differs(other: dict[str, Any], was: str, now: str) -> None:
+    from dcgan.training.run import Run
+
+    run: Any = types.SimpleNamespace(architecture=Architecture())
+    message = f"^the checkpoint is of {was}, the run is of {now}$"
+    with pytest.raises(InputError, match=message):
+        Run._check(run, checkpoints.Checkpoint(Architecture(**other), {}, {}))
