@@ -5,7 +5,7 @@ a wheel and mypy all see the one package ``dcgan.kernels``.
 
 csrc is a plain shared library without Python or PyTorch headers, built here in seconds: engine.cpp once for
 each instruction set, the rest once. A failing compiler does not fail the installation: the package then runs
-on the reference, and says why once.
+PyTorch's own modules, and says why once.
 """
 
 import os
@@ -68,6 +68,7 @@ class BuildNative(build_ext):
         units = [
             ("csrc/abi.cpp", temporary / "abi.o", with_isas),
             ("csrc/chain.cpp", temporary / "chain.o", []),
+            ("csrc/samples.cpp", temporary / "samples.o", []),
             ("csrc/training.cpp", temporary / "training.o", []),
         ]
         for isa, (lanes, flags) in isas.items():

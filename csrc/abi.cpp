@@ -11,10 +11,14 @@
 #include "chain.h"
 #include "dcgan.h"
 #include "engine.h"
+#include "samples.h"
 #include "training.h"
 #include "workspace.h"
 
 namespace dcgan {
+
+thread_local int thread_limit = 0;
+
 namespace {
 
 thread_local char message[256] = "";
@@ -268,6 +272,12 @@ int dcgan_use_isa(const char* name) {
     return fail(DCGAN_EISA, "instruction set must be one of: %s; got %s", names(true), name);
 }
 
+int dcgan_limit_threads(int most) {
+    if (most < 0) return fail(DCGAN_EARGUMENT, "most must not be negative, got %d", most);
+    thread_limit = most;
+    return 0;
+}
+
 int dcgan_supports(const dcgan_layer* layer) {
     return check_geometry(layer);
 }
@@ -358,24 +368,70 @@ int dcgan_dgrad(const dcgan_op* op, int64_t images, const float* dy, const float
 }
 
 int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float* dy, const float* y,
-                float* dweight, const int64_t strides[4], int threads) {
+                float* dweight, const int64_t strides[4], const float* weight,
+                const int64_t weight_strides[4], float* dout_scale, int threads) {
     if (const int code = check_call(op, DCGAN_WGRAD, images, threads)) return code;
     if (const int code = check_given({{"x", x}, {"dy", dy}, {"dweight", dweight}, {"strides", strides}}))
         return code;
     if (const int code = check_backward(*op, y)) return code;
+    if (dout_scale != nullptr) {
+        if (op->statistics)
+            return fail(DCGAN_EARGUMENT,
+                        "dout_scale is asked for, but with statistics there is no out_scale");
+        if (const int code = check_given({{"weight", weight}, {"weight_strides", weight_strides}}))
+            return code;
+    }
     if (images == 0) return 0;  // dweight stays as it is
     if (forked) threads = 1;
     const dcgan_layer layer = layer_of(*op);
-    GradientJob job{&layer, source_of_x(*op, x), {}, static_cast<long>(images), dweight, strides};
+    dcgan_op by = *op;
+    if (dout_scale != nullptr) by.out_scale = nullptr;  // by e first
+    GradientJob job{&layer, source_of_x(by, x), {}, static_cast<long>(images), dweight, strides};
     // The prologue's kind decides how much memory it takes; its vectors are in front of that.
     const size_t vectors = (static_cast<size_t>(3 * op->c_out) + 15) / 16 * 16;
-    job.du = source_of_du(*op, images, dy, y, nullptr);
+    job.du = source_of_du(by, images, dy, y, nullptr);
     float* const memory =
         work((vectors + static_cast<size_t>(engine().gradient_memory(job, threads))) * sizeof(float));
     if (memory == nullptr) return DCGAN_EMEMORY;
-    job.du = source_of_du(*op, images, dy, y, memory);
+    job.du = source_of_du(by, images, dy, y, memory);
     engine().gradient(job, threads, memory + vectors);
+    if (dout_scale != nullptr)
+        engine().scale_gradient(layer, weight, weight_strides, dweight, strides, threads, dout_scale);
     return 0;
+}
+
+int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, const float* y,
+                         float* dout_shift, int threads) {
+    if (const int code = check_call(op, DCGAN_FPROP, images, threads)) return code;  // by no algorithm
+    if (op->statistics)
+        return fail(DCGAN_EARGUMENT, "dout_shift is asked for, but with statistics there is no out_shift");
+    if (const int code = check_given({{"dy", dy}, {"dout_shift", dout_shift}})) return code;
+    if (const int code = check_backward(*op, y)) return code;
+    if (images == 0) return 0;
+    if (forked) threads = 1;
+    const dcgan_layer layer = layer_of(*op);
+    dcgan_op by = *op;
+    by.out_scale = nullptr;
+    const Source e = source_of_du(by, images, dy, y, nullptr);
+    const long pixels =
+        static_cast<long>(images * out_side(layer, layer.height) * out_side(layer, layer.width));
+    float* const memory = work(static_cast<size_t>(engine().shift_memory(e, pixels)) * sizeof(float));
+    if (memory == nullptr) return DCGAN_EMEMORY;
+    engine().shift_gradient(e, pixels, threads, memory, dout_shift);
+    return 0;
+}
+
+int dcgan_differ(const dcgan_pair* pairs, int count, int lines) {
+    if (count < 0) return fail(DCGAN_EARGUMENT, "count must not be negative, got %d", count);
+    if (lines < 1) return fail(DCGAN_EARGUMENT, "lines must be positive, got %d", lines);
+    if (const int code = count > 0 ? check_given({{"pairs", pairs}}) : 0) return code;
+    for (int i = 0; i < count; ++i) {
+        if (const int code = check_given({{"now", pairs[i].now}, {"before", pairs[i].before}})) return code;
+        if (pairs[i].bytes < 0)
+            return fail(DCGAN_EARGUMENT, "bytes must not be negative, got %lld",
+                        static_cast<long long>(pairs[i].bytes));
+    }
+    return differ(pairs, count, lines) ? 1 : 0;
 }
 
 void dcgan_release(void) {

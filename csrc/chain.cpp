@@ -46,16 +46,22 @@ View from_image(View v, int64_t image) {
     return v;
 }
 
-// The layer with its BatchNorm as a scale and a shift, which go to `affine` (2·size floats).
+// The layer with its bias and BatchNorm as a scale and a shift, which go to `affine` (2·size floats).
 dcgan_layer fold(const dcgan_layer& l, float* affine, size_t size) {
-    if (l.mean == nullptr) return l;
+    if (l.bias == nullptr && l.mean == nullptr) return l;
     float *const scale = affine, *const shift = affine + size;
     for (int c = 0; c < l.c_out; ++c) {
-        scale[c] = (l.scale == nullptr ? 1.0f : l.scale[c]) / std::sqrt(l.variance[c] + l.epsilon);
-        shift[c] = (l.shift == nullptr ? 0.0f : l.shift[c]) - l.mean[c] * scale[c];
+        scale[c] = l.scale == nullptr ? 1.0f : l.scale[c];
+        float offset = l.bias == nullptr ? 0.0f : l.bias[c];
+        if (l.mean != nullptr) {
+            scale[c] /= std::sqrt(l.variance[c] + l.epsilon);
+            offset -= l.mean[c];
+        }
+        shift[c] = (l.shift == nullptr ? 0.0f : l.shift[c]) + offset * scale[c];
     }
     dcgan_layer result = l;
-    result.scale = scale;
+    result.bias = nullptr;
+    if (l.scale != nullptr || l.mean != nullptr) result.scale = scale;
     result.shift = shift;
     return result;
 }
@@ -145,7 +151,7 @@ void Chain::run(const Group& group, const View& x, const View& y, int64_t images
     };
 #ifdef _OPENMP
     if (group.apart) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads_)
+#pragma omp parallel for schedule(dynamic) num_threads(running(threads_))
         for (int64_t i = 0; i < blocks; ++i) block(i, 1, omp_get_thread_num());
         return;
     }

@@ -1,6 +1,6 @@
 // The C ABI of the native engine: DCGAN's convolutions on a CPU, inference and training, float32.
 //
-//     y = act((conv(x, weight) - mean[c])·scale[c]/√(variance[c] + epsilon) + shift[c])
+//     y = act((conv(x, weight) + bias[c] - mean[c])·scale[c]/√(variance[c] + epsilon) + shift[c])
 //
 // (a BatchNorm in eval mode is that; without one, mean and variance are null)
 // for the convolutions and transposed convolutions of kernel 4, stride 2, padding 1, and for the layers on a
@@ -25,7 +25,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-enum { DCGAN_ABI = 2 };
+enum { DCGAN_ABI = 3 };
 
 enum dcgan_algorithm {
     DCGAN_DENSE = 0,   // a matrix product: a layer on a 1×1 map
@@ -59,6 +59,7 @@ typedef struct {
     float slope;            // of leaky_relu
     float epsilon;          // added to variance
     const float* weights;   // packed by dcgan_pack for this algorithm and instruction set
+    const float* bias;      // [c_out], or null for 0
     const float* scale;     // [c_out], or null for 1
     const float* shift;     // [c_out], or null for 0
     const float* mean;      // [c_out], or null for 0 and 1: only both or neither
@@ -89,6 +90,10 @@ int64_t dcgan_packed_size(const dcgan_layer* layer);
 int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t strides[4], float* packed,
                int threads);
 
+// The most threads that later calls of this thread run on, whatever `threads` says: that decides how their
+// work is cut, and so the order of sums. 0 for no limit.
+int dcgan_limit_threads(int most);
+
 // --- training ---
 //
 // One layer, forward and backward; maps are contiguous NHWC.
@@ -103,6 +108,7 @@ int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t stri
 //     dx̂ = adjoint_conv(du, weight);  g = dx̂·in_act'
 //     dx = g·scale[c];  dscale[c] = Σ g·(x - center[c]);  dshift[c] = Σ g;  dcenter = -scale·dshift
 //     dweight = wgrad(x̂, du)
+//     e = dy·out_act'(y);  dout_shift[c] = Σ e;  dout_scale[c] = Σ e·u    without statistics
 //
 // Nothing is packed beforehand: weights are transformed in the call, since in training each version of them
 // is used a few times only.
@@ -134,8 +140,13 @@ int dcgan_fprop(const dcgan_op* op, int64_t images, const float* x, const float*
 int dcgan_dgrad(const dcgan_op* op, int64_t images, const float* dy, const float* y, const float* weight,
                 const int64_t strides[4], const float* x, float* dx, float* dcenter, float* dscale,
                 float* dshift, int threads);
+// dout_scale: [c_out], or null; weight, in its strides, is looked at where it is wanted only.
 int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float* dy, const float* y,
-                float* dweight, const int64_t strides[4], int threads);
+                float* dweight, const int64_t strides[4], const float* weight,
+                const int64_t weight_strides[4], float* dout_scale, int threads);
+// dout_shift: [c_out].
+int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, const float* y,
+                         float* dout_shift, int threads);
 
 // --- inference ---
 //
@@ -146,6 +157,17 @@ int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_
 int64_t dcgan_workspace(const dcgan_layer* layers, int count, int64_t images, int threads);
 // Gives the calling thread's workspace back to the system.
 void dcgan_release(void);
+
+// Memory as it is now and a copy of it from before.
+typedef struct {
+    const void *now, *before;
+    int64_t bytes;
+} dcgan_pair;
+
+// 1 if a pair differs, else 0. Of each pair `lines` lines of 64 bytes are compared, at random places that are
+// others at every call, or all of a pair that is no larger: changes to a share f of a pair's lines are missed
+// with probability (1 - f)^lines.
+int dcgan_differ(const dcgan_pair* pairs, int count, int lines);
 
 // Multiply-adds a second that `threads` threads reach with every operand in a register: the roof of any
 // kernel that does a convolution's arithmetic directly.

@@ -6,6 +6,7 @@
 #endif
 #include <time.h>
 
+#include "affine.h"
 #include "dense.h"
 #include "direct.h"
 #include "narrow.h"
@@ -54,6 +55,19 @@ static void run(const Job& job, int threads, float* scratch, long scratch_stride
 static long units(const Job& job, int threads) {
     return with_algorithm(*job.layer,
                           [&](auto algorithm) { return decltype(algorithm)::plan(job, threads).units(); });
+}
+
+static long shift_memory(const Source& e, long pixels) {
+    return ShiftGradient(e, pixels).memory();
+}
+
+static void shift_gradient(const Source& e, long pixels, int threads, float* memory, float* dshift) {
+    ShiftGradient(e, pixels).run(threads, memory, dshift);
+}
+
+static void scale_gradient(const dcgan_layer& l, const float* weight, const int64_t strides[4],
+                           float* dweight, const int64_t dweight_strides[4], int threads, float* dscale) {
+    ScaleGradient(l, weight, strides, dweight, dweight_strides).run(threads, dscale);
 }
 
 // 12 independent chains hide an FMA's latency on every machine this is compiled for.
@@ -115,6 +129,9 @@ const Engine DCGAN_TABLE(DCGAN_ISA) = {DCGAN_NAME(DCGAN_ISA),
                                        DCGAN_ISA::Streamed::run,
                                        DCGAN_ISA::WeightGradient::memory,
                                        DCGAN_ISA::WeightGradient::run,
+                                       DCGAN_ISA::shift_memory,
+                                       DCGAN_ISA::shift_gradient,
+                                       DCGAN_ISA::scale_gradient,
                                        DCGAN_ISA::peak};
 
 }  // namespace dcgan

@@ -71,6 +71,14 @@ struct GradientJob {
     const int64_t* strides;
 };
 
+// The most threads that the calling thread's parallel regions run on, however many their work is cut for, so
+// that results are the same: dcgan_limit_threads. 0 for no limit.
+extern thread_local int thread_limit;
+
+inline int running(long threads) {
+    return static_cast<int>(thread_limit > 0 && thread_limit < threads ? thread_limit : threads);
+}
+
 // The entry points of one instruction set's build of engine.cpp.
 struct Engine {
     const char* name;
@@ -92,6 +100,12 @@ struct Engine {
                      int threads, float* memory);
     long (*gradient_memory)(const GradientJob& job, int threads);
     void (*gradient)(const GradientJob& job, int threads, float* memory);
+    // Σ e over `pixels`, of e without a scale.
+    long (*shift_memory)(const Source& e, long pixels);
+    void (*shift_gradient)(const Source& e, long pixels, int threads, float* memory, float* dshift);
+    // Σ e·u from the weights' gradient by e; dweight becomes that by e·scale, the layer's.
+    void (*scale_gradient)(const dcgan_layer& layer, const float* weight, const int64_t strides[4],
+                           float* dweight, const int64_t dweight_strides[4], int threads, float* dscale);
     // Multiply-adds a second on `threads` threads, with every operand in a register.
     double (*peak)(int threads, double seconds);
 };

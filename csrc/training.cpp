@@ -210,7 +210,7 @@ void Product::run_blocks(const Maps& maps, const Source& source, const Gather* g
             const int64_t rows = images * layer_.height, row = layer_.width;
             const int64_t first = begin * in_pixels;
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(running(threads)) if (running(threads) > 1)
 #endif
             for (int64_t r = 0; r < rows; ++r)
                 engine_.fill(source, first + r * row, first + (r + 1) * row, from + r * row * layer_.c_in);
@@ -233,7 +233,7 @@ void Product::run_blocks(const Maps& maps, const Source& source, const Gather* g
     };
 #ifdef _OPENMP
     if (apart_) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads_)
+#pragma omp parallel for schedule(dynamic) num_threads(running(threads_))
         for (int64_t i = 0; i < blocks_; ++i) block(i, 1, omp_get_thread_num());
         return;
     }

@@ -126,9 +126,10 @@ struct Weights {
           row(strides[2]),
           column(strides[3]) {}
 
-    float operator()(long c_in, long c_out, long y, long x) const {
-        return data[c_in * in + c_out * out + y * row + x * column];
+    long at(long c_in, long c_out, long y, long x) const {
+        return c_in * in + c_out * out + y * row + x * column;
     }
+    float operator()(long c_in, long c_out, long y, long x) const { return data[at(c_in, c_out, y, x)]; }
 
     // All taps of a 4×4 kernel for PANEL output channels from c_out on, of which those below `end` exist.
     void panel(long c_in, long c_out, long end, float (&taps)[4][4][PANEL]) const {
@@ -165,8 +166,8 @@ inline long tap_row(bool transposed, long a, long i) {
 template <class F>
 inline void parallel(long count, int threads, float* scratch, long scratch_stride, const F& f) {
 #ifdef _OPENMP
-    if (threads > 1 && count > 1) {
-        const int useful = static_cast<int>(least(threads, count));
+    if (running(threads) > 1 && count > 1) {
+        const int useful = static_cast<int>(least(running(threads), count));
 #pragma omp parallel num_threads(useful)
         {
             float* const own = scratch + omp_get_thread_num() * scratch_stride;

@@ -18,8 +18,8 @@ class Graphed:
     """``model`` on inputs of at most ``batch`` rows as the replay of one CUDA graph; made by :func:`graphed`.
 
     BatchNorm is folded inside the graph, from the live buffers. Weights are packed outside it; before each
-    replay the graph is captured anew if they, or a setting it depends on, have changed. As everywhere, an
-    in-place edit of ``p.data`` needs ``model.refresh()``.
+    replay the graph is captured anew if they, or a setting it depends on, have changed. As elsewhere on a
+    GPU, an in-place edit of ``p.data`` needs ``model.refresh()``.
     """
 
     def __init__(self, model: Network, batch: int) -> None:

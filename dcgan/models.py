@@ -41,16 +41,33 @@ def _positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def check_sigmoid(main: nn.Module) -> None:
+    """Raise TypeError unless ``main`` is a plain sequence that ends in a Sigmoid, whose input logits are."""
+    what = "logits are what a final Sigmoid is given, but main"
+    if not isinstance(main, nn.Sequential):
+        raise TypeError(f"{what} is a {type(main).__name__}, not an nn.Sequential")
+    if type(main).forward is not nn.Sequential.forward or "forward" in main.__dict__:
+        raise TypeError(f"{what} has a forward of its own")
+    if not len(main) or type(main[-1]) is not nn.Sigmoid:
+        raise TypeError(f"{what} ends in {type(main[-1]).__name__ if len(main) else 'nothing'}")
+
+
 def but_sigmoid(sequence: nn.Sequential) -> nn.Sequential:
     """The sequence without the Sigmoid at its end; its modules are shared.
 
     Raises:
-        TypeError: it does not end in one.
+        TypeError: it is no plain sequence, or does not end in one.
     """
-    if not len(sequence) or type(sequence[-1]) is not nn.Sigmoid:
-        last = type(sequence[-1]).__name__ if len(sequence) else "nothing"
-        raise TypeError(f"logits are what a final Sigmoid is given, but main ends in {last}")
+    check_sigmoid(sequence)
     return sequence[:-1]
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """``value``, or a clear error where it is none."""
+    if not isinstance(value, Tensor):
+        hint = f"; torch.from_numpy({name}) makes one" if type(value).__module__ == "numpy" else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__qualname__}{hint}")
+    return value
 
 
 def _ladder(features: int, image_size: int) -> list[int]:
@@ -91,16 +108,20 @@ class _Sized(nn.Module, abc.ABC):
             if k in own and isinstance(v, Tensor) and isinstance(own[k], Tensor) and v.shape != own[k].shape
         ]
         if wrong:
-            name = type(self).__name__
+            name, key = type(self).__name__, wrong[0]
+            there, here = list(state_dict[key].shape), list(own[key].shape)
+            tensor = f"{key} is {there} in the checkpoint and {here} in the model"
             try:
                 found: dict[str, int] | str = self.sizes_of(state_dict)
             except ValueError:
                 found = "of no known sizes"
-            raise RuntimeError(
-                f"state_dict does not fit this {name}: the checkpoint is {_call(name, found)}, the model is "
-                f"{_call(name, self.sizes())}; e.g. {wrong[0]} is {list(state_dict[wrong[0]].shape)} in the "
-                f"checkpoint and {list(own[wrong[0]].shape)} in the model. Nothing was loaded."
-            )
+            if found == self.sizes():  # which are read off the convolutions
+                more = f"; {len(wrong)} tensors differ" if len(wrong) > 1 else ""
+                why = f"its sizes are those of {_call(name, found)}, but {tensor}{more}"
+            else:
+                model = _call(name, self.sizes())
+                why = f"the checkpoint is {_call(name, found)}, the model is {model}; e.g. {tensor}"
+            raise RuntimeError(f"state_dict does not fit this {name}: {why}. Nothing was loaded.")
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
@@ -142,6 +163,7 @@ class Generator(_Sized):
 
     Raises:
         ValueError: a size that is not allowed, or a z of another shape.
+        TypeError: a z that is no tensor.
     """
 
     def __init__(
@@ -185,6 +207,7 @@ class Generator(_Sized):
 
     def _latent(self, z: Tensor) -> Tensor:
         """z as [N, latent_dim, 1, 1], or a clear error."""
+        z = _tensor("z", z)
         if z.ndim == 2 and z.shape[1] == self.latent_dim:
             return z[:, :, None, None]
         if z.ndim == 4 and z.shape[1:] == (self.latent_dim, 1, 1):
@@ -210,6 +233,7 @@ class Discriminator(_Sized):
 
     Raises:
         ValueError: a size that is not allowed, or an image of another shape.
+        TypeError: an image that is no tensor.
     """
 
     def __init__(self, channels: int = 1, features: int = 64, image_size: int = 64) -> None:
@@ -242,7 +266,7 @@ class Discriminator(_Sized):
         }
 
     def _image(self, image: Tensor) -> Tensor:
-        size = self.image_size
+        image, size = _tensor("image", image), self.image_size
         if image.ndim != 4 or image.shape[1:] != (self.channels, size, size):
             raise ValueError(f"image must be [N, {self.channels}, {size}, {size}], got {list(image.shape)}")
         return image
@@ -278,6 +302,7 @@ class MLPGenerator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], channels * image_size**2), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
+        z = _tensor("z", z)
         if z.ndim not in (2, 4) or z.shape[1] != self.latent_dim or z[0:1].numel() > self.latent_dim:
             raise ValueError(
                 f"z must be [N, {self.latent_dim}] or [N, {self.latent_dim}, 1, 1], got {list(z.shape)}"
@@ -303,7 +328,7 @@ class MLPDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], 1), nn.Sigmoid())
 
     def _image(self, image: Tensor) -> Tensor:
-        size = self.image_size
+        image, size = _tensor("image", image), self.image_size
         if image.ndim != 4 or image.shape[1:] != (self.channels, size, size):
             raise ValueError(f"image must be [N, {self.channels}, {size}, {size}], got {list(image.shape)}")
         return image.flatten(1)

@@ -60,13 +60,14 @@ class Backward(NamedTuple):
 class Stage(NamedTuple):
     """A layer of a chain: a convolution, a BatchNorm by its running statistics (or none), an activation.
 
-        y = act((conv(x, weight) - mean[c])·scale[c]/√(var[c] + eps) + shift[c])
+        y = act((conv(x, weight) + bias[c] - mean[c])·scale[c]/√(var[c] + eps) + shift[c])
 
-    Without ``mean`` and ``var``, y = act(conv(x, weight)·scale[c] + shift[c]).
+    Without ``mean`` and ``var``, y = act((conv(x, weight) + bias[c])·scale[c] + shift[c]).
     """
 
     transposed: bool
     weight: Tensor
+    bias: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
     mean: Tensor | None = None

@@ -1,9 +1,10 @@
 """A chain of fused convolutions as one operator, for inference.
 
-    dcgan::conv_chain(x, weight, scale, shift, mean, var, eps, act, slope, stride, padding, transposed,
+    dcgan::conv_chain(x, weight, bias, scale, shift, mean, var, eps, act, slope, stride, padding, transposed,
                       channels_last) -> y
 
-        x_0 = x;  x_{i+1} = act((conv(x_i, weight) - mean[c])·scale[c]/√(var[c] + eps) + shift[c]);  y = x_n
+        x_0 = x;  y = x_n
+        x_{i+1} = act((conv(x_i, weight) + bias[c] - mean[c])·scale[c]/√(var[c] + eps) + shift[c])
 
 which is :func:`.ops.conv2d_fused` and :func:`.ops.conv_transpose2d_fused`, one after the other, and is
 computed so where the native engine does not cover every layer. Where it does, the chain is one call of it:
@@ -31,14 +32,17 @@ def chains(x: Tensor) -> bool:
 
 
 def folded(stage: Stage, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """A stage's BatchNorm as the scale and shift of an op's epilogue, in ``dtype``; differentiable."""
-    scale = None if stage.scale is None else stage.scale.to(dtype)
-    shift = None if stage.shift is None else stage.shift.to(dtype)
+    """A stage's bias and BatchNorm as scale and shift of an op's epilogue, in ``dtype``; differentiable."""
+    bias, scale, shift = (None if v is None else v.to(dtype) for v in (stage.bias, stage.scale, stage.shift))
     if stage.mean is None or stage.var is None:
-        return scale, shift
+        if bias is None:
+            return scale, shift
+        if scale is None:
+            return None, bias if shift is None else bias + shift
+        return scale, bias * scale if shift is None else torch.addcmul(shift, bias, scale)
     inverse = torch.rsqrt(stage.var.to(dtype) + stage.eps)
     scale = inverse if scale is None else inverse * scale
-    center = stage.mean.to(dtype)
+    center = stage.mean.to(dtype) if bias is None else stage.mean.to(dtype) - bias
     return scale, -center * scale if shift is None else torch.addcmul(shift, center, scale, value=-1)
 
 
@@ -48,7 +52,7 @@ def conv_chain(x: Tensor, stages: Sequence[Stage], channels_last: bool = True) -
     Args:
         x: [N, C, H, W] of float16, bfloat16, float32 or float64, any strides.
         stages: one or more. A weight is [C_out, C_in, kH, kW] ([C_in, C_out, kH, kW] if transposed) of x's
-            dtype; scale, shift, mean and var are [C_out].
+            dtype; bias, scale, shift, mean and var are [C_out].
         channels_last: y's memory format; otherwise contiguous.
 
     Returns:
@@ -69,10 +73,10 @@ def _columns(stages: Sequence[Stage]) -> tuple[Any, ...]:
     return (*rest, transposed)
 
 
-def _arguments(columns: Sequence[Any]) -> tuple[list[Stage], bool]:
+def arguments(columns: Sequence[Any]) -> tuple[list[Stage], bool]:
     """(stages, channels_last) of the operator's arguments after x."""
-    *rest, transposed = columns[:11]
-    channels_last = columns[11] if len(columns) > 11 else True  # the dispatcher leaves out a default
+    *rest, transposed = columns[:12]
+    channels_last = columns[12] if len(columns) > 12 else True  # the dispatcher leaves out a default
     return [Stage(*row) for row in zip(transposed, *rest, strict=True)], channels_last
 
 
@@ -87,7 +91,7 @@ def _check_vectors(x: Tensor, stage: Stage) -> None:
     """What the ops cannot check: they see a scale and a shift, folded."""
     if (stage.mean is None) != (stage.var is None):
         raise ValueError("mean and var must be given together or not at all")
-    for name in ("scale", "shift", "mean", "var"):
+    for name in ("bias", "scale", "shift", "mean", "var"):
         vector: Tensor | None = getattr(stage, name)
         if vector is None or stage.weight.ndim != 4:
             continue
@@ -144,7 +148,7 @@ def _native(choices: Sequence[Choice], x: Tensor) -> bool:
 
 
 def _implementation(x: Tensor, *columns: Any) -> Tensor:
-    stages, channels_last = _arguments(columns)
+    stages, channels_last = arguments(columns)
     choices = _decide(x, stages, channels_last)
     if not _native(choices, x):
         return _one_by_one(x, stages, channels_last, ops.run)
@@ -165,19 +169,23 @@ class Chain:
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = list(stages)
         # A tensor subclass may have no memory of its own: the dispatcher knows what it stands for.
-        tensors = (t for stage in stages for t in stage[1:6] if t is not None)
+        tensors = (t for stage in stages for t in stage[1:7] if t is not None)
         self._plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         self._prepared: dict[Any, tuple[tuple[Choice, ...], cpu.Prepared]] = {}
 
-    def __call__(self, x: Tensor, channels_last: bool = True) -> Tensor:
-        """As :func:`conv_chain`."""
+    def __call__(
+        self, x: Tensor, channels_last: bool = True, freeze: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """As :func:`conv_chain`; ``freeze`` is called before weights are packed."""
         if not (self._plain and ops.plain(x)):
+            freeze()
             return conv_chain(x, self.stages, channels_last)
         threads = torch.get_num_threads()
         key = (x.shape, x.dtype, channels_last, threads, ops.engine())
         found = self._prepared.get(key)
         held = None if found is None else found[1].current()  # until the call is over
         if found is None or held is None:
+            freeze()
             choices = _decide(x, self.stages, channels_last)
             if not _native(choices, x):
                 return conv_chain(x, self.stages, channels_last)
@@ -195,14 +203,14 @@ def _fake(x: Tensor, *columns: Any) -> Tensor:
     def shape(call: Call, transposed: bool) -> ops.Outputs:
         return ops.empty(call, ops.check(call, transposed))
 
-    return _one_by_one(x, *_arguments(columns), shape)
+    return _one_by_one(x, *arguments(columns), shape)
 
 
 def _autograd(x: Tensor, *columns: Any) -> Tensor:
     """Differentiated, the chain is its ops, which know their derivatives; the native call keeps nothing."""
-    tensors = (x, *(t for column in columns[:5] for t in column))
+    tensors = (x, *(t for column in columns[:6] for t in column))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _one_by_one(x, *_arguments(columns), _public)
+        return _one_by_one(x, *arguments(columns), _public)
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(x, *columns)  # type: ignore[no-any-return]
 
@@ -221,8 +229,8 @@ def _autocast(device: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
 
 
 LIBRARY.define(
-    "conv_chain(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
-    "float[] eps, str[] act, float[] slope, int[] stride, int[] padding, bool[] transposed, "
+    "conv_chain(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, "
+    "Tensor?[] var, float[] eps, str[] act, float[] slope, int[] stride, int[] padding, bool[] transposed, "
     "bool channels_last=True) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

@@ -37,8 +37,9 @@ def _reference_backward(logits: Tensor, dloss: Tensor, dprobability: Tensor, tar
 
 def _triton(logits: Tensor) -> bool:
     """Whether the kernels run; raises RuntimeError where they are asked for and cannot."""
-
-    choice = ops.choose_engine("bce_with_logits", logits, triton=lambda gpu: gpu.why_not_here(logits))
+    choice = ops.choose_engine(
+        "bce_with_logits", logits, triton=lambda gpu: gpu.why_not_here(logits.device, logits.dtype)
+    )
     ops.record(choice)
     return choice.engine == "triton" and logits.numel() > 0
 

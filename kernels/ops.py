@@ -21,7 +21,8 @@ outputs y alone is kept. Derivatives of these (``create_graph=True``) are the re
 Engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
 ``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest.
 A forced engine that does not cover a call is an error, never another engine; but the native engine has no
-loss, which is the reference's where it is forced.
+loss, which is the reference's where it is forced. Networks are not run by ops that no engine covers
+(:mod:`.coverage`).
 """
 
 from __future__ import annotations
@@ -266,7 +267,27 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     )
     ctx.stats, ctx.in_act, ctx.out_act = call.stats, call.in_act, call.out_act
     ctx.slope, ctx.stride, ctx.padding = call.slope, call.stride, call.padding
+    ctx.tensors = [i for i, argument in enumerate(inputs) if isinstance(argument, Tensor)]
     ctx.set_materialize_grads(False)
+
+
+def _needed(ctx: Any) -> list[bool]:
+    """Which arguments' gradients this backward is to give.
+
+    ``needs_input_grad`` is of the forward: it also names parameters that ``torch.autograd.grad`` of the input
+    alone does not ask for, whose gradients take as long as the input's.
+    """
+    needed = list(ctx.needs_input_grad)
+    for i, (node, _) in zip(ctx.tensors, ctx.next_functions, strict=True):
+        needed[i] = needed[i] and node is not None and _executes(node)
+    return needed
+
+
+def _executes(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf that torch.autograd.grad was given, it does not tell
+        return True
 
 
 def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -279,7 +300,7 @@ def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
         if dy is None:
             dy = torch.zeros_like(y)
         given = len(ctx.needs_input_grad)  # the dispatcher leaves out trailing arguments that are the default
-        need = (*ctx.needs_input_grad, *[False] * (len(Call._fields) - given))
+        need = (*_needed(ctx), *[False] * (len(Call._fields) - given))
         needs = (need[0], need[1], any(need[2:5]), need[6], need[7])
         call = Backward(
             dy, dmean, dvar, x, weight, center, scale, shift, ctx.in_act, out_scale, ctx.out_act, y, mean,
@@ -310,8 +331,7 @@ def _run_backward(call: Backward, transposed: bool) -> Gradients:
         f"{NAMES[transposed]}_backward",
         call.x,
         triton=lambda gpu: gpu.why_not(call, transposed),
-        # Those of an affine epilogue, a folded BatchNorm's, it has no kernels for.
-        native=None if any(call.needs[3:]) else lambda: cpu.training.why_not(call, transposed),
+        native=lambda: cpu.training.why_not(call, transposed),
     )
     record(choice)
     if call.dy.numel():

@@ -27,7 +27,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import weights
 from .call import Backward
 
 aten = torch.ops.aten
@@ -98,10 +97,6 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: 
     )
 
 
-def _channels_last(weight: Tensor) -> Tensor:
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
 def _canonical(y: Tensor, channels_last: bool) -> Tensor:
     """y with exactly the strides of a fresh tensor of that format, size-1 dimensions included."""
     _, c, h, w = y.shape
@@ -137,8 +132,6 @@ def forward(
     act = activate if functional else activate_
     if channels_last and not functional:
         x = x.contiguous(memory_format=torch.channels_last)
-        if weights.frozen(weight):  # a library reorders an NHWC weight faster, which counts at small batches
-            weight = weights.transformed(weight, "channels_last", _channels_last)
     x_hat = x
     if center is not None and scale is not None and shift is not None:
         x_hat = act(normalise(x.to(acc), center, scale, shift), in_act, slope).to(x.dtype)

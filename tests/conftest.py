@@ -11,6 +11,7 @@ import pytest
 import torch
 from native import THREADS
 
+from dcgan.kernels import coverage, ops
 from dcgan.kernels.cpu import library
 
 _deselected_gpu_tests = 0
@@ -59,6 +60,19 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _small_networks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests train tiny networks, which would be left to PyTorch."""
+    monkeypatch.setattr(coverage, "SMALL_MACS", 0.0)
+
+
+@pytest.fixture
+def reference_engine() -> Iterator[None]:
+    """So that float64 runs through the ops: of itself it would be left to PyTorch, which no engine beats."""
+    with ops.use_engine("reference"):
+        yield
 
 
 @pytest.fixture

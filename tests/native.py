@@ -151,6 +151,9 @@ def laid_out(t: Tensor, layout: tuple[list[int], list[int], int]) -> Tensor:
 def eager64(model: Any, x: Tensor) -> Tensor:
     """What the reference network makes of x with the model's present modules and values, in float64."""
     wide = copy.deepcopy(model).double()
+    for module in wide.modules():  # a tensor that is no parameter stays as it is
+        if isinstance(weight := module.__dict__.get("weight"), Tensor):
+            module.weight = weight.double()
     base = models.Generator if isinstance(wide, models.Generator) else models.Discriminator
     with torch.no_grad():
         return base.forward(wide, x.double())

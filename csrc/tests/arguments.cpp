@@ -118,7 +118,7 @@ void test_arguments() {
     Random random(11);
     long cases = 0;
     Layer first(random, true, 4, 2, 1, 5, 6, 3, 4), second(random, false, 4, 2, 1, 6, 7, 6, 8);
-    first.affine(random, true, true, true);
+    first.affine(random, true, true, true, true);
     second.affine(random, true, true, true);
     first.pack(DCGAN_DIRECT);
     second.pack(DCGAN_F2);
@@ -182,6 +182,7 @@ void test_arguments() {
         right(c);
         refused("dcgan_run", dcgan_run(nullptr, 1, 1, &c.x, &c.y, 1), DCGAN_EARGUMENT, "layers");
         refused("dcgan_workspace", dcgan_workspace(nullptr, 1, 1, 1), DCGAN_EARGUMENT, "layers");
+        refused("dcgan_limit_threads", dcgan_limit_threads(-1), DCGAN_EARGUMENT, "most");
         refused("dcgan_supports", dcgan_supports(nullptr), DCGAN_EARGUMENT, "layer");
         refused("dcgan_packed_size", dcgan_packed_size(nullptr), DCGAN_EARGUMENT, "layer");
         refused("dcgan_pack", dcgan_pack(nullptr, c.weight, c.strides, c.packed, 1), DCGAN_EARGUMENT,
@@ -221,7 +222,7 @@ void test_arguments() {
         right(c);
         require(call_run(c) == 0, "right arguments: %s", dcgan_error());
         dcgan_layer& l = c.layers[0];
-        l.scale = l.shift = l.mean = l.variance = nullptr;
+        l.bias = l.scale = l.shift = l.mean = l.variance = nullptr;
         require(call_run(c) == 0, "right arguments: %s", dcgan_error());
     }
     const std::string before = dcgan_isa();

@@ -16,10 +16,10 @@ struct Chain {
     Layout from, to;
 
     void add(Random& random, int algorithm, bool up, int kernel, long c_in, long c_out, long side, int act,
-             bool scale = false, bool shift = false, bool statistics = false) {
+             bool scale = false, bool shift = false, bool statistics = false, bool bias = false) {
         const bool dense = algorithm == DCGAN_DENSE;
         layers.emplace_back(random, up, kernel, dense ? 1 : 2, dense ? 0 : 1, c_in, c_out, side, side);
-        layers.back().affine(random, scale, shift, statistics).activation(act);
+        layers.back().affine(random, scale, shift, statistics, bias).activation(act);
         algorithms.push_back(algorithm);
     }
     // For the instruction set in use.
@@ -58,10 +58,10 @@ struct Chain {
 static Chain generator(Random& random) {
     Chain chain{{}, {}, Layout::NHWC, Layout::NCHW};
     chain.add(random, DCGAN_DENSE, true, 4, 10, 33, 1, DCGAN_RELU, true, true);
-    chain.add(random, DCGAN_F4, true, 4, 33, 17, 4, DCGAN_RELU, true, true, true);
+    chain.add(random, DCGAN_F4, true, 4, 33, 17, 4, DCGAN_RELU, true, true, true, true);
     chain.add(random, DCGAN_F2, true, 4, 17, 12, 8, DCGAN_LEAKY_RELU, false, true);
     chain.add(random, DCGAN_DIRECT, true, 4, 12, 9, 16, DCGAN_RELU, true, false, true);
-    chain.add(random, DCGAN_NARROW, true, 4, 9, 3, 32, DCGAN_TANH);
+    chain.add(random, DCGAN_NARROW, true, 4, 9, 3, 32, DCGAN_TANH, false, false, false, true);
     return chain;
 }
 
@@ -69,10 +69,10 @@ static Chain generator(Random& random) {
 static Chain discriminator(Random& random) {
     Chain chain{{}, {}, Layout::NCHW, Layout::NHWC};
     chain.add(random, DCGAN_NARROW, false, 4, 3, 9, 64, DCGAN_LEAKY_RELU);
-    chain.add(random, DCGAN_DIRECT, false, 4, 9, 12, 32, DCGAN_LEAKY_RELU, true, true, true);
+    chain.add(random, DCGAN_DIRECT, false, 4, 9, 12, 32, DCGAN_LEAKY_RELU, true, true, true, true);
     chain.add(random, DCGAN_F2, false, 4, 12, 17, 16, DCGAN_LEAKY_RELU, true, true);
     chain.add(random, DCGAN_F4, false, 4, 17, 33, 8, DCGAN_LEAKY_RELU, false, false, true);
-    chain.add(random, DCGAN_DENSE, false, 4, 33, 1, 4, DCGAN_SIGMOID);
+    chain.add(random, DCGAN_DENSE, false, 4, 33, 1, 4, DCGAN_SIGMOID, false, false, false, true);
     return chain;
 }
 
@@ -101,6 +101,14 @@ void test_chains() {
                 require(y.bits() == want, "%s: %d threads give other bits than layer after layer",
                         chain.describe().c_str(), threads);
             }
+            for (const int most : {1, 2}) {
+                require(dcgan_limit_threads(most) == 0, "dcgan_limit_threads: %s", dcgan_error());
+                const Tensor y = chain.output(images);
+                run(layers.data(), count, x, y, 7);
+                require(y.bits() == want, "%s: other bits on %d of 7 threads", chain.describe().c_str(),
+                        most);
+            }
+            dcgan_limit_threads(0);
             const Tensor y = chain.output(images);
             for (long i = 0; i < images; ++i) run_image(layers, x, y, i, 2);
             require(y.bits() == want, "%s: image by image gives other bits", chain.describe().c_str());
@@ -109,7 +117,7 @@ void test_chains() {
             const Tensor again = chain.output(images);
             run(layers.data(), count, x, again, 2);
             require(again.bits() == want, "%s: other bits after dcgan_release", chain.describe().c_str());
-            runs += 5;
+            runs += 7;
         }
     }
     report("chains: %ld runs, the same bits layer by layer, image by image, on 1, 2 and 7 threads", runs);

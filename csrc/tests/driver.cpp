@@ -26,6 +26,8 @@ void test_statistics();
 void test_training_callers();
 void test_training_arguments();
 void test_wgrad();
+void test_affine_arguments();
+void test_samples();
 
 // Fresh memory is NaN, so that a result made from scratch memory that was never written shows. And a
 // workspace of hundreds of terabytes is refused, as malloc refuses it, not the end of the program.
@@ -51,6 +53,8 @@ int main(int count, char** arguments) {
     test_statistics();
     test_training_callers();
     test_wgrad();
+    test_affine_arguments();
+    test_samples();
     test_views();
     test_nonfinite();
     test_chains();

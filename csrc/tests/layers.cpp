@@ -101,8 +101,8 @@ void test_layers() {
     };
     // What a layer has besides its shape, drawn.
     const auto dress = [&](Layer& layer) {
-        const bool scale = pick(3) > 0, shift = pick(3) > 0, statistics = pick(2) > 0;
-        layer.affine(random, scale, shift, statistics).activation(pick(ACTIVATIONS));
+        const bool scale = pick(3) > 0, shift = pick(3) > 0, statistics = pick(2) > 0, bias = pick(2) > 0;
+        layer.affine(random, scale, shift, statistics, bias).activation(pick(ACTIVATIONS));
     };
     const auto layout = [&] { return pick(2) ? Layout::NCHW : Layout::NHWC; };
     // All pairs of channels, both ways; along a row or a column of the pairs, all maps in turn.

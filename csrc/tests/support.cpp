@@ -178,11 +178,13 @@ static std::unique_ptr<float[]> random_around(Random& random, long count, float 
     return block;
 }
 
-Layer& Layer::affine(Random& random, bool with_scale, bool with_shift, bool with_statistics) {
+Layer& Layer::affine(Random& random, bool with_scale, bool with_shift, bool with_statistics, bool with_bias) {
+    bias = with_bias ? random_around(random, l.c_out, 0.0f, 0.5f) : nullptr;
     scale = with_scale ? random_around(random, l.c_out, 1.0f, 0.5f) : nullptr;
     shift = with_shift ? random_around(random, l.c_out, 0.0f, 0.5f) : nullptr;
     mean = with_statistics ? random_around(random, l.c_out, 0.0f, 0.5f) : nullptr;
     variance = with_statistics ? random_around(random, l.c_out, 1.0f, 0.75f) : nullptr;
+    l.bias = bias.get();
     l.scale = scale.get();
     l.shift = shift.get();
     l.mean = mean.get();
@@ -235,10 +237,10 @@ const char* activation_name(int act) {
 
 std::string describe(const dcgan_layer& l) {
     char text[200];
-    std::snprintf(text, sizeof text, "%s %s k%d s%d p%d %d→%d on %d×%d, %s%s%s%s",
+    std::snprintf(text, sizeof text, "%s %s k%d s%d p%d %d→%d on %d×%d, %s%s%s%s%s",
                   algorithm_name(l.algorithm), l.transposed ? "up" : "down", l.kernel, l.stride, l.padding,
-                  l.c_in, l.c_out, l.height, l.width, activation_name(l.act), l.scale ? ", scale" : "",
-                  l.shift ? ", shift" : "", l.mean ? ", statistics" : "");
+                  l.c_in, l.c_out, l.height, l.width, activation_name(l.act), l.bias ? ", bias" : "",
+                  l.scale ? ", scale" : "", l.shift ? ", shift" : "", l.mean ? ", statistics" : "");
     return text;
 }
 
@@ -280,6 +282,7 @@ std::vector<double> naive(const Layer& layer, const Tensor& x) {
                     }
     for (size_t i = 0; i < y.size(); ++i) {
         const size_t c = i % static_cast<size_t>(c_out);
+        if (l.bias) y[i] += l.bias[c];
         if (l.mean) y[i] = (y[i] - l.mean[c]) / std::sqrt(static_cast<double>(l.variance[c]) + l.epsilon);
         y[i] = y[i] * (l.scale ? l.scale[c] : 1.0) + (l.shift ? l.shift[c] : 0.0);
     }

@@ -71,13 +71,14 @@ constexpr float SLOPE = 0.2f;
 struct Layer {
     dcgan_layer l{};
     Tensor weight;
-    std::unique_ptr<float[]> packed, scale, shift, mean, variance;
+    std::unique_ptr<float[]> packed, bias, scale, shift, mean, variance;
 
     // Weights of about 1/√K, so that sums are near 1 and no activation saturates.
     Layer(Random& random, bool transposed, int kernel, int stride, int padding, long c_in, long c_out,
           long height, long width, Layout weights = Layout::NCHW);
 
-    Layer& affine(Random& random, bool with_scale, bool with_shift, bool with_statistics = false);
+    Layer& affine(Random& random, bool with_scale, bool with_shift, bool with_statistics = false,
+                  bool with_bias = false);
     Layer& activation(int act);
     // For the instruction set in use.
     Layer& pack(int algorithm, int threads = 1);

@@ -1,7 +1,9 @@
-// The gradient of a layer's weights against its definition, in double.
+// The gradients of a layer's weights, and of its epilogue's scale and shift, against their definition, in
+// double.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 
 #include "support.h"
 
@@ -23,11 +25,14 @@ struct Case {
     dcgan_op op{};
     long images, out_height, out_width;
     Floats center, scale, shift, out_scale, mean, dmean, dvariance;
-    Tensor x, dy, y;
+    Tensor x, dy, y, weight;
     // dweight in the order of its definition, and the size it would have if all products had independent
     // signs: what rounding is measured by where they cancel.
     std::vector<double> want;
     double size = 0;
+    // dout_scale and dout_shift likewise; without statistics.
+    std::vector<double> want_scale, want_shift;
+    double scale_size = 0, shift_size = 0;
 
     Case(Random& random, bool transposed, int kernel, int stride, int padding, long c_in, long c_out,
          long height, long width, long count)
@@ -38,7 +43,9 @@ struct Case {
                                : (width + 2 * padding - kernel) / stride + 1),
           x(Tensor::random(random, Layout::NHWC, count, c_in, height, width)),
           dy(Tensor::random(random, Layout::NHWC, count, c_out, out_height, out_width)),
-          y(Tensor::random(random, Layout::NHWC, count, c_out, out_height, out_width)) {
+          y(Tensor::random(random, Layout::NHWC, count, c_out, out_height, out_width)),
+          weight(Tensor::random(random, Layout::NCHW, transposed ? c_in : c_out, transposed ? c_out : c_in,
+                                kernel, kernel)) {
         op.transposed = transposed;
         op.c_in = static_cast<int32_t>(c_in);
         op.c_out = static_cast<int32_t>(c_out);
@@ -161,8 +168,35 @@ struct Case {
                     want.push_back(sums[static_cast<size_t>((tap * first() + i) * second() + j)]);
                     squares += want.back() * want.back();
                 }
+        if (!op.statistics) define_affine(out, sums);
         size = std::sqrt(std::max(size, squares));
         return *this;
+    }
+    // From du and the sums of define(), each of which is e's times the scale.
+    void define_affine(const std::vector<double>& out, const std::vector<double>& sums) {
+        const auto unscaled = [&](double value, long c) {
+            return op.out_scale ? value / op.out_scale[c] : value;
+        };
+        want_scale.assign(static_cast<size_t>(op.c_out), 0.0);
+        want_shift.assign(static_cast<size_t>(op.c_out), 0.0);
+        for (size_t i = 0; i < out.size(); ++i) {
+            const long c = static_cast<long>(i) % op.c_out;
+            const double e = unscaled(out[i], c);
+            want_shift[static_cast<size_t>(c)] += e;
+            shift_size += e * e;
+        }
+        size_t at = 0;
+        for (long tap = 0; tap < op.kernel * op.kernel; ++tap)
+            for (long i = 0; i < first(); ++i)
+                for (long j = 0; j < second(); ++j) {
+                    const long c = op.transposed ? j : i;
+                    const double w = weight.at(i, j, tap / op.kernel, tap % op.kernel);
+                    want_scale[static_cast<size_t>(c)] += w * unscaled(sums[at++], c);
+                }
+        // Of a weight's square 1/3 and a scale of 1 or so: the products of `size`, each times a weight.
+        scale_size = std::sqrt(size / 3);
+        shift_size = std::sqrt(shift_size);
+        for (const double value : want_scale) scale_size = std::max(scale_size, std::abs(value));
     }
 
     std::string describe(int algorithm, Layout layout) const {
@@ -182,38 +216,73 @@ struct Totals {
     double worst[5] = {};  // error by algorithm
 };
 
+double error(const std::vector<uint32_t>& bits, const std::vector<double>& want, double size) {
+    double difference = 0;
+    for (size_t i = 0; i < bits.size(); ++i) {
+        float got;
+        std::memcpy(&got, &bits[i], sizeof got);
+        difference += (got - want[i]) * (got - want[i]);
+    }
+    return difference == 0 ? 0 : std::sqrt(difference) / size;  // where ReLU leaves nothing, 0 of 0
+}
+
+// The same call with dout_scale, and dout_shift.
+void compare_affine(const Case& c, const std::string& what, Layout layout, int threads,
+                    std::vector<uint32_t>& one) {
+    const Tensor dweight = Tensor::output(layout, c.first(), c.second(), c.op.kernel, c.op.kernel);
+    const Tensor dscale = Tensor::output(Layout::NHWC, 1, c.op.c_out, 1, 1);
+    const Tensor dshift = Tensor::output(Layout::NHWC, 1, c.op.c_out, 1, 1);
+    const int code = dcgan_wgrad(&c.op, c.images, c.x.data, c.dy.data, c.y.data, dweight.data,
+                                 dweight.strides, c.weight.data, c.weight.strides, dscale.data, threads);
+    require(code == 0, "%s, dout_scale: gives %d: %s", what.c_str(), code, dcgan_error());
+    const int other = dcgan_shift_gradient(&c.op, c.images, c.dy.data, c.y.data, dshift.data, threads);
+    require(other == 0, "%s, dout_shift: gives %d: %s", what.c_str(), other, dcgan_error());
+    std::vector<uint32_t> all;
+    const struct {
+        const char* name;
+        const Tensor& got;
+        const std::vector<double>& want;
+        double size;
+    } results[] = {{"dweight with dout_scale", dweight, c.want, c.size},
+                   {"dout_scale", dscale, c.want_scale, c.scale_size},
+                   {"dout_shift", dshift, c.want_shift, c.shift_size}};
+    for (const auto& r : results) {
+        require(r.got.guards_intact(), "%s, %d threads: wrote outside of %s", what.c_str(), threads, r.name);
+        const std::vector<uint32_t> bits = r.got.bits();
+        const double e = error(bits, r.want, r.size);
+        require(e <= BOUND, "%s: relative error %.2e of %s", what.c_str(), e, r.name);
+        all.insert(all.end(), bits.begin(), bits.end());
+    }
+    if (one.empty()) one = all;
+    require(all == one, "%s: %d threads give other bits than one", what.c_str(), threads);
+}
+
 // Every instruction set, by one, two and seven threads.
 void compare(Case& c, int algorithm, Layout layout, Totals& totals) {
     c.op.algorithm = algorithm;
     const std::string what = c.describe(algorithm, layout);
     for (const std::string& isa : isas()) {
         dcgan_use_isa(isa.c_str());
-        std::vector<uint32_t> one;
+        std::vector<uint32_t> one, one_affine;
         // The first run is in memory that is fresh (NaN in the checked build), the others in what it leaves.
         dcgan_release();
         for (const int threads : {1, 2, 7}) {
             const Tensor dweight = Tensor::output(layout, c.first(), c.second(), c.op.kernel, c.op.kernel);
             const int code = dcgan_wgrad(&c.op, c.images, c.x.data, c.dy.data, c.y.data, dweight.data,
-                                         dweight.strides, threads);
+                                         dweight.strides, nullptr, nullptr, nullptr, threads);
             require(code == 0, "%s: gives %d: %s", what.c_str(), code, dcgan_error());
             require(dweight.guards_intact(), "%s, %d threads: wrote outside of dweight", what.c_str(),
                     threads);
             ++totals.runs;
+            if (!c.op.statistics) compare_affine(c, what, layout, threads, one_affine);
             const std::vector<uint32_t> bits = dweight.bits();
             if (threads > 1) {
                 require(bits == one, "%s: %d threads give other bits than one", what.c_str(), threads);
                 continue;
             }
-            double difference = 0;
-            for (size_t i = 0; i < bits.size(); ++i) {
-                float got;
-                std::memcpy(&got, &bits[i], sizeof got);
-                difference += (got - c.want[i]) * (got - c.want[i]);
-            }
-            // Where ReLU leaves nothing, 0 of 0.
-            const double error = difference == 0 ? 0 : std::sqrt(difference) / c.size;
-            require(error <= BOUND, "%s: relative error %.2e", what.c_str(), error);
-            totals.worst[algorithm] = std::max(totals.worst[algorithm], error);
+            const double e = error(bits, c.want, c.size);
+            require(e <= BOUND, "%s: relative error %.2e", what.c_str(), e);
+            totals.worst[algorithm] = std::max(totals.worst[algorithm], e);
             one = bits;
         }
     }
@@ -286,6 +355,91 @@ void test_wgrad() {
         Case c(random, transposed, 4, 1, 0, 20, 17, side, side, 600);
         compare(c.dress(random).define(), DCGAN_DENSE, Layout::NCHW, totals);
     }
+    // Weights that lie as dweight does, so that channels, inputs or taps are next to each other in both; and
+    // a map of a million pixels of one channel, whose sum of ones is exact.
+    for (const Layout layout : layouts)
+        for (const bool transposed : {false, true}) {
+            Case c(random, transposed, 4, 2, 1, 19, 21, 4, 6, 2);
+            c.after(random, DCGAN_TANH, true);
+            Tensor weight = Tensor::input(layout, c.first(), c.second(), 4, 4);
+            for (long i = 0; i < c.first(); ++i)
+                for (long j = 0; j < c.second(); ++j)
+                    for (long tap = 0; tap < 16; ++tap)
+                        weight.at(i, j, tap / 4, tap % 4) = c.weight.at(i, j, tap / 4, tap % 4);
+            c.weight = std::move(weight);
+            compare(c.define(), DCGAN_F4, layout, totals);
+        }
+    {
+        Case c(random, true, 4, 2, 1, 1, 1, 512, 512, 1);
+        c.op.algorithm = DCGAN_DIRECT;
+        std::fill(c.dy.data, c.dy.data + c.dy.count(), 1.0f);
+        float sum = 0;
+        require(dcgan_shift_gradient(&c.op, 1, c.dy.data, nullptr, &sum, 2) == 0, "%s", dcgan_error());
+        require(sum == 1048576.0f, "a sum of %ld ones is %.1f", c.dy.count(), static_cast<double>(sum));
+    }
     report("wgrad: %ld runs; largest error: dense %.1e, direct %.1e, F4 %.1e, narrow %.1e", totals.runs,
            totals.worst[0], totals.worst[1], totals.worst[3], totals.worst[4]);
+}
+
+void test_affine_arguments() {
+    Random random(12);
+    Case c(random, false, 4, 2, 1, 5, 6, 6, 8, 2);
+    c.after(random, DCGAN_TANH, true);
+    c.op.algorithm = DCGAN_F4;
+    const Tensor dweight = Tensor::output(Layout::NCHW, 6, 5, 4, 4);
+    const Tensor sums = Tensor::output(Layout::NHWC, 1, 6, 1, 1);
+    struct Call {
+        dcgan_op op;
+        int64_t images;
+        const float *x, *dy, *y, *weight;
+        const int64_t* strides;
+        int threads;
+        float* dout_shift;
+    };
+    const auto right = [&] {
+        return Call{c.op, 2, c.x.data, c.dy.data, c.y.data, c.weight.data, c.weight.strides, 1, sums.data};
+    };
+    const auto wgrad = [&](const Call& a) {
+        return dcgan_wgrad(&a.op, a.images, a.x, a.dy, a.y, dweight.data, dweight.strides, a.weight,
+                           a.strides, sums.data, a.threads);
+    };
+    const auto shift = [](const Call& a) {
+        return dcgan_shift_gradient(&a.op, a.images, a.dy, a.y, a.dout_shift, a.threads);
+    };
+    const struct {
+        const char* names;  // what the message must contain
+        bool of_wgrad, of_shift;
+        std::function<void(Call&)> spoil;
+    } wrong[] = {
+        {"statistics", true, true,
+         [](Call& a) { a.op.statistics = 1, a.op.out_act = DCGAN_NONE, a.op.out_scale = nullptr; }},
+        {"weight is null", true, false, [](Call& a) { a.weight = nullptr; }},
+        {"weight_strides is null", true, false, [](Call& a) { a.strides = nullptr; }},
+        {"dout_shift is null", false, true, [](Call& a) { a.dout_shift = nullptr; }},
+        {"dy is null", true, true, [](Call& a) { a.dy = nullptr; }},
+        {"y is null", true, true, [](Call& a) { a.y = nullptr; }},
+        {"c_out", true, true, [](Call& a) { a.op.c_out = 0; }},
+        {"images", true, true, [](Call& a) { a.images = -1; }},
+        {"threads", true, true, [](Call& a) { a.threads = 0; }},
+    };
+    long cases = 0;
+    for (const auto& w : wrong) {
+        Call a = right();
+        w.spoil(a);
+        for (const bool of_shift : {false, true}) {
+            if (!(of_shift ? w.of_shift : w.of_wgrad)) continue;
+            const int code = of_shift ? shift(a) : wgrad(a);
+            require(code == DCGAN_EARGUMENT && std::strstr(dcgan_error(), w.names) != nullptr,
+                    "a wrong %s gives %d: %s", w.names, code, dcgan_error());
+            ++cases;
+        }
+        require(dweight.untouched() && sums.untouched(), "a call with a wrong %s writes", w.names);
+    }
+    require(dcgan_shift_gradient(nullptr, 1, c.dy.data, c.y.data, sums.data, 1) == DCGAN_EARGUMENT,
+            "dcgan_shift_gradient takes no op");
+    Call none = right();
+    none.images = 0;
+    require(wgrad(none) == 0 && shift(none) == 0 && sums.untouched(), "no images: %s", dcgan_error());
+    require(wgrad(right()) == 0 && shift(right()) == 0, "right arguments: %s", dcgan_error());
+    report("arguments of the epilogue's gradients: %ld cases refused", cases);
 }

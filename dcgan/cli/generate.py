@@ -13,7 +13,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from dcgan import generation, pretrained
+from dcgan import fast, generation, pretrained
 from dcgan.cli.options import choose_device, forced, integer, output_file, output_folder, reporting
 from dcgan.errors import InputError
 from dcgan.kernels import ops
@@ -109,6 +109,10 @@ def _prepare(network: nn.Module, batch: int) -> str:
         for images in generation.images(network, batch, batch=batch):
             generation.to_uint8(images)
     used = sorted({f"{c.engine} ({c.reason})" if c.reason else c.engine for c in choices})
+    if not used and isinstance(network, fast.Generator):  # its modules are called: explain tells why
+        weight = next(network.parameters())
+        row = fast.explain(network, weight.new_zeros(batch, network.latent_dim))[0]
+        return f"{row.engine} ({row.reason})"
     return ", ".join(used) or "reference"
 
 

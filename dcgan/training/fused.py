@@ -18,6 +18,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dcgan import models
+from dcgan.introspection import HOOKS, why_all_called, why_called
 from dcgan.kernels import ops
 from dcgan.kernels.loss import bce_with_logits
 from dcgan.kernels.reference import accumulator_dtype
@@ -373,9 +374,6 @@ def _requiring_no_gradient(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def _logits(discriminator: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The discriminator's ``logits``, where calling it is to leave nothing out.
 
@@ -385,14 +383,15 @@ def _logits(discriminator: nn.Module) -> Callable[[Tensor], Tensor] | None:
     owner = next((c for c in type(discriminator).__mro__ if "forward" in vars(c)), nn.Module)
     if "logits" not in vars(owner) or getattr(discriminator, "_compiled_call_impl", None) is not None:
         return None
-    outer: list[nn.Module] = [discriminator]
-    main = getattr(discriminator, "main", None)
-    if isinstance(main, nn.Sequential):
-        if not len(main) or type(main[-1]) is not nn.Sigmoid:
-            return None
-        outer += [main, main[-1]]
-    if any(getattr(module, hooks) for module in outer for hooks in _HOOKS):
+    if why_all_called() or any(getattr(discriminator, hooks) for hooks in HOOKS):
         return None
+    main = getattr(discriminator, "main", None)
+    ours = isinstance(discriminator, models.Discriminator | models.MLPDiscriminator)
+    if ours or isinstance(main, nn.Sequential):
+        if why_called(main) or not isinstance(main, nn.Sequential) or not len(main):
+            return None
+        if why_called(main[-1]) or not isinstance(main[-1], nn.Sigmoid):
+            return None
     return discriminator.logits  # type: ignore[return-value]
 
 

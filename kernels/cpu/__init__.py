@@ -9,10 +9,11 @@ wgrad, in memory of :mod:`.buffers`.
 from ..call import Call, Outputs
 from . import run as inference
 from . import training
+from .library import problem
 from .run import Prepared
 from .select import MAX_LAYERS, Geometry
 
-__all__ = ["MAX_LAYERS", "Geometry", "Prepared", "run", "training", "why_not"]
+__all__ = ["MAX_LAYERS", "Geometry", "Prepared", "problem", "run", "training", "why_not"]
 
 
 def _of_training(call: Call) -> bool:

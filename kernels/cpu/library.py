@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 PATH = Path(__file__).with_name("libdcgan.so")
 BUILD_ERROR = Path(__file__).with_name("build-error.txt")  # what setup.py leaves when the compiler fails
 
@@ -38,6 +38,7 @@ class Layer(ctypes.Structure):
         ("slope", ctypes.c_float),
         ("epsilon", ctypes.c_float),
         ("weights", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("shift", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
@@ -87,6 +88,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("dcgan_built", ctypes.c_char_p),
         ("dcgan_isa", ctypes.c_char_p),
         ("dcgan_use_isa", integer, ctypes.c_char_p),
+        ("dcgan_limit_threads", integer, integer),
         ("dcgan_supports", integer, pointer),
         ("dcgan_packed_size", wide, pointer),
         ("dcgan_pack", integer, pointer, pointer, pointer, pointer, integer),
@@ -95,7 +97,9 @@ def _declare(library: ctypes.CDLL) -> None:
         ("dcgan_op_supports", integer, pointer, integer),
         ("dcgan_fprop", integer, pointer, wide, *(pointer,) * 6, integer),
         ("dcgan_dgrad", integer, pointer, wide, *(pointer,) * 9, integer),
-        ("dcgan_wgrad", integer, pointer, wide, *(pointer,) * 5, integer),
+        ("dcgan_wgrad", integer, pointer, wide, *(pointer,) * 8, integer),
+        ("dcgan_shift_gradient", integer, pointer, wide, *(pointer,) * 3, integer),
+        ("dcgan_differ", integer, pointer, integer, integer),
         ("dcgan_release", None),
         ("dcgan_peak", ctypes.c_double, integer, ctypes.c_double),
     ):
@@ -133,7 +137,7 @@ def problem() -> str | None:
                 library, missing = _open()
                 if missing is not None:
                     warnings.warn(
-                        f"dcgan's native CPU engine is missing, and everything runs on the slower reference: "
+                        "dcgan's native CPU engine is missing, and PyTorch's own modules run instead: "
                         f"{missing}\nA C++17 compiler with OpenMP builds it: pip install -e . -v",
                         stacklevel=2,
                     )

@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import weights
 from ..call import Call, Outputs, Stage
 from ..reference import memory_format
-from . import buffers, library, select
+from . import buffers, crew, library, select
+from .samples import Pairs
 from .select import Geometry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,11 +139,13 @@ class Prepared:
         """As :func:`plan`; stages that :func:`why_not` has nothing against."""
         self._isa, self._threads, self._images = library.isa(), threads, shape[0]
         planned = plan(shape, stages, threads, algorithms)
+        self._crew = crew.of((planned, self._images), threads)
         self._layers = (library.Layer * len(stages)).from_buffer_copy(planned.layers)
         self.packed: list[Tensor] = []  # by take() handed over to their cache and the caller
         self._packed: list[tuple[Tensor, Any, weakref.ref[Tensor]]] = []
         self._vectors: list[tuple[Tensor, Any]] = []
         self._held: list[Any] = []
+        self._samples: Pairs | None = None  # of what current() has found, which keeps it alive
         for stage, layer, g, algorithm in zip(
             stages, self._layers, planned.geometries, planned.algorithms, strict=True
         ):
@@ -152,6 +155,7 @@ class Prepared:
             self.packed.append(packed)
             self._packed.append((stage.weight, key, weakref.ref(packed)))
             layer.weights = packed.data_ptr()
+            layer.bias = self._address(stage.bias)
             layer.scale, layer.shift = self._address(stage.scale), self._address(stage.shift)
             layer.mean, layer.variance = self._address(stage.mean), self._address(stage.var)
         self._any_input = planned.algorithms[0] == "narrow" and not stages[0].transposed
@@ -182,12 +186,20 @@ class Prepared:
         """
         if self._isa != library.isa():
             return None
-        held = []
+        held, before = [], []
         for weight, key, reference in self._packed:
             packed = reference()
-            if packed is None or not weights.current(weight, key, packed):
+            copy = None if packed is None else weights.current(weight, key, packed)
+            if packed is None or copy is None:
                 return None
             held.append(packed)
+            before.append(copy)
+        if self._samples is None:
+            self._samples = Pairs([(w, b) for (w, _, _), b in zip(self._packed, before, strict=True)])
+        if self._samples.differ():
+            # Whoever edits one weight edits all: none of them is to be of another time than the rest.
+            weights.renew([weight for weight, _, _ in self._packed])
+            return None
         if all(_place(vector) == place for vector, place in self._vectors):
             return held
         return None
@@ -206,15 +218,9 @@ class Prepared:
                 self._shape, dtype=torch.float32, device="cpu", memory_format=self._format[channels_last]
             )
         x_view, y_view = library.View.of(x), library.View.of(y)
-        library.checked(
-            library.library().dcgan_run(
-                ctypes.addressof(self._layers),
-                len(self._layers),
-                self._images,
-                ctypes.addressof(x_view),
-                ctypes.addressof(y_view),
-                self._threads,
-            )
+        self._crew.run(
+            *(library.library().dcgan_run, ctypes.addressof(self._layers), len(self._layers)),
+            *(self._images, ctypes.addressof(x_view), ctypes.addressof(y_view), self._threads),
         )
         if self._format[channels_last] != memory_format(channels_last):
             y = y.contiguous()
@@ -226,8 +232,8 @@ def run(call: Call, transposed: bool) -> Outputs:
     stage = Stage(
         transposed,
         call.weight,
-        call.out_scale,
-        call.out_shift,
+        scale=call.out_scale,
+        shift=call.out_shift,
         act=call.out_act,
         slope=call.slope,
         stride=call.stride,

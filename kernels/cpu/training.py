@@ -1,4 +1,4 @@
-"""The native engine in training: fprop with prologue and statistics, dgrad, wgrad; float32.
+"""The native engine in training: fprop with prologue and statistics, dgrad, wgrad, sums; float32.
 
 csrc/dcgan.h says what each computes. Maps are contiguous NHWC there: what is not, is copied here.
 """
@@ -6,13 +6,15 @@ csrc/dcgan.h says what each computes. Maps are contiguous NHWC there: what is no
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..call import Backward, Call, Gradients, Outputs
-from . import buffers, library, select
+from . import buffers, crew, library, select
 from .run import geometry
 from .select import DGRAD, FPROP, WGRAD, Geometry
 
@@ -28,8 +30,6 @@ def why_not(call: Call | Backward, transposed: bool) -> str | None:
         return f"the training kernels have no {str(x.dtype).removeprefix('torch.')}"
     if call.in_act not in ACTIVATIONS:
         return f"the training kernels have no {call.in_act} in a prologue"
-    if isinstance(call, Backward) and (call.needs[3] or call.needs[4]):
-        return "the training kernels have no gradients of out_scale and out_shift"
     if weight.shape[2] != weight.shape[3]:
         return "the kernel is not square"
     g = geometry(transposed, weight.shape, x.shape[2], x.shape[3], call.stride, call.padding)
@@ -56,11 +56,10 @@ def fprop(call: Call, transposed: bool, algorithm: str | None = None) -> Outputs
     size = g.c_out if call.stats else 0
     mean, var = x.new_empty(size), x.new_empty(size)
     strides = library.Strides(*weight.stride())
-    library.checked(
-        library.library().dcgan_fprop(
-            *(ctypes.addressof(op), x.shape[0], x.data_ptr(), weight.data_ptr(), ctypes.addressof(strides)),
-            *(y.data_ptr(), mean.data_ptr(), var.data_ptr(), threads),
-        )
+    _run(
+        *(library.library().dcgan_fprop, (FPROP, g, chosen, _dressed(call), x.shape[0]), threads),
+        *(ctypes.addressof(op), x.shape[0], x.data_ptr(), weight.data_ptr(), ctypes.addressof(strides)),
+        *(y.data_ptr(), mean.data_ptr(), var.data_ptr()),
     )
     return (y if call.channels_last else y.contiguous()), mean, var
 
@@ -69,10 +68,10 @@ def backward(
     call: Backward, transposed: bool, dgrad: str | None = None, wgrad: str | None = None
 ) -> Gradients:
     """Gradients of a call that :func:`why_not` has nothing against; ``dgrad``, ``wgrad`` force algorithms."""
-    need_x, need_weight, need_prologue, _, _ = call.needs
+    need_x, need_weight, need_prologue, need_out_scale, need_out_shift = call.needs
     need_prologue = need_prologue and call.center is not None
     nothing = call.x.new_empty(0)
-    dx, dweight, dcenter, dscale, dshift = (nothing.clone() for _ in range(5))
+    dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift = (nothing.clone() for _ in range(7))
     x, dy = _nhwc(call.x), _nhwc(call.dy)
     y = None if call.y is None else _nhwc(call.y)
     weight = call.weight.detach().resolve_neg()
@@ -92,29 +91,42 @@ def backward(
         if need_prologue:
             dcenter, dscale, dshift = (x.new_empty(g.c_in) for _ in range(3))
         strides = library.Strides(*weight.stride())
-        library.checked(
-            library.library().dcgan_dgrad(
-                *(address, images, dy.data_ptr(), _pointer(y), weight.data_ptr(), ctypes.addressof(strides)),
-                *(x.data_ptr(), dx.data_ptr()),
-                *(v.data_ptr() if need_prologue else None for v in (dcenter, dscale, dshift)),
-                threads,
-            )
+        _run(
+            *(library.library().dcgan_dgrad, (DGRAD, g, op.algorithm, *how), threads),
+            *(address, images, dy.data_ptr(), _pointer(y), weight.data_ptr(), ctypes.addressof(strides)),
+            *(x.data_ptr(), dx.data_ptr()),
+            *(v.data_ptr() if need_prologue else None for v in (dcenter, dscale, dshift)),
         )
         if not need_x:
             dx = nothing
         elif not nhwc:
             dx = dx.contiguous()
-    if need_weight:
+    if need_weight or need_out_scale:  # which is told from the gradient of the weight
         op.algorithm = library.ALGORITHMS.index(wgrad or select.training(g, WGRAD, *how))
         dweight = buffers.empty_like(call.weight)
-        strides = library.Strides(*dweight.stride())
-        library.checked(
-            library.library().dcgan_wgrad(
-                *(address, images, x.data_ptr(), dy.data_ptr(), _pointer(y), dweight.data_ptr()),
-                *(ctypes.addressof(strides), threads),
-            )
+        if need_out_scale:
+            dout_scale = x.new_empty(g.c_out)
+        strides, of_weight = library.Strides(*dweight.stride()), library.Strides(*weight.stride())
+        _run(
+            *(library.library().dcgan_wgrad, (WGRAD, g, op.algorithm, *how), threads),
+            *(address, images, x.data_ptr(), dy.data_ptr(), _pointer(y), dweight.data_ptr()),
+            *(ctypes.addressof(strides), weight.data_ptr(), ctypes.addressof(of_weight)),
+            dout_scale.data_ptr() if need_out_scale else None,
         )
-    return dx, dweight, dcenter, dscale, dshift, nothing.clone(), nothing.clone()
+        if not need_weight:
+            dweight = nothing
+    if need_out_shift:
+        dout_shift = x.new_empty(g.c_out)
+        _run(
+            *(library.library().dcgan_shift_gradient, ("shift", g, images), threads),
+            *(address, images, dy.data_ptr(), _pointer(y), dout_shift.data_ptr()),
+        )
+    return dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift
+
+
+def _run(function: Callable[..., int], kind: Hashable, threads: int, *arguments: Any) -> None:
+    """The library's function on the threads that calls of this kind are fastest on."""
+    crew.of(kind, threads).run(function, *arguments, threads)
 
 
 def _geometry(call: Call | Backward, transposed: bool) -> Geometry:

@@ -46,23 +46,23 @@ def _capability(index: int) -> tuple[int, int]:
 
 def why_not(call: Call | Backward, transposed: bool) -> str | None:
     """Why no kernel here covers the call, or the gradients of one; None if one does."""
-    reason = why_not_here(call.x)
+    reason = why_not_here(call.x.device, call.x.dtype)
     known = _geometry(transposed, call.x.shape, call.weight.shape, call.stride, call.padding)
     if reason is None and known is None:
         return "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
     return reason
 
 
-def why_not_here(x: Tensor) -> str | None:
-    """Why no kernel runs on x's device or has its dtype, or None."""
-    if x.is_cuda:
-        index = torch.cuda.current_device() if x.device.index is None else x.device.index
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel runs on the device or has the dtype, or None."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
         if _capability(index) < MINIMUM_CAPABILITY:
             return f"the GPU's compute capability is below {MINIMUM_CAPABILITY[0]}.{MINIMUM_CAPABILITY[1]}"
     elif not triton.knobs.runtime.interpret:
-        return f"x is on the {x.device.type}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels have no {str(x.dtype).removeprefix('torch.')}"
+        return f"x is on the {device.type}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels have no {str(dtype).removeprefix('torch.')}"
     return None
 
 

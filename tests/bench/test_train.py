@@ -256,6 +256,7 @@ def test_end_to_end(
 ) -> None:
     file = tmp_path / "train.jsonl"
     monkeypatch.setattr(train, "measure_ceiling", lambda case: CEILING)
+    monkeypatch.setenv("DCGAN_ENGINE", "native")  # of itself it would leave so small a network to PyTorch
     sizes = ["--features", "4", "--image-size", "32", "--latent-dim", "8", "--batch", "4", "--threads", "1"]
     ways = ["--providers", "fast", "reduce-overhead", "rogue:half_a_gradient"]
     options = [*sizes, *ways, "--device", "cpu", "--seconds", "0.01", "--rounds", "2", "--json", str(file)]

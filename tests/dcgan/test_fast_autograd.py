@@ -10,7 +10,7 @@ from networks import EXACT, assert_equal_results, drop_in, norms, reference, sam
 from tolerance import relative
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "reference_engine")
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from dcgan import fast, models
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "reference_engine")
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 

@@ -160,7 +160,7 @@ def test_explain_in_training(kind: str) -> None:
 def test_explain_in_float64(kind: str) -> None:
     model = network(kind, torch.float64)
     rows = fast.explain(model, sample(model))
-    assert {row[2:] for row in rows} == {("reference", "native: the kernels have no float64")}
+    assert {row[2:] for row in rows} == {("eager", "native: the kernels have no float64")}
 
 
 def five_by_five(model: Any) -> None:
@@ -186,27 +186,27 @@ def four_by_four_unpadded(model: Any) -> None:
     model.main[3] = nn.ConvTranspose2d(after.in_channels, after.out_channels, 4, 2, 0, bias=False)
 
 
-OTHERS: dict[str, tuple[str, Callable[[Any], None], str]] = {
-    "3×3": ("D", three_by_three, "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"),
-    "4×3": ("D", not_square, "the kernel is not square"),
-    "padding 0": (
-        "G",
-        four_by_four_unpadded,
-        "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map",
-    ),
+NO_KERNELS = "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
+CALLED = "eager", "no engine has kernels for its kernel size, stride and padding"
+# The network, the change, what runs the layer, and why the native engine would not.
+OTHERS: dict[str, tuple[str, Callable[[Any], None], tuple[str, str], str]] = {
+    "3×3": ("D", three_by_three, CALLED, NO_KERNELS),
+    "4×3": ("D", not_square, CALLED, "the kernel is not square"),
+    "padding 0": ("G", four_by_four_unpadded, ("reference", f"native: {NO_KERNELS}"), NO_KERNELS),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_layer_of_another_geometry(name: str) -> None:
-    """Runs on the reference, and says why; the others remain native."""
-    kind, change, reason = OTHERS[name]
+    """Is left to PyTorch, and says why; the others remain native."""
+    kind, change, instead, reason = OTHERS[name]
     model = network(kind)
     change(model)
     x = sample(model)
     rows = fast.explain(model, x)
     odd = {row[2:] for row in rows if row.engine != "native"}
-    assert odd == {("reference", f"native: {reason}")}
+    assert instead in odd
+    assert odd <= {instead, ("eager", "LeakyReLU does not follow a convolution that the ops express")}
     assert sum(row.engine == "native" for row in rows) == 3
     assert relative(model(x), eager64(model, x)) <= NETWORK
     with (
@@ -298,7 +298,7 @@ except RuntimeError as error:
 
 @NETWORKS
 def test_with_gradients_it_is_the_composition(kind: str) -> None:
-    """In eval with gradients: native layer by layer, but a folded BatchNorm's gradients."""
+    """In eval with gradients, a folded BatchNorm's too: native layer by layer."""
     model = network(kind)
     x = sample(model)
     expected = model(x)
@@ -307,7 +307,7 @@ def test_with_gradients_it_is_the_composition(kind: str) -> None:
         y.sum().backward()
     assert [c.engine for c in choices if not c.op.endswith("_backward")] == NATIVE
     backward = [c for c in choices if c.op.endswith("_backward")]
-    assert {c.engine for c in backward} == {"reference", "native"}  # native without a BatchNorm
+    assert {c.engine for c in backward} == {"native"}
     assert relative(y, expected) < 1e-6
     exact = copy.deepcopy(model).double()
     exact.zero_grad()

@@ -104,13 +104,12 @@ def each(edit: Callable[[nn.Parameter], Any]) -> Callable[[Any], None]:
 
 
 def initialise(model: Any) -> None:
-    """weights_init edits ``.data``, which nothing can see: it needs refresh(), as documented."""
+    """weights_init edits ``.data``, which changes no version."""
     model.apply(models.weights_init)
     with torch.no_grad():
         for m in model.main:
             if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
                 m.weight.data.mul_(5)
-    model.refresh()
 
 
 def replace_parameter(model: Any) -> None:
@@ -138,9 +137,34 @@ def to_16_bit_and_back(model: Any) -> None:
     model.to(torch.float32)
 
 
-def data_edited_and_refreshed(model: Any) -> None:
+def data_edited(model: Any) -> None:
     model.main[0].weight.data.neg_()
-    model.refresh()
+
+
+def moving_average(model: Any) -> None:
+    """As every training loop writes it: parameters' data in place, all of them."""
+    other = copy.deepcopy(model)
+    randomise(other)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        p.data.mul_(0.999).add_(q.data, alpha=0.001)
+
+
+def numpy_view(model: Any) -> None:
+    model.main[3 if isinstance(model, models.Generator) else 2].weight.detach().numpy()[:] *= -1.5
+
+
+def plain_attribute(model: Any) -> None:
+    """The adapted weight of meta-learning: a tensor in the place of a parameter, exchanged each time."""
+    for m in model.main:
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+            weight = m.weight.detach() * -1.1
+            m._parameters.pop("weight", None)
+            m.weight = weight
+
+
+def swapped(model: Any) -> None:
+    conv = model.main[0]
+    torch.utils.swap_tensors(conv.weight, nn.Parameter(torch.randn_like(conv.weight) / 10))
 
 
 def edited_between_modes(model: Any) -> None:
@@ -240,7 +264,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "layer replaced": replace_layer,
     "to float64, edited, and back": there_and_back,
     "to bfloat16 and back": to_16_bit_and_back,
-    "data edited, refresh": data_edited_and_refreshed,
+    "data edited": data_edited,
+    "moving average": moving_average,
+    "numpy view": numpy_view,
+    "plain attribute": plain_attribute,
+    "swap_tensors": swapped,
     "data edited in training": edited_between_modes,
     "data = in other strides": other_layout,
     "running statistics in place": of_norms(lambda n: (n.running_mean.add_(0.5), n.running_var.mul_(2))),
@@ -302,15 +330,63 @@ def test_a_slope_changed() -> None:
 
 
 @NETWORKS
-def test_data_edited_in_eval_needs_refresh(kind: str) -> None:
-    """The one thing no hook can see, as refresh() documents; vectors are read at every call."""
+def test_an_edit_of_one_weight_makes_all_of_them_anew(kind: str) -> None:
+    """Samples may miss a part of what is being edited: no layer is to be of another time than the rest."""
     model = network(kind)
     x = sample(model)
-    stale = assert_right(model, x)
+    model(x)
+    made = [t for entry in weights._entries.values() for t in entry.derived.values()]
     model.main[0].weight.data.neg_()
-    assert torch.equal(model(x), stale)
-    model.refresh()
     assert_right(model, x)
+    anew = [t for entry in weights._entries.values() for t in entry.derived.values()]
+    assert len(anew) == len(made) == 4
+    assert not any(new is old for new in anew for old in made)
+
+
+@NETWORKS
+@pytest.mark.parametrize("batch", [1, 6])
+def test_a_moving_average_step_by_step(kind: str, batch: int) -> None:
+    """Of steps that change each weight by a few roundings of float32: every one of them is seen."""
+    model = network(kind)
+    x = sample(model, batch)
+    with torch.no_grad():
+        for _ in range(20):
+            for p in model.parameters():
+                p.data.mul_(1 - 1e-6).add_(torch.randn_like(p) * 1e-8)
+            seen = model(x)
+            model.refresh()
+            assert torch.equal(seen, model(x))
+
+
+def test_few_elements_edited_behind_the_versions_back_need_refresh() -> None:
+    """What samples may miss, as refresh() documents: here one weight of 2 million."""
+    model = fast.Generator().eval()
+    z = torch.randn(1, 100)
+    missed = []
+    for i in range(3):
+        stale = model(z)
+        model.main[3].weight.data[0, i, 0, 0] += 100
+        missed.append(torch.equal(model(z), stale))  # with a probability of 1 - 32/131,072
+        model.refresh()
+        assert not torch.equal(model(z), stale)
+    assert any(missed)
+
+
+def test_written_by_another_process() -> None:
+    model = network("G").share_memory()
+    z = sample(model)
+    before = assert_right(model, z)
+    process = torch.multiprocessing.get_context("spawn").Process(
+        target=_negate, args=(model.main[0].weight.data,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert not torch.equal(assert_right(model, z), before)
+
+
+def _negate(weight: Tensor) -> None:
+    weight.neg_()
 
 
 @NETWORKS
@@ -437,7 +513,7 @@ def test_not_with_the_sizes_of_batches(kind: str, packings: Packings) -> None:
         for batch in range(1, 2 * chain.Chain._MOST + 3):
             assert_right(model, sample(model, batch))
     assert 4 <= native.packed() == packings.alive() == len(packings.made) <= 4 * 3
-    kept = fast._chains[model.main][1]
+    kept = fast._chains[model.main][False][1]
     assert kept is not None
     assert len(kept._prepared) <= chain.Chain._MOST
 
@@ -544,9 +620,9 @@ def test_a_call_prepares_nothing_after_the_first() -> None:
     model = network("G")
     z = sample(model)
     model(z)
-    kept = fast._chains[model.main][1]
+    kept = fast._chains[model.main][False][1]
     assert kept is not None
     (first,) = kept._prepared.values()
     model(z)
-    assert fast._chains[model.main][1] is kept
+    assert fast._chains[model.main][False][1] is kept
     assert list(kept._prepared.values()) == [first]

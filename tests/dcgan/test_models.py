@@ -207,6 +207,21 @@ def test_a_checkpoint_of_other_sizes_changes_nothing(model: nn.Module, other: di
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("key", ["main.4.weight", "main.4.bias", "main.7.running_mean"])
+def test_a_checkpoint_of_the_same_sizes_that_differs_says_where(key: str) -> None:
+    model = Generator(features=4)
+    checkpoint = model.state_dict()
+    checkpoint[key] = torch.zeros(3, *checkpoint[key].shape[1:])
+    with pytest.raises(RuntimeError, match="Nothing was loaded") as error:
+        model.load_state_dict(checkpoint)
+    message = str(error.value)
+    assert message.count("Generator(") == 1
+    assert f"{key} is {[3, *model.state_dict()[key].shape[1:]]} in the checkpoint and" in message
+    checkpoint["main.4.running_var"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="; 2 tensors differ"):
+        model.load_state_dict(checkpoint)
+
+
 @pytest.mark.parametrize("size", IMAGE_SIZES)
 def test_sizes_are_read_off_a_state_dict(size: int) -> None:
     generator = Generator(latent_dim=5, channels=3, features=2, image_size=size)

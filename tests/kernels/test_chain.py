@@ -54,6 +54,27 @@ def test_native_is_the_formula(kind: str, channels_last: bool, dtype: torch.dtyp
 
 
 @native.NEEDED
+@pytest.mark.parametrize("given", ["c", "cs", "cb", "csb", "cn", "csbn"])
+@pytest.mark.parametrize("algorithm", [*native.SPATIAL, "dense"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
+def test_a_bias_of_the_convolution(transposed: bool, algorithm: str, given: str) -> None:
+    """Alone, under an affine map and before a BatchNorm; every activation, on maps of odd sizes."""
+    narrow, dense = algorithm == "narrow", algorithm == "dense"
+    c_in, c_out = (9, 3 if narrow else 7) if transposed else (3 if narrow else 9, 7)
+    shape = {"stride": 1, "padding": 0} if dense else {}
+    size = (1, 1) if dense and transposed else (4, 4) if dense else (5, 7)
+    for batch, act in ((1, "none"), (5, "relu"), (1, "leaky_relu"), (5, "tanh"), (1, "sigmoid")):
+        x = torch.randn(batch, c_in, *size)
+        stages = [stage(transposed, c_in, c_out, given=given, act=act, slope=0.3, **shape)]
+        with native.forced(algorithm), native.fresh_memory_is_nan(), ops.use_engine("native"):
+            found = conv_chain(x, stages), chain.Chain(stages)(x)
+        with ops.use_engine("reference"):
+            assert relative(conv_chain(x, stages), stated(x, stages)) <= LAYER
+        for y in found:
+            assert relative(y, stated(x, stages)) <= LAYER
+
+
+@native.NEEDED
 @KINDS
 def test_every_way_in_gives_the_same_bits(kind: str) -> None:
     """The function, the operator and a Chain."""
@@ -224,7 +245,7 @@ def test_a_wrong_x_and_no_stages(engine: str) -> None:
                 (x.int(), TypeError, r"x must be float16, bfloat16, float32 or float64, got torch.int32"),
                 (x[:, :2], ValueError, r"x has 2 channels, but weight .* takes 3"),
                 (x.double(), TypeError, r"weight must have x's dtype torch.float64, got torch.float32"),
-                (x.to("meta"), ValueError, r"weight must be on x's device meta, got cpu"),
+                (x.to("meta"), ValueError, r"bias must be on x's device meta, got cpu"),
             ):
                 with pytest.raises(error, match=message):
                     run(wrong)

@@ -10,7 +10,7 @@ from typing import Any
 import native
 import pytest
 import torch
-from chains import KINDS, kept, made, stated
+from chains import KINDS, VECTORS, kept, made, stated
 from native import LAYER
 from tolerance import relative
 from torch import Tensor
@@ -104,7 +104,7 @@ VECTOR_EDITS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.usefixtures("no_grad")
 def test_vectors_are_read_at_every_call(name: str) -> None:
     x, stages = made("up")
-    vectors = [t for s in stages for t in (s.scale, s.shift, s.mean, s.var) if t is not None]
+    vectors = [t for s in stages for n in VECTORS if (t := getattr(s, n)) is not None]
     for t in vectors:
         make_room(t)
     owner, run = kept(stages), chain.Chain(stages)

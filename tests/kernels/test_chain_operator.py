@@ -81,7 +81,7 @@ def test_first_and_second_derivatives(kind: str) -> None:
     def function(x: Tensor, *values: Tensor) -> Tensor:
         rest = iter(values)
         return conv_chain(
-            x, [Stage(s[0], *[None if t is None else next(rest) for t in s[1:6]], *s[6:]) for s in stages]
+            x, [Stage(s[0], *[None if t is None else next(rest) for t in s[1:7]], *s[7:]) for s in stages]
         )
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True, check_forward_ad=True)

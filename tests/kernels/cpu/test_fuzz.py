@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import native
 import pytest
 import torch
+from chains import stated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import LAYER, SPATIAL, THREADS, assert_right, forced, instruction_set, laid_out, layouts
-from statement import Problem, state
+from statement import Problem
 from torch import Tensor
 
 from dcgan.kernels import chain, ops
@@ -87,7 +88,7 @@ def test_any_layer(
 
 @st.composite
 def chains(draw: st.DrawFn) -> tuple[Tensor, list[Stage]]:
-    """Layers that fit one on another, each with or without a BatchNorm, some without its affine map."""
+    """Layers that fit one on another, with or without bias and BatchNorm, some without its affine map."""
     torch.manual_seed(draw(SEEDS))
     channels, height, width = draw(CHANNELS), draw(SIDES), draw(SIDES)
     if draw(st.booleans()):
@@ -105,11 +106,12 @@ def chains(draw: st.DrawFn) -> tuple[Tensor, list[Stage]]:
         c_out = draw(CHANNELS)
         weight = torch.randn((channels, c_out) if transposed else (c_out, channels), dtype=torch.float64)
         weight = weight[:, :, None, None] * torch.randn(kernel, kernel) / (channels * kernel**2) ** 0.5
-        normed, affine = draw(st.booleans()), draw(st.booleans())
+        biased, normed, affine = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
         stages.append(
             Stage(
                 transposed,
                 weight.float(),
+                bias=torch.randn(c_out) if biased else None,
                 scale=torch.randn(c_out) if affine else None,
                 shift=torch.randn(c_out) if affine else None,
                 mean=torch.randn(c_out) if normed else None,
@@ -127,17 +129,6 @@ def chains(draw: st.DrawFn) -> tuple[Tensor, list[Stage]]:
         else:
             height, width = ((s + 2 * padding - kernel) // stride + 1 for s in (height, width))
     return x, stages
-
-
-def exact(x: Tensor, stages: list[Stage]) -> Tensor:
-    """The chain by its definition, in float64."""
-    y = x.double()
-    for stage in stages:
-        scale, shift = chain.folded(stage, torch.float64)
-        call = ops.Call(y, stage.weight, out_scale=scale, out_shift=shift, out_act=stage.act)
-        call = call._replace(slope=stage.slope, stride=stage.stride, padding=stage.padding)
-        y = state(call, stage.transposed)[0]
-    return y
 
 
 @settings(deadline=None, max_examples=60)
@@ -161,7 +152,7 @@ def test_any_chain(
     x, stages = layers
     with instruction_set(isa), forced(algorithm), ops.use_engine("native"):
         y = chain.conv_chain(laid_out(x, layout), stages, channels_last)
-    expected = exact(x, stages)
+    expected = stated(x, stages)
     assert y.shape == expected.shape
     # The weights are such that y's elements are of order 1, unless an activation says otherwise.
     size = max(float(expected.norm()), expected.numel() ** 0.5)

@@ -137,7 +137,7 @@ def test_a_workspace_is_given_back_and_made_anew() -> None:
 
 
 def test_without_a_library_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The network runs on the reference, and one warning says why, with what the compiler said."""
+    """PyTorch's own modules run, and one warning says why, with what the compiler said."""
     error = tmp_path / "build-error.txt"
     error.write_text("No such file or directory: 'c++'\nat line 2 of it\n")
     code = f"""{RUN}
@@ -154,8 +154,10 @@ for warning in caught:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     reason = "csrc was not built: No such file or directory: 'c++'"
-    assert lines[:2] == [f"reference native: {reason}"] * 2
-    assert lines[2].startswith("UserWarning dcgan's native CPU engine is missing, and everything runs on ")
+    assert lines[:2] == [f"eager native: {reason}"] * 2
+    assert lines[2].startswith(
+        "UserWarning dcgan's native CPU engine is missing, and PyTorch's own modules run"
+    )
     assert lines[2].endswith(reason)
     assert lines[3] == "at line 2 of it"
     assert sum("Warning" in line for line in lines) == 1

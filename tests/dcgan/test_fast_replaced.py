@@ -1,0 +1,505 @@
+"""What the drop-ins may replace: every way a module's call can mean more than its class, at every place.
+
+The matrix: a change × the module it is made to × the network × train or eval × how the fast network comes
+to be × what is called. A fast network either gives what the changed reference network gives, its hooks called
+as often, or raises what the reference raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from native import NEEDED
+from networks import reference, sample
+from tolerance import relative
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules import module as nn_module
+
+from dcgan import fast
+from dcgan.models import LEAKY_SLOPE
+
+pytestmark = [NEEDED, pytest.mark.usefixtures("one_thread")]
+
+FLOAT32 = 2e-5  # through all layers, of the largest norm, forward and backward
+
+
+@pytest.fixture(autouse=True)
+def _no_global_hooks() -> Iterator[None]:
+    yield
+    for hooks in (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
+    ):
+        hooks.clear()
+    nn_module._global_is_full_backward_hook = None
+
+
+Calls = list[str]
+Change = Callable[[Any, str, Calls], None]
+"""Changes a network at a place, and lets what it puts there list its calls."""
+
+
+def place(model: Any, where: str) -> nn.Module:
+    """The module that is meant: in G, its first convolution, BatchNorm and so on."""
+    if where == "main":
+        return model.main  # type: ignore[no-any-return]
+    kinds = {
+        "convolution": nn.Conv2d | nn.ConvTranspose2d,
+        "norm": nn.BatchNorm2d,
+        "activation": nn.ReLU | nn.LeakyReLU,
+    }
+    if where == "head":
+        return model.main[-1]  # type: ignore[no-any-return]
+    return next(m for m in model.main if isinstance(m, kinds[where]))
+
+
+def put(model: Any, where: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    old = place(model, where)
+    if where == "main":
+        model.main = make(old)
+    else:
+        model.main[next(i for i, m in enumerate(model.main) if m is old)] = make(old)
+
+
+# --- hooks -------------------------------------------------------------------------------------------------
+
+
+def forward_hook(model: Any, where: str, calls: Calls) -> None:
+    place(model, where).register_forward_hook(lambda m, args, y: calls.append(f"{float(y.norm()):.3e}"))
+
+
+def changing_forward_hook(model: Any, where: str, calls: Calls) -> None:
+    place(model, where).register_forward_hook(lambda m, args, y: 0.5 * y)
+
+
+def forward_pre_hook(model: Any, where: str, calls: Calls) -> None:
+    place(model, where).register_forward_pre_hook(lambda m, args: (args[0] * 0.75,))
+
+
+def full_backward_hook(model: Any, where: str, calls: Calls) -> None:
+    not_in_place(model)
+    place(model, where).register_full_backward_hook(lambda m, g_in, g_out: calls.append("backward"))
+
+
+def changing_backward_hook(model: Any, where: str, calls: Calls) -> None:
+    not_in_place(model)
+    place(model, where).register_full_backward_hook(
+        lambda m, g_in, g_out: (2 * g_in[0],) if g_in[0] is not None else None
+    )
+
+
+def backward_pre_hook(model: Any, where: str, calls: Calls) -> None:
+    not_in_place(model)
+    place(model, where).register_full_backward_pre_hook(lambda m, g_out: (3 * g_out[0],))
+
+
+def not_in_place(model: Any) -> None:
+    """Full backward hooks do not go with modules that work in place."""
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+
+
+# --- another forward ---------------------------------------------------------------------------------------
+
+
+def forward_on_the_instance(model: Any, where: str, calls: Calls) -> None:
+    module = place(model, where)
+    kept = type(module).forward
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        calls.append("forward")
+        return kept(self, x) * 0.5  # type: ignore[operator, no-any-return]
+
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def subclass(model: Any, where: str, calls: Calls) -> None:
+    def make(old: nn.Module) -> nn.Module:
+        class Own(type(old)):  # type: ignore[misc]
+            def forward(self, x: Tensor) -> Any:
+                calls.append("forward")
+                return super().forward(x) * 0.5
+
+        old.__class__ = Own
+        return old
+
+    put(model, where, make)
+
+
+def compiled_in_place(model: Any, where: str, calls: Calls) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            calls.append("compiled")
+            return graph(*args)
+
+        return run
+
+    place(model, where).compile(backend=backend)
+
+
+def compiled(model: Any, where: str, calls: Calls) -> None:
+    put(model, where, lambda old: torch.compile(old, backend="eager"))  # type: ignore[arg-type, return-value]
+
+
+def checkpointed(model: Any, where: str, calls: Calls) -> None:
+    not_in_place(model)  # an input that is computed again must be there still
+    put(model, where, checkpoint_wrapper)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module, calls: Calls) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append("wrapped")
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+def wrapped(model: Any, where: str, calls: Calls) -> None:
+    put(model, where, lambda old: Wrapped(old, calls))
+
+
+def nested(model: Any, where: str, calls: Calls) -> None:
+    put(model, where, nn.Sequential)
+
+
+# --- values ------------------------------------------------------------------------------------------------
+
+
+def one_activation_for_all(model: Any, where: str, calls: Calls) -> None:
+    """One instance in several places, which ``named_children()`` gives once."""
+    old = place(model, where)
+    shared = nn.LeakyReLU(0.3) if where != "head" else old
+    for i, module in enumerate(model.main):
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            model.main[i] = shared
+
+
+def one_norm_twice(model: Any, where: str, calls: Calls) -> None:
+    norm = place(model, "norm")
+    i = next(i for i, m in enumerate(model.main) if m is norm)
+    model.main.insert(i + 1, nn.ReLU())
+    model.main.insert(i + 2, norm)
+
+
+def plain_attribute(model: Any, where: str, calls: Calls) -> None:
+    """A tensor that is no parameter in the place of one."""
+    module: Any = place(model, where)
+    weight = module.weight.detach() * 1.25
+    del module.weight
+    module.weight = weight
+
+
+def data_edited(model: Any, where: str, calls: Calls) -> None:
+    """Behind the version's back."""
+    module: Any = place(model, where)
+    module.weight.data.mul_(-1.25)
+
+
+def bias(model: Any, where: str, calls: Calls) -> None:
+    def make(old: Any) -> nn.Module:
+        torch.manual_seed(1)
+        new = type(old)(old.in_channels, old.out_channels, 4, old.stride, old.padding)
+        nn.init.normal_(new.bias)
+        return new
+
+    put(model, where, make)
+
+
+LAYERS = ["convolution", "norm", "activation", "head"]
+ANYWHERE = [*LAYERS, "main"]
+CHANGES: dict[str, tuple[Change, list[str]]] = {
+    "forward hook": (forward_hook, ANYWHERE),
+    "forward hook that changes": (changing_forward_hook, ANYWHERE),
+    "forward pre-hook": (forward_pre_hook, ANYWHERE),
+    "full backward hook": (full_backward_hook, ANYWHERE),
+    "full backward hook that changes": (changing_backward_hook, ANYWHERE),
+    "full backward pre-hook": (backward_pre_hook, ANYWHERE),
+    "forward on the instance": (forward_on_the_instance, ANYWHERE),
+    "subclass with a forward": (subclass, ANYWHERE),
+    "compile()": (compiled_in_place, ANYWHERE),
+    "torch.compile": (compiled, ANYWHERE),
+    "activation checkpointing": (checkpointed, ANYWHERE),
+    "wrapped": (wrapped, ANYWHERE),
+    "nested": (nested, ANYWHERE),
+    "one activation for all": (one_activation_for_all, ["activation"]),
+    "one norm twice": (one_norm_twice, ["norm"]),
+    "plain attribute": (plain_attribute, ["convolution", "norm"]),
+    "data edited": (data_edited, ["convolution", "norm"]),
+    "bias": (bias, ["convolution"]),
+}
+EVERY = [(name, where) for name, (_, places) in CHANGES.items() for where in places]
+
+
+def outcome(network: Any, x: Tensor, method: str) -> dict[str, Any]:
+    """Output, gradients and buffers, or the error; the same names for a network of either kind."""
+    x = x.clone().requires_grad_()
+    network.zero_grad()
+    try:
+        y = network(x) if method == "forward" else network.logits(x)
+    except TypeError as error:
+        return {"error": str(error)}
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    found: dict[str, Any] = {"output": y.detach(), "input": x.grad}
+    found |= {name: p.grad for name, p in network.named_parameters()}
+    return found | {name: b.clone() for name, b in network.named_buffers() if b.is_floating_point()}
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    if "error" in expected:
+        assert actual == expected
+        return
+    gradients = [float(t.norm()) for n, t in expected.items() if t is not None and n != "output"]
+    for name, want in expected.items():
+        got = actual[name]
+        if want is None:
+            assert got is None, name
+            continue
+        error = float((got.double() - want.double()).norm())
+        # A bias before a BatchNorm has a gradient of zero, but for rounding.
+        assert error <= FLOAT32 * max(float(want.norm()), 1e-2 * max(gradients, default=0.0)), name
+
+
+def pair(kind: str, name: str, where: str, order: str, training: bool) -> tuple[Any, Any, Calls, Calls]:
+    """The changed reference network, the fast one by ``order``, and what each has called."""
+    torch.manual_seed(0)
+    change, _ = CHANGES[name]
+    model = reference(kind, dtype=torch.float32).train(training)
+    calls: Calls = []
+    plain = copy.deepcopy(model)
+    ours: Calls = []
+    if order == "converted, changed, called before":
+        other, x = fast.convert(model), sample(model)
+        with torch.no_grad():
+            for network in (other, plain):  # so that running statistics agree
+                network(x)
+        for network, listed in ((plain, calls), (other, ours)):
+            torch.manual_seed(2)
+            change(network, where, listed)
+    else:
+        for network, listed in ((plain, calls), (model, ours)):
+            torch.manual_seed(2)
+            change(network, where, listed)
+        other = fast.convert(model)
+    return plain, other, calls, ours
+
+
+@pytest.mark.parametrize("kind", ["G", "D"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("order", ["changed, converted", "converted, changed, called before"])
+@pytest.mark.parametrize(("name", "where"), EVERY)
+def test_a_change(kind: str, training: bool, order: str, name: str, where: str) -> None:
+    plain, other, calls, ours = pair(kind, name, where, order, training)
+    calls.clear(), ours.clear()
+    methods = ["forward"] if kind == "G" else ["forward", "logits"]
+    for method in methods:
+        torch.manual_seed(3)
+        x = sample(plain)
+        expected, actual = outcome(plain, x, method), outcome(other, x, method)
+        assert_same(actual, expected)
+        with torch.no_grad():  # by another path
+            expected, actual = (result_only(network, x, method) for network in (plain, other))
+        assert_same(actual, expected)
+    assert len(ours) == len(calls)
+
+
+def result_only(network: Any, x: Tensor, method: str) -> dict[str, Any]:
+    try:
+        return {"output": network(x) if method == "forward" else network.logits(x)}
+    except TypeError as error:
+        return {"error": str(error)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [
+        pytest.param("G", True, id="train-G"),
+        pytest.param("D", False, id="eval-D"),
+        pytest.param("G", False, id="eval-G", marks=pytest.mark.slow),
+        pytest.param("D", True, id="train-D", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *[
+            pytest.param(name, where, marks=() if where in ("convolution", "main") else pytest.mark.slow)
+            for name in (
+                *("forward hook that changes", "forward on the instance"),
+                *("subclass with a forward", "wrapped"),
+            )
+            for where in ANYWHERE
+        ],
+        ("one activation for all", "activation"),
+        ("one norm twice", "norm"),
+        ("plain attribute", "convolution"),
+        ("data edited", "convolution"),
+        ("bias", "convolution"),
+    ],
+)
+def test_a_change_under_torch_compile(kind: str, training: bool, name: str, where: str) -> None:
+    """The same predicate is traced; changed after a first compiled call, the graph is not stale."""
+    torch.compiler.reset()
+    for order in ("changed, converted", "converted, changed, called before"):
+        plain, other, _, _ = pair(kind, name, where, order, training)
+        whole: Any = torch.compile(other, backend="aot_eager")
+        for _ in range(2):
+            x = sample(plain)
+            with torch.no_grad():
+                assert relative(whole(x), plain(x)) < FLOAT32
+        if name == "data edited":
+            for network in (plain, other):
+                data_edited(network, where, [])
+            with torch.no_grad():
+                assert relative(whole(x), plain(x)) < FLOAT32
+
+
+# --- what is set on every module ---------------------------------------------------------------------------
+
+GLOBAL: dict[str, Callable[[Calls], Any]] = {
+    "forward hook": lambda calls: nn_module.register_module_forward_hook(
+        lambda m, x, y: calls.append(type(m).__name__)
+    ),
+    "forward pre-hook": lambda calls: nn_module.register_module_forward_pre_hook(
+        lambda m, x: calls.append(type(m).__name__)
+    ),
+    "full backward hook": lambda calls: nn_module.register_module_full_backward_hook(
+        lambda m, g_in, g_out: calls.append(type(m).__name__)
+    ),
+    "full backward pre-hook": lambda calls: nn_module.register_module_full_backward_pre_hook(
+        lambda m, g_out: calls.append(type(m).__name__)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["G", "D"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", GLOBAL)
+def test_hooks_on_all_modules(kind: str, training: bool, name: str) -> None:
+    model = reference(kind, dtype=torch.float32).train(training)
+    not_in_place(model)
+    other = fast.convert(copy.deepcopy(model))
+    x = sample(model)
+    calls: Calls = []
+    handle = GLOBAL[name](calls)
+    expected = outcome(model, x, "forward")
+    wanted = list(calls)
+    calls.clear()
+    actual = outcome(other, x, "forward")
+    handle.remove()
+    assert_same(actual, expected)
+    assert calls == wanted
+    assert len(calls) > len(model.main)
+    with torch.no_grad():
+        before = other.eval()(x)
+        assert relative(before, model.eval()(x)) < FLOAT32  # replaced again
+    assert fast.explain(other, x)[0].engine == "native"
+
+
+@pytest.mark.parametrize("kind", ["G", "D"])
+@pytest.mark.parametrize("owner", [nn.Module, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Sequential])
+def test_a_class_patched_by_somebody(kind: str, owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tracers and profilers do."""
+    model = reference(kind, dtype=torch.float32).eval()
+    other = fast.convert(copy.deepcopy(model))
+    calls: Calls = []
+    method = "__call__" if owner is nn.Module else "forward"
+    kept = getattr(owner, method)
+
+    def patched(self: nn.Module, *args: Any) -> Any:
+        calls.append(type(self).__name__)
+        return kept(self, *args)
+
+    monkeypatch.setattr(owner, method, patched)
+    x = sample(model)
+    expected = model(x)
+    wanted = calls[1:] if owner is nn.Module else calls[:]
+    calls.clear()
+    assert torch.equal(other(x), expected) or relative(other(x), expected) < FLOAT32
+    assert set(wanted) <= set(calls)
+
+
+# --- conversion --------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_network_is_converted_to_one_that_is_not() -> None:
+    """Its compiled call is bound to the plain network."""
+    model = reference("G", dtype=torch.float32).eval()
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match="model is compiled, but the fast network around it is not"):
+        other = fast.convert(model)
+    z = sample(model)
+    with torch.no_grad():
+        assert relative(other(z), model(z)) < FLOAT32
+    assert [row.engine for row in fast.explain(other, z)] == ["native"] * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast.convert(reference("D"))
+
+
+@pytest.mark.parametrize("kind", ["G", "D"])
+def test_a_replaced_forward_of_the_network_is_not_lost(kind: str) -> None:
+    model = reference(kind, dtype=torch.float32)
+    model.forward = types.MethodType(lambda self, x: 2 * self.main(x), model)
+    with pytest.raises(TypeError, match=r"model\.forward has been replaced .*; convert the network first"):
+        fast.convert(model)
+    del model.forward
+    other = fast.convert(model)
+    other.forward = types.MethodType(lambda self, x: x + 1, other)  # type: ignore[method-assign]
+    x = sample(model)
+    assert torch.equal(other(x), x + 1)
+
+
+class Foreign(nn.Module):
+    """pytorch/examples' Generator, written down again elsewhere."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.main = copy.deepcopy(model.main)
+
+
+@pytest.mark.parametrize("kind", ["G", "D"])
+def test_conversion_of_a_foreign_network_says_what_works(kind: str) -> None:
+    model = reference(kind, dtype=torch.float32).eval()
+    foreign: Any = Foreign(model)
+    with pytest.raises(TypeError, match="its weights fit") as raised:
+        fast.convert(foreign)
+    line = str(raised.value).rsplit(": ", 1)[1]
+    maker, arguments = line.split(").load_state_dict(")
+    made = eval(maker + ")", {"fast": fast})
+    made.load_state_dict(foreign.state_dict())
+    assert arguments == "model.state_dict())"
+    x = sample(model)
+    with torch.no_grad():
+        assert relative(made.eval()(x), model(x)) < FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.Linear(2, 2), "other networks have no drop-in"),
+        (lambda: torch.compile(reference("G")), r"convert what it has compiled, model\._orig_mod"),
+        (lambda: type("Mine", (type(reference("D")),), {})(), r"can derive from dcgan\.fast\.Discriminator"),
+        (lambda: "netG.pth", "other networks have no drop-in"),
+    ],
+)
+def test_conversion_of_anything_else_says_so(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        fast.convert(make())
+
+
+def test_the_slope_is_the_papers() -> None:
+    """The matrix shares one activation: not by chance the one that is there anyway."""
+    assert LEAKY_SLOPE != 0.3
