@@ -25,7 +25,7 @@ def command(
         Format,
         typer.Option(
             help="safetensors: the weights and sizes. onnx: for ONNX Runtime and others. "
-            "torch-export: a PyTorch program (.pt2). The last two are checked against PyTorch first."
+            "torch-export: a PyTorch program (.pt2). What each holds is first checked against PyTorch."
         ),
     ],
     out: Annotated[
@@ -70,8 +70,8 @@ def command(
     typer.echo(f"Wrote {target}: {exported.size / 1e6:.1f} MB{shapes}")
     if exported.difference is not None:
         typer.echo(
-            f"{exported.checked}: largest difference from PyTorch {exported.difference:.1e} "
-            f"({export.TOLERANCE:.0e} is allowed)"
+            f"{exported.checked}: largest difference from PyTorch {exported.difference:.1e} of the outputs' "
+            f"spread ({export.TOLERANCE:.0e} is allowed)"
         )
     elif exported.checked:
         typer.echo(exported.checked)
