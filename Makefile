@@ -56,6 +56,8 @@ bench: setup
 	$(PY) -m bench ladder --json bench/results/ladder.jsonl
 	$(PY) -m bench profile
 	$(PY) -m bench scale --json bench/results/scale.jsonl
+	@echo "== Beside eager, where a drop-in is apt to be slower =="
+	$(PY) -m bench situations --json bench/results/situations.jsonl
 	@echo "== Single ops =="
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 

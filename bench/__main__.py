@@ -15,7 +15,7 @@ from bench.usage import UsageError
 
 COMMANDS = (
     *("generate", "discriminate", "train", "accuracy", "scale", "ladder", "profile"),
-    *("inspect", "predict", "gpu", "kernels", "learn", "loop", "mnist", "plot"),
+    *("inspect", "predict", "gpu", "kernels", "learn", "loop", "mnist", "plot", "situations"),
 )
 
 

@@ -35,7 +35,7 @@ class Block(NamedTuple):
     @property
     def stage(self) -> Stage:
         """The modules, in eval, as the kernels take them; it shares their tensors."""
-        (stage,) = fast.stages(self.modules)
+        (stage,) = fast.stages(list(self.modules.named_children()))
         return stage
 
     @property

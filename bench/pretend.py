@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
+from dcgan.kernels import ops
+
 H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -201,6 +203,7 @@ class _Generated(Exception):
     """Thrown in place of running what was generated."""
 
 
+@ops.use_engine("triton")  # whose ops the graph is to hold, though its tensors are on a CPU
 def training_code(
     network: nn.Module, shape: tuple[int, ...], *, input_gradient: bool = False
 ) -> tuple[int, dict[str, str]]:

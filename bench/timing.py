@@ -83,9 +83,13 @@ class Timed(NamedTuple):
 
 
 def in_turn(
-    contestants: Sequence[Timed], seconds: float, rounds: int, between: Callable[[], None] = lambda: None
+    contestants: Sequence[Timed],
+    seconds: float,
+    rounds: int,
+    between: Callable[[], None] = lambda: None,
+    long: bool = False,
 ) -> list[Spread]:
-    """Times of a call of each, on the CPU, in this process.
+    """Times of a call of each, on the CPU, in this process; ``long`` as for :class:`CpuSampler`.
 
     Rounds of one burst each, in an order shuffled anew, so that drift of the machine is shared; ``between``
     is called after every round. For what shares one pool of threads: rivals' would spin beside each other.
@@ -98,7 +102,7 @@ def in_turn(
         for i in order:
             run, x, threads = contestants[i]
             with torch_threads(threads):
-                times[i] += CpuSampler(run, [x]).burst(seconds / rounds)["warm"]
+                times[i] += CpuSampler(run, [x], long).burst(seconds / rounds)["warm"]
         between()
     return [summarise(own) for own in times]
 

@@ -1,0 +1,81 @@
+"""The situations: each edit leaves a network that runs, and both networks the same; verdicts; the command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from native import NEEDED
+
+from bench import situations
+from bench.__main__ import main
+from bench.situations import EDITS, Measured, Situation
+from bench.stats import Spread
+from bench.usage import UsageError
+
+pytestmark = NEEDED
+
+
+@pytest.mark.parametrize("network", ["G", "D"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_pair_computes_the_same(network: str, training: bool, edit: str) -> None:
+    situation = Situation(network, "float32", "training" if training else "inference", edit, 8, 32, 3)
+    eager, ours, x = situations.networks(situation)
+    assert eager.training is training
+    assert situations.error(eager, ours, x, contextlib.nullcontext) < situations.TOLERANCES[torch.float32]
+    expected, actual = (situations.MODES[situation.mode].run(model, x) for model in (eager, ours))
+    assert float((actual - expected).norm() / expected.norm()) < 1e-4
+
+
+def spread(median: float) -> Spread:
+    return Spread(median, median, median, 9)
+
+
+@pytest.mark.parametrize(
+    ("fast", "error", "verdict"),
+    [
+        (1.0, 0.0, ""),
+        (1 / 0.97 - 1e-6, 0.0, ""),
+        (1.05, 0.0, "slower"),
+        (0.5, 1.0, "wrong"),
+        (0.5, float("nan"), "wrong"),
+    ],
+)
+def test_verdicts(fast: float, error: float, verdict: str) -> None:
+    situation = Situation("G", "float32", "inference")
+    assert Measured(situation, spread(1.0), spread(fast), error, 1e-4).verdict == verdict
+
+
+def test_the_list_has_every_dtype_mode_and_edit() -> None:
+    listed = situations.situations(16)
+    assert len(listed) == len(set(listed))
+    for network in ("G", "D"):
+        own = [s for s in listed if s.network == network]
+        assert {(s.dtype, s.mode) for s in own} >= {
+            (d, m) for d in situations.DTYPES for m in situations.MODES
+        }
+        assert {s.edit for s in own} == {"", *EDITS}
+        assert any(s.busy for s in own)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    options = ["--batch", "2", "--seconds", "0.02", "--rounds", "1", "--threads", "1"]
+    status = main(["situations", *options, "--only", "D inference 32", "--json", str(file)])
+    printed = capsys.readouterr().out
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (row["network"], row["mode"], row["image_size"], row["batch"]) == ("D", "inference", 32, 2)
+    assert row["ratio"] == pytest.approx(row["eager_s"] / row["fast_s"])
+    assert row["error"] < 1e-4
+    assert "image size 32" in printed
+    assert status == int(row["ratio"] < situations.SLOWER)
+
+
+def test_words_that_no_row_has_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, UsageError)):
+        main(["situations", "--only", "nonsense"])
+    assert "argument --only: no situation has all of the words 'nonsense'" in capsys.readouterr().err
