@@ -1,4 +1,4 @@
-# Everything a checkout needs, from nothing but Python and a C++ compiler. `make demo` and `make test` set up .venv.
+# Needs Python and a C++ compiler. `make demo` and `make test` first set up .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -6,12 +6,12 @@ PY := $(VENV)/bin/python
 .PHONY: setup demo test test-slow bench peers lint format gpu clean
 
 $(VENV)/.installed: setup.py pyproject.toml
-	@echo "== Setting up $(VENV): PyTorch and the rest are installed once; this takes a few minutes =="
+	@echo "== Setting up $(VENV): PyTorch and the other packages are installed once, in a few minutes =="
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.native
 
-# The native engine, built anew where its sources have changed since.
+# Rebuilds the native engine after a change of its sources.
 CSRC := $(wildcard csrc/*.h csrc/*.cpp)
 $(VENV)/.native: $(CSRC) | $(VENV)/.installed
 	@echo "== Building the native engine =="
@@ -21,15 +21,15 @@ $(VENV)/.native: $(CSRC) | $(VENV)/.installed
 setup: $(VENV)/.installed $(VENV)/.native
 
 demo: setup
-	@echo "== Training a small DCGAN on real digits, then the drop-in on its checkpoint =="
+	@echo "== Train a small DCGAN on real digits, then compare the drop-in with the reference =="
 	$(PY) -m dcgan.demo --out runs/demo
-	@echo "== Generation, beside what one would use instead =="
+	@echo "== Benchmark generation =="
 	$(PY) -m bench generate --batch 1 64 --seconds 1.5
 
 test: setup
-	@echo "== The native engine's own tests, under AddressSanitizer and UBSan too =="
+	@echo "== C++ tests, with and without AddressSanitizer and UBSan =="
 	$(MAKE) --no-print-directory -C csrc/tests
-	@echo "== The Triton kernels in Triton's interpreter =="
+	@echo "== Triton kernels in Triton's interpreter =="
 	TRITON_INTERPRET=1 $(PY) -m pytest -m "not slow" tests/interpreter
 	@echo "== Everything else =="
 	$(PY) -m pytest -m "not slow"
@@ -46,39 +46,41 @@ $(VENV)/.peers: $(VENV)/.installed
 peers: $(VENV)/.peers setup
 
 bench: setup
-	@echo "== Generation, every provider checked, then timed (\`make peers\` installs the rival runtimes) =="
+	@echo "== Inference: every provider is checked, then timed (\`make peers\` installs the other runtimes) =="
 	$(PY) -m bench generate --batch 1 8 64 256 --json bench/results/cpu.jsonl
 	$(PY) -m bench discriminate --batch 1 8 64 --json bench/results/cpu-discriminate.jsonl
-	@echo "== Training, every way checked, then timed, and where its time goes =="
+	@echo "== Training: every variant is checked, then timed and profiled =="
 	$(PY) -m bench train --json bench/results/train.jsonl
-	@echo "== The native engine: errors, the steps to it, where its time goes, by batch and threads =="
+	@echo "== The native engine: errors, optimization steps, time per layer, scaling =="
 	$(PY) -m bench accuracy
 	$(PY) -m bench ladder --json bench/results/ladder.jsonl
 	$(PY) -m bench profile
 	$(PY) -m bench scale --json bench/results/scale.jsonl
-	@echo "== Beside eager, where a drop-in is apt to be slower =="
+	@echo "== Dtypes, modes and edited networks, next to eager =="
 	$(PY) -m bench situations --json bench/results/situations.jsonl
+	$(PY) -m bench plot bench/results/cpu.jsonl --out bench/results/cpu.png
+	$(PY) -m bench docs
 	@echo "== Single ops =="
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
 CPP = $(shell git ls-files '*.h' '*.cpp')
 
 lint: $(VENV)/.installed
-	@echo "== ruff, mypy, clang-format =="
+	@echo "== ruff, mypy, clang-format, retired words =="
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(PY) tests/vocabulary.py
 
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-# On a machine with an NVIDIA GPU; the results and an archive of them go to OUT. STAGE=check takes three minutes,
-# test, tune, bench and kernels one or two, all of them together seven; autotune, sanitize and native nine each.
-# ARGS are more options of `python -m bench gpu`. Without a .venv it uses the python3 it is given, with the PyTorch
-# and Triton that it has.
+# Needs an NVIDIA GPU. Writes the results and an archive of them to OUT. STAGE=check takes three minutes; test, tune,
+# bench and kernels one or two each, all together seven; autotune, sanitize and native nine each. ARGS are passed to
+# `python -m bench gpu`. Without a .venv, python3 is used, with its PyTorch and Triton.
 STAGE ?= all
 OUT ?= runs/gpu
 GPU_PY := $(if $(wildcard $(VENV)/.installed),$(PY),python3)

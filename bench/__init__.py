@@ -1,8 +1,8 @@
-"""Benchmarks: ``python -m bench COMMAND``, one module a command.
+"""Benchmarks: ``python -m bench COMMAND``, one module per command.
 
-A command races *providers* (:mod:`bench.providers`: the reference, its rivals, this project) over *cases*
-(:mod:`bench.cases`: a network, a batch, a dtype, a device). :mod:`bench.race` runs it: every provider in a
-process of its own (:mod:`bench.worker`), checked against float64 before it is timed, in short bursts taken in
-turn. :mod:`bench.results` turns the outcome into rows, :mod:`bench.table` prints them and :mod:`bench.plot`
-draws them.
+A command compares *providers* (:mod:`bench.providers`: the reference, other baselines and this project) on
+*cases* (:mod:`bench.cases`: a network, a batch size, a dtype and a device). :mod:`bench.race` runs every
+provider in a separate process (:mod:`bench.worker`), checks it against float64 and then times all providers
+in short interleaved bursts. :mod:`bench.records` turns the outcomes into JSON rows, :mod:`bench.table` prints
+them as tables and :mod:`bench.plot` draws them.
 """

@@ -1,7 +1,7 @@
-"""``python -m bench COMMAND``.
+"""Command line of the benchmarks: ``python -m bench COMMAND``.
 
-A command is a module of this package with ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which
-returns the exit status.
+A command is a module of this package that defines ``HELP``, ``add_arguments(parser)`` and ``run(args)``;
+``run`` returns the exit status.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from bench.usage import UsageError
 
 COMMANDS = (
     *("generate", "discriminate", "train", "accuracy", "scale", "ladder", "profile"),
-    *("inspect", "predict", "gpu", "kernels", "learn", "loop", "mnist", "plot", "situations"),
+    *("inspect", "predict", "gpu", "kernels", "learn", "loop", "mnist", "plot", "situations", "docs"),
 )
+# Commands whose module is named differently, because the command's name is that of a standard-library module.
+MODULES = {"inspect": "machine_code", "profile": "layer_times"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line. Returns its exit status: 0, 1 for a wrong result, 2 for wrong usage."""
+    """Run a command line and return its exit status: 0, 1 for a wrong result, 2 for a usage error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks, each checked first.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Benchmarks. Implementations are checked against float64 before they are timed.",
+    )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    # Only the command that is asked for is imported: some need what others must not load.
+    # Import only the requested command: some load packages that would distort the others' measurements.
     for name in [name for name in arguments[:1] if name in COMMANDS] or COMMANDS:
-        module = importlib.import_module(f"bench.{name}")
+        module = importlib.import_module(f"bench.{MODULES.get(name, name)}")
         command = subparsers.add_parser(name, help=module.HELP, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)

@@ -1,8 +1,8 @@
-"""``python -m bench accuracy``: errors against float64, layer by layer and algorithm by algorithm.
+"""``python -m bench accuracy``: errors against float64, by layer and by algorithm.
 
-Every algorithm that the native engine has for a layer, beside eager float32, on the network's own weights and
-activations, on noise, and on data made to be hard. Exit status 1 if an algorithm that the engine picks, or
-the drop-in itself, errs by more than it may.
+Runs every algorithm that the native engine offers for a layer, and eager float32 for comparison, on the
+network's own weights and activations, on noise, and on ill-conditioned data. The exit status is 1 if the
+error of an algorithm that the engine picks, or of the drop-in itself, exceeds its bound.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from bench import native, options, results, table
+from bench import native, options, records, table
 from bench.blocks import Block, blocks
 from bench.cases import (
     NETWORKS,
@@ -37,18 +37,18 @@ from bench.cases import (
 )
 from bench.usage import UsageError, positive
 from dcgan import fast
-from dcgan.kernels.cpu import library, select
+from dcgan.kernels.cpu import algorithm_selection, library
 from dcgan.models import Discriminator, Generator
 
-HELP = "errors of every algorithm of the native engine against float64"
+HELP = "measure the error of every algorithm of the native engine against float64"
 
 LAYER_BOUND = 5e-6
-"""‖out - ref‖₂/‖ref‖₂ of a layer; a network's bound is bench.cases.TOLERANCE's."""
+"""Bound of ‖out - ref‖₂/‖ref‖₂ for a layer; the bound for a network is bench.cases.TOLERANCE."""
 
-TINY = 1e-300  # instead of a sum that is 0
+TINY = 1e-300  # replaces a zero denominator
 
 WHOLE = "the network"
-DECADES = 6.0  # of magnitude, in what is made to be hard
+DECADES = 6.0  # dynamic range of the ill-conditioned data, in powers of ten
 
 MEASURES = {
     "norm": "‖out − ref‖₂ / ‖ref‖₂",
@@ -58,16 +58,16 @@ MEASURES = {
 
 
 class Errors(NamedTuple):
-    """How far an output is from float64: a field of each of MEASURES."""
+    """The errors of an output against float64, one field per entry of MEASURES."""
 
     norm: float
     largest: float
     componentwise: float | None
-    """None for a network, which is no one sum."""
+    """None for a whole network, whose output is not a single sum of products."""
 
 
 class Scenario(NamedTuple):
-    """A layer's modules, perhaps with other weights, and an input."""
+    """A layer, possibly with replaced weights, and its input."""
 
     name: str
     block: Block
@@ -76,16 +76,16 @@ class Scenario(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """One algorithm's errors on one layer in one scenario."""
+    """The errors of one algorithm on one layer in one scenario."""
 
     layer: str
     algorithm: str
     scenario: str
     errors: Errors
     bound: float | None
-    """Of the norm; None where nothing is picked, and nothing has to hold."""
+    """Bound of ``errors.norm``; None for an algorithm that the engine does not pick."""
     picked: tuple[int, ...] = ()
-    """The batches at which the engine takes this algorithm."""
+    """The batch sizes for which the engine picks this algorithm."""
 
     @property
     def over(self) -> bool:
@@ -97,7 +97,7 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="one of them (both)")
+    add("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (default: both)")
     options.add_sizes(parser)
     add(
         "--checkpoint",
@@ -105,18 +105,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="trained weights: state dicts of either network, or dicts that hold them; sizes are theirs",
+        help="files with trained weights: state dicts of either network, or dicts that contain them; "
+        "they determine the network sizes",
     )
-    add("--images", type=positive, default=8, help="images that the layers are run on (8)")
+    add("--images", type=positive, default=8, help="images per layer run (default: 8)")
     add(
         "--batch",
         nargs="+",
         type=positive,
         default=[64, 8, 1],
         metavar="N",
-        help="batches for which the engine picks, and that the drop-in is run on (64 8 1)",
+        help="batch sizes for which to query the engine's choice and to run the drop-in (default: 64 8 1)",
     )
-    add("--measure", nargs="+", choices=MEASURES, default=["norm", "largest"], help="(norm largest)")
+    add(
+        "--measure",
+        nargs="+",
+        choices=MEASURES,
+        default=["norm", "largest"],
+        help="error measures to print (default: norm largest)",
+    )
     options.add_threads(parser)
     options.add_json(parser)
 
@@ -144,18 +151,22 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:
             about = {"command": command, "sizes": sizes, "checkpoint": None if path is None else str(path)}
             about |= {"isa": library.isa(), "threads": args.threads}
-            results.append(args.json, rows(findings, about))
+            records.append(args.json, rows(findings, about))
     out.print(
-        f"bounds, for what is picked: {LAYER_BOUND:.0e} a layer, {TOLERANCE['float32']:.0e} a network; "
-        f"{TIMES_EAGER:g} × eager's error where eager is beyond them"
+        f"bounds for picked algorithms: {LAYER_BOUND:.0e} per layer, {TOLERANCE['float32']:.0e} per network; "
+        f"{TIMES_EAGER:g} × eager's error where eager itself exceeds them"
     )
     for line in over:
-        out.print(f"over its bound: {line}", style="bold red", markup=False)
+        out.print(f"exceeds its bound: {line}", style="bold red", markup=False)
     return int(bool(over))
 
 
 def _trained(paths: list[Path]) -> Iterator[tuple[str, tuple[Path, Mapping[str, Tensor]]]]:
-    """The state dicts in the files, by their networks' commands. Raises UsageError for a file without any."""
+    """Yield the networks' commands and state dicts found in the files.
+
+    Raises:
+        UsageError: a file cannot be read or contains no state dict of either network.
+    """
     for path in paths:
         try:
             content = load(path)
@@ -163,12 +174,12 @@ def _trained(paths: list[Path]) -> Iterator[tuple[str, tuple[Path, Mapping[str, 
             raise UsageError(f"argument --checkpoint: {error}") from error
         found = [(command, (path, state)) for state in _states(content) for command in _commands(state)]
         if not found:
-            raise UsageError(f"argument --checkpoint: {path} holds no state dict of either network")
+            raise UsageError(f"argument --checkpoint: {path} contains no state dict of either network")
         yield from found
 
 
 def _states(content: Any) -> Iterator[Mapping[str, Tensor]]:
-    """``content`` if it is a state dict, else those among its values."""
+    """Yield ``content`` if it is a state dict, else the state dicts nested in it."""
     if not isinstance(content, Mapping):
         return
     if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -188,7 +199,7 @@ def _commands(state: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _generated(state: Mapping[str, Tensor], sizes: dict[str, int], count: int) -> Tensor | None:
-    """Images of a trained Generator for a Discriminator of ``sizes``; None if it makes others."""
+    """Return images of a trained Generator for a Discriminator of ``sizes``; None if the sizes differ."""
     own, wanted = Generator.sizes_of(state), Discriminator(**sizes).sizes()
     if any(own[name] != wanted[name] for name in ("channels", "image_size")):
         return None
@@ -199,7 +210,7 @@ def _generated(state: Mapping[str, Tensor], sizes: dict[str, int], count: int) -
         return network(case.inputs()[0])  # type: ignore[no-any-return]
 
 
-# --- what is run --------------------------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------------------
 
 
 def examine(
@@ -211,10 +222,11 @@ def examine(
     threads: int,
     inputs: Tensor | None = None,
 ) -> list[Finding]:
-    """All findings for one network: layer by layer, then whole.
+    """Return all findings for one network: for each layer, then for the whole network.
 
-    ``state``: trained weights, if any. ``inputs``: as many as the layers or the largest batch take; random
-    ones without.
+    Args:
+        state: trained weights, if any.
+        inputs: at least ``max(images, *batches)`` inputs; random inputs by default.
     """
     case = Case(command, max(images, *batches), "float32", "cpu", threads, sizes)
     if inputs is None:
@@ -226,7 +238,7 @@ def examine(
     found: list[Finding] = []
     with torch.no_grad():
         for layer in zip(*(_scenarios(n, net, inputs[:images]) for n, net in networks.items()), strict=True):
-            for scenario in (*(own for owns in layer for own in owns), *_hard(layer[0][0])):
+            for scenario in (*(own for owns in layer for own in owns), *_ill_conditioned(layer[0][0])):
                 found += _layer(scenario, batches, threads)
         networks["lognormal"] = _lognormal(case)
         for name, network in networks.items():
@@ -235,26 +247,27 @@ def examine(
 
 
 def _scenarios(name: str, network: Network, x: Tensor) -> Iterator[tuple[Scenario, Scenario]]:
-    """For each layer: on the activations that reach it in the network, and on noise."""
+    """Yield two scenarios per layer: its activations within the network, and noise."""
     for block in blocks(network):
         noise = torch.randn(x.shape, generator=_generator(block.name))
         yield Scenario(name, block, x), Scenario(f"{name}, noise", block, noise)
-        x = block.modules(x.clone())  # the activations work in place
+        x = block.modules(x.clone())  # the activation functions work in place
 
 
 def _generator(name: str) -> torch.Generator:
-    """The random numbers of a layer, whatever else was drawn before."""
+    """Return a random generator seeded by the layer's name, independent of other draws."""
     return torch.Generator().manual_seed(sum(name.encode()))
 
 
-def _hard(origin: Scenario) -> Iterator[Scenario]:
-    """The layer's convolution alone, on weights and inputs that ask for more than a network's do.
+def _ill_conditioned(origin: Scenario) -> Iterator[Scenario]:
+    """Yield the layer's convolution alone, on weights and inputs that are harder than a network's own.
 
-    * lognormal: every value of either sign, magnitudes over 6 decades (±3σ);
-    * channels: each channel of input, weights and output on a scale of its own, over 6 decades;
-    * pixels: each input pixel on a scale of its own, over 6 decades;
-    * cancelling: channels in pairs, alike to 0.1%, with weights that are opposite to 0.1%: sums some 10⁴
-      times smaller than their terms. For one channel: an all but constant map under weights of sum zero.
+    * lognormal: values of both signs, with magnitudes over 6 decades (±3σ);
+    * channels: separate scales for each channel of the input, the weights and the output, over 6 decades;
+    * pixels: a separate scale for each input pixel, over 6 decades;
+    * cancelling: pairs of channels equal to within 0.1%, with weights that are opposite to within 0.1%, so
+      that sums are about 10⁴ times smaller than their terms. With a single channel: a nearly constant map
+      and weights whose sum is zero.
     """
     block = origin.block
     transposed = isinstance(block.convolution, nn.ConvTranspose2d)
@@ -273,9 +286,9 @@ def _hard(origin: Scenario) -> Iterator[Scenario]:
 
     x_shape, w_shape = origin.x.shape, block.convolution.weight.shape
     x, w = normal(x_shape), normal(w_shape)
-    yield Scenario("lognormal", _alone(block, lognormal(w_shape)), lognormal(x_shape))
-    yield Scenario("channels", _alone(block, scaled(scaled(w, c_in), c_out)), scaled(x, 1))
-    yield Scenario("pixels", _alone(block, w), scaled(x, 0, 2, 3))
+    yield Scenario("lognormal", _convolution_only(block, lognormal(w_shape)), lognormal(x_shape))
+    yield Scenario("channels", _convolution_only(block, scaled(scaled(w, c_in), c_out)), scaled(x, 1))
+    yield Scenario("pixels", _convolution_only(block, w), scaled(x, 0, 2, 3))
     half = x_shape[1] // 2
     if half:
         x[:, half : 2 * half] = x[:, :half] * (1 + 1e-3 * normal(x[:, :half].shape))
@@ -284,11 +297,11 @@ def _hard(origin: Scenario) -> Iterator[Scenario]:
         by_input[half : 2 * half] = -by_input[:half] * (1 + 1e-3 * normal(by_input[:half].shape))
     else:
         x, w = 1 + 1e-3 * x, w - w.mean((2, 3), keepdim=True)
-    yield Scenario("cancelling", _alone(block, w), x)
+    yield Scenario("cancelling", _convolution_only(block, w), x)
 
 
-def _alone(block: Block, weight: Tensor) -> Block:
-    """The block's convolution with other weights, and nothing after it."""
+def _convolution_only(block: Block, weight: Tensor) -> Block:
+    """Return the block's convolution with weights ``weight`` and without BatchNorm and activation."""
     convolution = copy.deepcopy(block.convolution)
     convolution.weight.copy_(weight)
     return block._replace(modules=nn.Sequential(convolution).eval())
@@ -297,7 +310,7 @@ def _alone(block: Block, weight: Tensor) -> Block:
 def _layer(scenario: Scenario, batches: list[int], threads: int) -> Iterator[Finding]:
     name, block, x = scenario
     expected = float64(block.modules, x)
-    sums = _sums(block, x)
+    sums = _magnitude_sums(block, x)
 
     def errors(output: Tensor) -> Errors:
         found = _errors(output, expected)
@@ -315,8 +328,8 @@ def _layer(scenario: Scenario, batches: list[int], threads: int) -> Iterator[Fin
         yield Finding(block.name, algorithm, name, found, None)
     bound = allowed(LAYER_BOUND, *(found.norm for found in eager.values()))
     g = block.geometry
-    for algorithm in select.candidates(g):
-        picked = tuple(n for n in batches if native.picked(g, n, threads) == algorithm)
+    for algorithm in algorithm_selection.candidates(g):
+        picked = tuple(n for n in batches if native.chosen_algorithm(g, n, threads) == algorithm)
         found = errors(native.Chain([block.stage], x.shape, [algorithm], threads)(x))
         yield Finding(block.name, algorithm, name, found, bound if picked else None, picked)
 
@@ -331,10 +344,10 @@ def _errors(output: Tensor, expected: Tensor) -> Errors:
     return Errors(relative_error(output, expected), largest.item(), None)
 
 
-def _sums(block: Block, x: Tensor) -> Tensor:
-    """The sum of its terms' magnitudes behind each element of the layer's output, BatchNorm's included.
+def _magnitude_sums(block: Block, x: Tensor) -> Tensor:
+    """Return Σ|x·w| for each element of the layer's output, including BatchNorm's scale and shift.
 
-    An activation is no steeper than 1, so that an error of the sum is no smaller than its output's.
+    The activation's slope is at most 1, so the output's error is at most the sum's.
     """
     modules = copy.deepcopy(block.modules).double()
     convolution = modules[0]
@@ -354,13 +367,13 @@ def _sums(block: Block, x: Tensor) -> Tensor:
 def _network(
     name: str, network: Network, inputs: Tensor, batches: list[int], threads: int
 ) -> Iterator[Finding]:
-    """The whole network: eager, the native engine with one algorithm throughout, the drop-in as it picks."""
+    """Yield the whole network's errors: eager, each algorithm in all layers, and the drop-in's own choice."""
     expected = float64(network, inputs)
     stages = [block.stage for block in blocks(network)]
     geometries = native.geometries(stages, *inputs.shape[2:])
 
-    def by(algorithm: str) -> Tensor:
-        available = [select.candidates(g) for g in geometries]
+    def run_all_by(algorithm: str) -> Tensor:
+        available = [algorithm_selection.candidates(g) for g in geometries]
         algorithms = [algorithm if algorithm in found else found[0] for found in available]
         return native.Chain(stages, inputs.shape, algorithms, threads)(inputs).view(expected.shape)
 
@@ -368,33 +381,33 @@ def _network(
     for algorithm, output in eager.items():
         yield Finding(WHOLE, algorithm, name, _errors(output, expected), None)
     for algorithm in ("direct", "f2", "f4"):
-        yield Finding(WHOLE, algorithm, name, _errors(by(algorithm), expected), None)
+        yield Finding(WHOLE, algorithm, name, _errors(run_all_by(algorithm), expected), None)
     ours = fast.convert(copy.deepcopy(network))
     for n in batches:
-        theirs = [relative_error(output[:n], expected[:n]) for output in eager.values()]
+        eager_errors = [relative_error(output[:n], expected[:n]) for output in eager.values()]
         errors = _errors(ours(inputs[:n]), expected[:n])
-        yield Finding(WHOLE, "fast", name, errors, allowed(TOLERANCE["float32"], *theirs), (n,))
+        yield Finding(WHOLE, "fast", name, errors, allowed(TOLERANCE["float32"], *eager_errors), (n,))
 
 
 def _lognormal(case: Case) -> Network:
-    """The case's network with a lognormal factor on every weight, over 6 decades; each layer's rms stays."""
+    """Return the case's network with lognormal factors over 6 decades on all weights; layer RMS is kept."""
     network = case.network()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
         for block in blocks(network):
             weight = block.convolution.weight
-            rms = weight.norm()
+            norm = weight.norm()
             weight *= 10 ** (DECADES / 6 * torch.randn(weight.shape))
-            weight *= rms / weight.norm()
+            weight *= norm / weight.norm()
         calibrate(network, case.input_shape)
     return network.eval()
 
 
-# --- what is shown ------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 
 def error_table(findings: list[Finding], measure: str, heading: str) -> Table:
-    """A row for each layer and algorithm, a column for each scenario; what is over its bound is marked."""
+    """Return one row per layer and algorithm, one column per scenario; errors over their bound are marked."""
     scenarios = list(dict.fromkeys(f.scenario for f in findings))
     shown = table.start(heading, ["layer", "algorithm", "picked at"], scenarios)
     lines: dict[tuple[str, str, str], dict[str, Finding]] = {}
@@ -423,8 +436,8 @@ def _cell(finding: Finding | None, measure: str) -> Text:
 
 
 def rows(findings: list[Finding], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The JSON objects; an error that is not finite is None."""
-    shared = results.common("accuracy") | about
+    """Return the JSON objects; a non-finite error is None."""
+    shared = records.common("accuracy") | about
     return [
         shared
         | asdict(f)

@@ -1,4 +1,4 @@
-"""A network cut into blocks: a convolution with the BatchNorm and the activation that follow it."""
+"""Split a network into blocks: a convolution with the BatchNorm and activation that follow it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bench.flops import count
 from dcgan import fast
 from dcgan.kernels.call import Stage
 from dcgan.kernels.cpu import Geometry
-from dcgan.kernels.cpu.run import geometry
+from dcgan.kernels.cpu.inference import geometry
 from dcgan.models import Generator
 
 
 class Block(NamedTuple):
-    """One layer of a network, as eager runs it and as the native engine does."""
+    """One layer of a network, as modules for eager and as a stage for the native engine."""
 
     name: str
     modules: nn.Sequential
-    """The convolution first."""
+    """The convolution and the modules that follow it."""
     input_shape: tuple[int, int, int]
-    """Of one image."""
+    """[C, H, W]."""
 
     @property
     def convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
     @property
     def stage(self) -> Stage:
-        """The modules, in eval, as the kernels take them; it shares their tensors."""
+        """The modules in eval mode as a stage of the kernels, with shared tensors."""
         (stage,) = fast.stages(list(self.modules.named_children()))
         return stage
 
@@ -46,17 +46,17 @@ class Block(NamedTuple):
 
     @property
     def input_floats(self) -> int:
-        """Of one image."""
+        """Input elements per image."""
         return math.prod(self.input_shape)
 
     @property
     def flops(self) -> int:
-        """Of the direct convolution, one image."""
+        """FLOP of the direct convolution per image."""
         return count(self.modules, self.input_shape).flops
 
 
 def blocks(network: Network) -> list[Block]:
-    """The network's layers in their order; they are its own modules."""
+    """Return the network's layers in order. The blocks share the network's modules."""
     if isinstance(network, Generator):
         x = torch.zeros(1, network.latent_dim, 1, 1)
     else:
@@ -65,13 +65,13 @@ def blocks(network: Network) -> list[Block]:
     found: list[Block] = []
     modules = list(network.main)
     while modules:
-        taken = [modules.pop(0)]
+        block = [modules.pop(0)]
         while modules and not isinstance(modules[0], nn.Conv2d | nn.ConvTranspose2d):
-            taken.append(modules.pop(0))
-        sequence = nn.Sequential(*taken)
+            block.append(modules.pop(0))
+        sequence = nn.Sequential(*block)
         sequence.training = network.training
         with torch.no_grad():
-            y = taken[0](x)  # the convolution alone: BatchNorm would count this as a batch
+            y = block[0](x)  # without BatchNorm, which would update its running statistics
         channels, height, width = x.shape[1:]
         name = f"{channels}→{y.shape[1]} @{height}→{y.shape[2]}"
         found.append(Block(name, sequence, (channels, height, width)))

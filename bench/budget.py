@@ -1,15 +1,15 @@
-"""A stage's time: no new work once it is up, and what was left out is said."""
+"""Time budget of a benchmark stage: no new work begins once it is used up, and skipped work is reported."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-NAMED = 8  # of what was left out
+MAX_NAMED = 8  # skipped items that the report names
 
 
 class Budget:
-    """Minutes in which work may begin; what has begun is finished."""
+    """Time in which work may begin; work that has begun is finished."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -18,17 +18,17 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """Those in which work may still begin; 0 once they are up."""
+        """Remaining seconds in which work may begin; 0 once the budget is used up."""
         return max(self._end - self._clock(), 0.0)
 
     def allows(self, what: str) -> bool:
-        """Whether ``what`` may begin; if not, it is remembered as left out."""
+        """Return whether ``what`` may begin; if not, record it as skipped."""
         if self.seconds > 0:
             return True
         self.left.append(what)
         return False
 
     def report(self) -> str:
-        """A line that says what was left out."""
-        more = f" and {len(self.left) - NAMED} more" if len(self.left) > NAMED else ""
-        return f"not reached in time: {', '.join(self.left[:NAMED]) or 'nothing'}{more}"
+        """Return a line that names the skipped work."""
+        more = f" and {len(self.left) - MAX_NAMED} more" if len(self.left) > MAX_NAMED else ""
+        return f"not reached in time: {', '.join(self.left[:MAX_NAMED]) or 'nothing'}{more}"

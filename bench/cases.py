@@ -1,4 +1,4 @@
-"""What is computed: a network, its weights, a batch, a dtype and a device; and the float64 answer to it."""
+"""Define a benchmark case (network, weights, batch, dtype, device) and its float64 reference result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NETWORKS: dict[str, type[Generator] | type[Discriminator]] = {
     "discriminate": Discriminator,
 }
 
-# tf32 is float32 whose products run on TF32 tensor cores: a setting of the GPU, not a dtype of tensors.
+# tf32 means float32 tensors whose products run on TF32 tensor cores: a GPU setting, not a tensor dtype.
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -29,43 +29,45 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-# How far ‖out - ref‖₂/‖ref‖₂ may be from float64. A rounding to p bits leaves a relative error of about
-# 0.4 * 2^-p in the 2-norm: 1.7e-3 in bfloat16 (p = 8), 2.1e-4 in float16 and TF32 (p = 11). A network of 5
-# layers rounds weights, convolution and BatchNorm output once each: 15 independent roundings, whose errors
-# add in squares to 6.5e-3 and 8e-4 (eager on a CPU: 9.8e-3 and 1.3e-3). The bounds are 4 to 5 times that.
-# float32 rounds 2^-16 times as much as bfloat16 and is ruled by its sums: direct convolutions give 6e-7 here,
-# F(4×4, 2×2) Winograd 1 to 2.4e-6 a layer, so 2.4e-6 * sqrt(5) = 5e-6 a network; the bound is twice that.
+# Maximum relative error ‖out - ref‖₂/‖ref‖₂ against float64. Rounding to p bits leaves a relative error of
+# about 0.4 * 2^-p in the 2-norm: 1.7e-3 in bfloat16 (p = 8), 2.1e-4 in float16 and TF32 (p = 11). A network
+# of 5 layers rounds its weights, convolution outputs and BatchNorm outputs once each: 15 independent
+# roundings, whose errors add up in quadrature to 6.5e-3 and 8e-4 (eager on a CPU: 9.8e-3 and 1.3e-3). The
+# bounds are 4 to 5 times that. The rounding error of float32 is 2^-16 times that of bfloat16, so accumulation
+# dominates: direct convolutions give 6e-7 here, F(4×4, 2×2) Winograd 1 to 2.4e-6 per layer and hence 2.4e-6 *
+# sqrt(5) = 5e-6 per network; the bound is twice that.
 TOLERANCE = {"float32": 1e-5, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 
-# The bound is this times eager float32's own error where that is beyond the bound. float32 then loses digits
-# however it computes: to sums that cancel, or in a trained Discriminator's sigmoid, in whose tail σ(x) = eˣ
-# turns an absolute error of x into a relative one.
+# Where eager float32 itself exceeds the bound, the bound becomes this multiple of eager's error. Any float32
+# implementation loses digits there, either to cancellation or in the sigmoid of a trained Discriminator,
+# whose tail σ(x) ≈ eˣ turns an absolute error in x into a relative one.
 TIMES_EAGER = 10.0
 
-INPUTS = 2  # one would let a provider pass that returns its first answer for ever
-PIECE = 64  # images that float64 computes at a time
+INPUTS = 2  # with a single input, a provider that keeps returning its first output would pass
+REFERENCE_BATCH = 64  # images per float64 forward
 
 
 def threads(count: int) -> str:
+    """Format a thread count."""
     return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def title(command: str, sizes: dict[str, int]) -> str:
-    """The network, with the sizes that are given."""
+    """Return a heading: the command, followed by the sizes that were given."""
     return " · ".join([command, *(f"{name} {size}" for name, size in sizes.items())])
 
 
 def allowed(bound: float, *eager: float) -> float:
-    """The bound of an error where eager's errors are these."""
+    """Return the error bound, relaxed to TIMES_EAGER times eager's error where eager exceeds it."""
     return bound if max(eager) <= bound else TIMES_EAGER * max(eager)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One race: everything that determines the answer, and where it is computed."""
+    """One benchmark case: everything that determines the result, and the device that computes it."""
 
     worker: ClassVar[str] = "bench.worker"
-    """Module of the process that builds, checks and times a provider."""
+    """Module that the worker process runs to build, check and time a provider."""
 
     command: str
     """Key of NETWORKS."""
@@ -75,11 +77,11 @@ class Case:
     device: str
     """``cpu`` or ``cuda``."""
     threads: int
-    """Threads of each provider on the CPU."""
+    """CPU threads per provider."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Arguments of the network's constructor; absent ones are its defaults."""
+    """Constructor arguments of the network; omitted ones take their defaults."""
     checkpoint: str | None = None
-    """A state dict's file; random weights without."""
+    """Path of a state dict; None for random weights."""
     seed: int = 0
 
     @property
@@ -96,19 +98,19 @@ class Case:
         return f"{title(self.command, self.sizes)} · batch {self.batch} · {self.dtype} · {where}"
 
     def skeleton(self) -> Network:
-        """The reference network, without meaningful weights."""
+        """Return the reference network with PyTorch's default weights instead of the case's."""
         return NETWORKS[self.command](**self.sizes)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, without the batch."""
+        """Shape of one input without the batch dimension."""
         network = self.skeleton()
         if isinstance(network, Generator):
             return (network.latent_dim, 1, 1)
         return (network.channels, network.image_size, network.image_size)
 
     def network(self) -> Network:
-        """The reference network in float32, eval mode, on the CPU, with the case's weights."""
+        """Return the reference network with the case's weights: float32, eval mode, on the CPU."""
         network = self.skeleton()
         if self.checkpoint is not None:
             network.load_state_dict(load_state(Path(self.checkpoint)))
@@ -117,7 +119,7 @@ class Case:
         return network.eval()
 
     def inputs(self) -> list[Tensor]:
-        """The inputs the calls take in turn, already rounded to the case's dtype, on the CPU."""
+        """Return the inputs that calls cycle through, on the CPU, already rounded to the case's dtype."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         shape = (INPUTS, self.batch, *self.input_shape)
         values = torch.randn(shape, generator=generator)
@@ -130,7 +132,7 @@ class Case:
 
 
 def _randomise(network: nn.Module, input_shape: tuple[int, ...], seed: int) -> None:
-    """DCGAN's initial weights, with running statistics such as training would have left."""
+    """Initialize weights as DCGAN does, with running statistics like those training would leave."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.apply(weights_init)
@@ -138,11 +140,11 @@ def _randomise(network: nn.Module, input_shape: tuple[int, ...], seed: int) -> N
 
 
 def calibrate(network: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Gives BatchNorms the statistics of a random batch; leaves the network in training mode.
+    """Set the BatchNorm running statistics from a random batch; leave the network in training mode.
 
-    Without statistics of its own the signal shrinks by half each layer to nothing, and every provider would
-    be right about an image of zeros. They are shifted and scaled a little, so that a provider that normalises
-    with the batch's own is caught.
+    With the default statistics the signal would halve at every layer and vanish, and any provider that
+    returns zeros would pass. The statistics are then perturbed slightly, so that a provider which normalizes
+    with batch statistics is caught.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -159,14 +161,19 @@ def calibrate(network: nn.Module, input_shape: tuple[int, ...]) -> None:
 
 
 def float64(network: nn.Module, x: Tensor) -> Tensor:
-    """What the network gives in float64; in pieces, so that a large batch's maps need little memory."""
+    """Compute the network's output in float64, REFERENCE_BATCH images at a time to bound memory."""
     network = copy.deepcopy(network).double()
     with torch.no_grad():
-        return torch.cat([network(piece.double()) for piece in x.split(PIECE)])
+        return torch.cat([network(part.double()) for part in x.split(REFERENCE_BATCH)])
 
 
 def load(path: Path) -> Any:
-    """What a file holds, on the CPU. Raises OSError, or ValueError if it is no checkpoint."""
+    """Load a file onto the CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a checkpoint.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -174,7 +181,12 @@ def load(path: Path) -> Any:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file, on the CPU. Raises ValueError if the file holds something else."""
+    """Load a state dict from a file onto the CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file holds something else.
+    """
     state = load(path)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict")
@@ -183,13 +195,13 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Materials:
-    """A case's weights, inputs and float64 outputs, computed once and handed to every provider."""
+    """A case's weights, inputs and float64 outputs, computed once and shared by all providers."""
 
     state: dict[str, Tensor]
     inputs: list[Tensor]
     expected: list[Tensor]
     tolerance: float
-    """The case's own, but where the case is beyond float32."""
+    """The case's tolerance, relaxed where eager float32 exceeds its own (see TIMES_EAGER)."""
 
     @staticmethod
     def of(case: Case) -> Materials:
@@ -204,7 +216,7 @@ class Materials:
         return Materials(state, inputs, expected, factor * case.tolerance)
 
     def first(self, batch: int) -> Materials:
-        """The same for the first ``batch`` images of each input."""
+        """Return the same materials restricted to the first ``batch`` images of each input."""
         return replace(
             self,
             inputs=[x[:batch].clone() for x in self.inputs],
@@ -220,18 +232,18 @@ class Materials:
 
 
 class Prepared(NamedTuple):
-    """What came of building a provider."""
+    """The result of building and checking a provider."""
 
     error: float
     """‖out - ref‖₂/‖ref‖₂ against float64."""
     note: str
-    """The engines that run it, for a network of :mod:`dcgan.fast`; '' for any other."""
+    """The engines that run it if it is a network of :mod:`dcgan.fast`, else an empty string."""
     wrong: str = ""
-    """What else is wrong with what it computes."""
+    """Any other mismatch with the reference, or an empty string."""
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
-    """‖output - expected‖₂ / ‖expected‖₂; infinite if the shape differs or anything is not finite."""
+    """Return ‖output - expected‖₂ / ‖expected‖₂; inf if shapes differ or the error is not finite."""
     if output.shape != expected.shape:
         return math.inf
     difference = output.detach().cpu().double() - expected

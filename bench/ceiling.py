@@ -1,4 +1,4 @@
-"""What the machine can do at most: arithmetic and copy bandwidth, measured."""
+"""Measure the machine's limits: peak arithmetic throughput and copy bandwidth."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bench.cases import DTYPES
 from bench.flops import Work
 from dcgan.kernels.cpu import library
 
-SECONDS = 0.25  # a measurement of one matrix size, of the copy, or of one instruction set's FMA units
-BURSTS = 5  # that the FMA units' time is divided into
+SECONDS = 0.25  # per measurement: one matrix size, the copy, or the FMA units with one instruction set
+BURSTS = 5  # per FMA measurement
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The machine's limits with the given dtype.
+    """The machine's limits for a dtype.
 
-    ``flops`` in FLOP/s is, on a CPU, what its FMA units do with every operand in a register, which no direct
-    convolution can exceed; elsewhere, and without the native engine that measures it, the best rate of a
-    large matrix product, some 90% of that. ``measure`` names it. ``bandwidth`` in bytes/s: what a large copy
-    reads and writes.
+    ``flops``, in FLOP/s, is the peak FMA rate of a CPU with all operands in registers, which no direct
+    convolution can exceed. On a GPU, and where the native engine that measures it is missing, it is the best
+    rate of a large GEMM, about 90% of that peak. ``measure`` names the method. ``bandwidth`` is in bytes/s,
+    reads plus writes of a large copy.
     """
 
     flops: float
@@ -32,18 +32,18 @@ class Ceiling:
     measure: str
 
     def or_better(self, other: Ceiling | None) -> Ceiling:
-        """The best of two measurements: whatever disturbs one can only lower it."""
+        """Return the elementwise maximum of two measurements, since noise can only lower a rate."""
         if other is None:
             return self
         faster = self if self.flops >= other.flops else other
         return replace(faster, bandwidth=max(self.bandwidth, other.bandwidth))
 
     def images_per_s(self, work: Work) -> float:
-        """The most a direct convolution can do: its arithmetic at the measured peak. Winograd may do more."""
+        """Return the compute bound of direct convolution at the measured peak. Winograd may exceed it."""
         return self.flops / work.flops
 
     def memory_images_per_s(self, work: Work, batch: int, itemsize: int) -> float:
-        """The most that memory allows: each tensor between two layers written and read once, no cache."""
+        """Return the bandwidth bound: each inter-layer tensor written and read once, without caches."""
         return self.bandwidth / work.bytes_per_image(batch, itemsize)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +51,10 @@ class Ceiling:
 
 
 def measure(device: str, dtype: str) -> Ceiling:
-    """Measures; takes a few seconds. ``dtype`` is a key of DTYPES. On a CPU: with PyTorch's threads."""
+    """Measure the limits in a few seconds; a CPU is measured with PyTorch's current thread count.
+
+    ``dtype`` is a key of DTYPES.
+    """
     if device == "cuda":
         rates = [_gemm(device, DTYPES[dtype], n) for n in (4096, 8192)]
         return Ceiling(max(rates), _copy(device, 1 << 30), f"{dtype} GEMM peak")
@@ -59,8 +62,8 @@ def measure(device: str, dtype: str) -> Ceiling:
         flops, name = fma(torch.get_num_threads()), "float32 FMA peak"
     else:
         flops, name = max(_gemm(device, torch.float32, n) for n in (1024, 2048)), "float32 GEMM peak"
-    # A CPU without 16-bit arithmetic converts to float32, which is then the ceiling, and takes a minute for a
-    # large product: a small one tells.
+    # A CPU without 16-bit arithmetic converts to float32, whose rate is then the ceiling, and a large product
+    # would take a minute: a small one decides whether the large ones are worth measuring.
     other = DTYPES[dtype]
     if other != torch.float32 and 4 * _gemm(device, other, 256) > flops:
         flops, name = max(
@@ -70,23 +73,23 @@ def measure(device: str, dtype: str) -> Ceiling:
 
 
 def fma(threads: int) -> float:
-    """FLOP/s of the FMA units with every operand in a register, by the instruction set that does most.
+    """Return the peak FMA rate in FLOP/s, all operands in registers, over all instruction sets.
 
-    The best of several bursts: whatever disturbs one can only lower it.
+    The maximum of several bursts is taken, since noise can only lower a rate.
     """
-    used = library.isa()
+    previous = library.isa()
     best = 0.0
     try:
         for isa in library.isas():
             library.use_isa(isa)
             best = max(best, *(2 * library.peak(threads, SECONDS / BURSTS) for _ in range(BURSTS)))
     finally:
-        library.use_isa(used)
+        library.use_isa(previous)
     return best
 
 
 def _best(call: Callable[[], object], device: str) -> float:
-    """Shortest time of ``call`` in SECONDS, in seconds."""
+    """Return the shortest time of ``call``, in seconds, over repetitions lasting SECONDS."""
     call()
     best = float("inf")
     end = time.perf_counter() + SECONDS

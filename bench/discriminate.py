@@ -1,4 +1,4 @@
-"""``python -m bench discriminate``: the Discriminator in eval mode, beside all that could replace it."""
+"""``python -m bench discriminate``: race the Discriminator in eval mode across all providers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from bench import forward
 
-HELP = "probabilities from images: the Discriminator in eval mode, by every provider"
+HELP = "race Discriminator inference (probabilities from images) across providers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Arithmetic and traffic of a network, counted from its layers: the numerators of every ceiling."""
+"""Count the arithmetic and memory traffic of a network from its layers, for roofline ceilings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Work:
-    """What one image costs. ``flops`` is 2 per multiply-add.
+    """The cost of one image. ``flops`` counts 2 per multiply-add.
 
-    ``activations`` and ``weights`` are numbers of elements: what each layer reads and writes, and each weight
+    ``activations`` and ``weights`` are element counts: the inputs and outputs of every layer, and each weight
     once. A batch of N moves at least ``N * activations + weights`` elements.
     """
 
@@ -22,16 +22,16 @@ class Work:
     weights: int
 
     def bytes_per_image(self, batch: int, itemsize: int) -> float:
-        """Least memory traffic of one image of a batch, in bytes."""
+        """Return the minimum memory traffic per image of a batch, in bytes."""
         return itemsize * (self.activations + self.weights / batch)
 
 
 def count(network: nn.Module, input_shape: tuple[int, ...]) -> Work:
-    """The work of ``network`` on one image; ``input_shape`` is without the batch dimension.
+    """Return the work of ``network`` on one image; ``input_shape`` excludes the batch dimension.
 
-    A convolution takes ``C_in * kh * kw`` multiply-adds an output; a transposed one ``C_out * kh * kw`` an
-    *input*, which is its polyphase form: no inserted zero is multiplied. BatchNorm and activations are not
-    counted: a fused kernel hides them in the convolutions.
+    A convolution takes ``C_in * kh * kw`` multiply-adds per output. A transposed one takes ``C_out * kh *
+    kw`` per *input*: the cost of its polyphase form, which multiplies no inserted zeros. BatchNorm and
+    activations are not counted, since fused kernels hide them in the convolutions.
     """
     flops = activations = weights = 0
 

@@ -1,4 +1,4 @@
-"""What ``generate`` and ``discriminate`` share: options, the cases they make, the races, the print-out."""
+"""Shared code of ``generate`` and ``discriminate``: options, cases, races and reports."""
 
 from __future__ import annotations
 
@@ -10,41 +10,54 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import machine, options, results, table
+from bench import machine, options, records, table
 from bench.cases import DTYPES, Case
 from bench.ceiling import Ceiling
 from bench.flops import count
 from bench.providers import PROVIDERS, Provider, find_all
 from bench.race import Settings, measure_ceiling, race
-from bench.results import Report
+from bench.records import Report
 from bench.usage import UsageError, positive
 
 NO_GPU = "no GPU here"
-BUSY = 0.5  # load a core from which the figures are the neighbours' too
+BUSY = 0.5  # load per core above which other processes visibly affect the timings
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    """The options of a forward command; ``command`` is a key of NETWORKS."""
+    """Add the options of an inference command; ``command`` is a key of NETWORKS."""
     add = parser.add_argument
     add("--batch", nargs="+", type=positive, default=[1, 64], metavar="N", help="batch sizes (1 64)")
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="float32; tf32 is CUDA's")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="dtypes (float32); tf32 needs CUDA")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto selects CUDA if there is a GPU (auto)",
+    )
     add(
         "--providers",
         nargs="+",
         default=list(PROVIDERS),
         metavar="NAME",
-        help=f"of {', '.join(PROVIDERS)} (all), or MODULE:FUNCTION, a build function like theirs",
+        help=f"any of {', '.join(PROVIDERS)} (all), or MODULE:FUNCTION with the same signature",
     )
     options.add_timing(parser, "each provider and case", 3.0)
     options.add_threads(parser)
     options.add_json(parser)
-    add("--checkpoint", type=Path, metavar="FILE", help="a state dict; its sizes are read off it")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="state dict to load; determines the sizes (random weights)",
+    )
     options.add_sizes(parser, latent_dim=command == "generate")
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """Races, prints, writes. Returns the exit status: 1 if a provider is wrong or one of ours failed."""
+    """Run the races, print and write the results.
+
+    Returns the exit status: 1 if a provider is wrong or one of ours failed.
+    """
     providers = find_providers(args.providers)
     cases = make_cases(args, command)
     settings = Settings(args.seconds, args.rounds, together=cases[0].device == "cuda")
@@ -61,7 +74,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         log("measuring the machine's ceiling")
         ceilings[case.dtype] = measure_ceiling(case).or_better(ceilings.get(case.dtype))
         outcomes = race(case, providers, settings, log)
-        log("measuring the ceiling again")  # the better one counts: what disturbs can only lower it
+        log("measuring the ceiling again")  # the maximum counts, as noise can only lower a rate
         ceilings[case.dtype] = measure_ceiling(case).or_better(ceilings[case.dtype])
         report = Report(case, count(case.skeleton(), case.input_shape), ceilings[case.dtype], outcomes)
         reports.append(report)
@@ -69,7 +82,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         for line in [*table.failures(report), *table.ceiling_lines(report), ""]:
             out.print(line, markup=False, soft_wrap=True)
         if args.json is not None:
-            results.append(args.json, results.rows([report], load))
+            records.append(args.json, records.rows([report], load))
     if len(reports) > 1:
         out.print(table.summary_table(reports))
     print_remarks(out, load)
@@ -77,18 +90,18 @@ def run(args: argparse.Namespace, command: str) -> int:
 
 
 def print_remarks(out: Console, load: float | None) -> None:
-    """What a reader has to know of the machine."""
+    """Print what readers must know about the machine."""
     if load is not None and load > BUSY * machine.cores():
         out.print(
-            f"busy: the load was {load:.1f} on {machine.cores()} cores before measuring; "
-            "an idle machine gives other figures"
+            f"busy: the load average was {load:.1f} on {machine.cores()} cores before measuring; "
+            "an idle machine would give different results"
         )
     if not torch.cuda.is_available():
         out.print(f"cuda: {NO_GPU}")
 
 
 def status(reports: list[Report]) -> int:
-    """1 if any provider is wrong, or one of this project's failed; a rival's failure is its own."""
+    """Return 1 if any provider is wrong or one of ours failed; a failing baseline is not an error."""
     outcomes = [outcome for report in reports for outcome in report.outcomes]
     return int(any(o.status == "wrong" or (o.status == "failed" and o.provider.ours) for o in outcomes))
 
@@ -96,15 +109,20 @@ def status(reports: list[Report]) -> int:
 def find_providers(
     names: list[str], registry: Mapping[str, Provider[Any]] = PROVIDERS
 ) -> list[Provider[Any]]:
+    """Look up providers by name. Raises UsageError for an unknown name."""
     try:
         return find_all(names, registry)
     except ValueError as error:
         raise UsageError(f"argument --providers: {error}") from error
 
 
-def find_device(asked: str, dtypes: Collection[str]) -> str:
-    """``asked``, or what there is for ``auto``. Raises UsageError where it or a dtype is not to be had."""
-    device = asked
+def find_device(requested: str, dtypes: Collection[str]) -> str:
+    """Resolve ``requested``; ``auto`` prefers CUDA.
+
+    Raises:
+        UsageError: the device is absent, or a dtype is not available on it.
+    """
+    device = requested
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -115,7 +133,7 @@ def find_device(asked: str, dtypes: Collection[str]) -> str:
 
 
 def make_cases(args: argparse.Namespace, command: str) -> list[Case]:
-    """Every dtype with every batch. Raises UsageError for what can't be asked for."""
+    """Return one case per dtype and batch. Raises UsageError if the options contradict each other."""
     device = find_device(args.device, args.dtype)
     sizes = options.sizes(args, command, args.checkpoint)
     return [

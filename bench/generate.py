@@ -1,4 +1,4 @@
-"""``python -m bench generate``: the Generator in eval mode, beside all that could replace it."""
+"""``python -m bench generate``: race the Generator in eval mode across all providers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from bench import forward
 
-HELP = "images from noise: the Generator in eval mode, by every provider"
+HELP = "race Generator inference (images from noise) across providers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

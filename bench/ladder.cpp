@@ -1,13 +1,11 @@
-// The first two steps of `python -m bench ladder`: a convolution as it is defined, and as most libraries do
-// it. The further steps are the native engine's (csrc/).
-//
-// What they start from:
+// The first two steps of `python -m bench ladder`: a convolution by its definition, and by im2col and GEMM.
+// The following steps are those of the native engine (csrc/).
 //
 //     convolution              y[n][o][p][q] = Σ x[n][c][p·s - pad + i][q·s - pad + j]·w[o][c][i][j]
-//     transposed convolution   the same sum, turned around: x[n][c][r][t]·w[c][o][i][j] goes to
+//     transposed convolution   its adjoint: x[n][c][r][t]·w[c][o][i][j] is added to
 //                              y[n][o][r·s - pad + i][t·s - pad + j]
 //
-// Built when the command runs, for the machine it runs on, and without -ffast-math: a sum is a sum.
+// The command compiles this file for the machine it runs on, without -ffast-math, which would reorder sums.
 #include <algorithm>
 #include <vector>
 
@@ -22,12 +20,11 @@ struct Layer {
     }
 };
 
-// --- Step 2's matrix product
-// --------------------------------------------------------------------------------
+// --- The GEMM of step 2
 //
-// C[m][n] += A[m][k]·B[k][n], blocked as Goto and van de Geijn (2008) have it: KC rows of B, packed in panels
-// of NR columns, so that a panel (KC·NR floats) stays in L1 while MR rows of A after MR rows of A pass by; MR
-// × NR sums stay in registers. The vectors are the compiler's own.
+// C[m][n] += A[m][k]·B[k][n], blocked as in Goto and van de Geijn (2008): KC rows of B are packed into panels
+// of NR columns; a panel (KC·NR floats) stays in L1 while all rows of A are multiplied with it, MR rows at a
+// time, with MR × NR sums in registers. It uses compiler vector extensions.
 
 #ifdef __AVX512F__
 constexpr int LANES = 16, MR = 12;
@@ -40,7 +37,7 @@ constexpr int NR = 2 * LANES, KC = 256;
 
 using Vector = float __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-// `rows` ≤ MR rows of A by one panel of B.
+// The micro-kernel: multiplies ROWS ≤ MR rows of A with one panel of B.
 template <int ROWS>
 void tile(const float* a, long a_row, const float* b, int depth, float* c, long c_row) {
     Vector sums[ROWS][2] = {};
@@ -58,7 +55,7 @@ void tile(const float* a, long a_row, const float* b, int depth, float* c, long 
     }
 }
 
-// B as tile() reads it: [k / KC][n / NR][k % KC][NR], zeros beyond its columns.
+// Packs B for tile() as [k / KC][n / NR][k % KC][NR], padded with zero columns.
 std::vector<float> pack(const std::vector<float>& b, int depth, int columns) {
     const int padded = (columns + NR - 1) / NR * NR;
     std::vector<float> packed(static_cast<size_t>(depth) * padded);
@@ -75,12 +72,12 @@ void gemm(const float* a, long rows, const std::vector<float>& packed, int depth
     std::fill(c, c + rows * padded, 0.0f);
     const float* b = packed.data();
     for (int k = 0; k < depth; k += KC) {
-        const int deep = std::min(KC, depth - k);
-        for (int n = 0; n < padded; n += NR, b += deep * NR) {
+        const int count = std::min(KC, depth - k);
+        for (int n = 0; n < padded; n += NR, b += count * NR) {
             long m = 0;
             for (; m + MR <= rows; m += MR)
-                tile<MR>(a + m * depth + k, depth, b, deep, c + m * padded + n, padded);
-            for (; m < rows; ++m) tile<1>(a + m * depth + k, depth, b, deep, c + m * padded + n, padded);
+                tile<MR>(a + m * depth + k, depth, b, count, c + m * padded + n, padded);
+            for (; m < rows; ++m) tile<1>(a + m * depth + k, depth, b, count, c + m * padded + n, padded);
         }
     }
 }
@@ -89,7 +86,7 @@ void gemm(const float* a, long rows, const std::vector<float>& packed, int depth
 
 extern "C" {
 
-// Step 1. Seven loops over the definition; NCHW.
+// Step 1: the definition as seven nested loops; NCHW.
 void ladder_naive(const Layer* layer, const float* x, const float* w, float* y) {
     const Layer& l = *layer;
     const int k = l.kernel, rows = l.out(l.height), columns = l.out(l.width);
@@ -135,9 +132,9 @@ void ladder_naive(const Layer* layer, const float* x, const float* w, float* y) 
                 }
 }
 
-// Step 2. Every window written out as the row of a matrix (im2col), then one product an image; NHWC. A
-// transposed convolution is the convolution, with stride 1 and the kernel turned around, of the input with
-// stride - 1 zeros between its pixels: with stride 2, three of four products are with a zero.
+// Step 2: im2col, which materializes every window as a row of a matrix, then one GEMM per image; NHWC. A
+// transposed convolution is computed as a stride-1 convolution with the flipped kernel, after inserting
+// stride - 1 zeros between the input's pixels: with stride 2, three of four products are with a zero.
 void ladder_im2col(const Layer* layer, const float* x, const float* w, float* y) {
     const Layer& l = *layer;
     const int k = l.kernel, rows = l.out(l.height), columns = l.out(l.width);
@@ -155,7 +152,7 @@ void ladder_im2col(const Layer* layer, const float* x, const float* w, float* y)
                                      : w[((long(o) * l.c_in + c) * k + i) * k + j];
     const std::vector<float> packed = pack(b, depth, l.c_out);
 
-    // The input with its zeros: between pixels, and around.
+    // The input with zeros inserted between its pixels and zero padding.
     const int inner_height = (l.height - 1) * dilation + 1, inner_width = (l.width - 1) * dilation + 1;
     const int wide = inner_width + 2 * border;
     std::vector<float> map(size_t(inner_height + 2 * border) * wide * l.c_in);

@@ -1,7 +1,7 @@
-"""``python -m bench ladder``: one layer from seven naive loops to the native engine, step by step.
+"""``python -m bench ladder``: one layer optimized step by step, from seven naive loops to the native engine.
 
-Each step is checked against float64 before it is timed. Rates count the multiply-adds of the direct
-convolution, whatever a step multiplies, so that they compare times; the ceiling is that of the FMA units.
+Each step is checked against float64 before it is timed. Rates always count the multiply-adds of the direct
+convolution, even if a step does fewer or more, so that they are comparable; the ceiling is the FMA peak.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from bench import cases, ceiling, machine, native, options, results, table
+from bench import cases, ceiling, machine, native, options, records, table
 from bench.blocks import Block, blocks
 from bench.cases import Case, float64, relative_error
 from bench.stats import Spread
-from bench.timing import Timed, in_turn, torch_threads
+from bench.timing import Timed, interleaved, torch_threads
 from bench.usage import UsageError, positive
 from dcgan.kernels.call import Stage
-from dcgan.kernels.cpu import Geometry, library, select
+from dcgan.kernels.cpu import Geometry, algorithm_selection, library
 
-HELP = "one layer from naive loops to the native engine, step by step"
+HELP = "optimize one layer step by step, from naive loops to the native engine"
 
 SOURCE = Path(__file__).with_name("ladder.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 LAYER = 3
-NAIVE_IMAGES = 4  # of the batch: the naive loops take a second for each
-TOLERANCE = 5e-6  # a layer's, as in bench.accuracy
+NAIVE_IMAGES = 4  # of the batch, as the naive loops take a second per image
+TOLERANCE = 5e-6  # for a layer, as in bench.accuracy
 
 ENGINE = {
     "dense": "matrix product",
@@ -52,16 +52,16 @@ ENGINE = {
 
 @dataclass(frozen=True)
 class Step:
-    """One way to compute the layer, on an input of its own format."""
+    """One implementation of the layer, with an input in its memory format."""
 
     name: str
     run: Callable[[Tensor], Tensor]
     x: Tensor
     threads: int
     products: float | None
-    """Multiply-adds for one of the direct convolution; None where that is not ours to know."""
-    mark: bool = False
-    """What one would use instead: not a step."""
+    """Multiply-adds relative to the direct convolution; None if unknown."""
+    baseline: bool = False
+    """Whether it is a PyTorch baseline instead of a step."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Measured:
     step: Step
     error: float
     flops: float
-    """Of the direct convolution of the step's images."""
+    """FLOP of the direct convolution on the step's images."""
     spread: Spread
 
     @property
@@ -81,15 +81,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     options.add_network(parser)
     options.add_sizes(parser)
-    add("--layer", type=positive, default=LAYER, metavar="N", help=f"of the network, from 1 ({LAYER})")
-    add("--batch", type=positive, default=64, help="(64)")
+    add(
+        "--layer",
+        type=positive,
+        default=LAYER,
+        metavar="N",
+        help=f"index of the layer in the network, from 1 ({LAYER})",
+    )
+    add("--batch", type=positive, default=64, help="batch size (64)")
     options.add_threads(parser)
     options.add_timing(parser, "each step", 2.0, rounds=4)
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks, times and prints. Returns the exit status: 1 if a step is wrong."""
+    """Check, time and print all steps. Return the exit status: 1 if a step gives wrong results."""
     native.required()
     case = Case(args.network, args.batch, "float32", "cpu", args.threads, options.sizes(args, args.network))
     layers = blocks(case.network())
@@ -101,16 +107,16 @@ def run(args: argparse.Namespace) -> int:
     out, load = table.console(), machine.load()
     with torch.no_grad():
         ladder = steps(block, args.batch, args.threads, naive)
-        measured, roofs, wrong = climb(block, ladder, args.seconds, args.rounds)
-    out.print(ladder_table(f"{_title(case, block)} · {library.isa()}", measured, roofs))
-    for line in ceiling_lines(block, args.batch, roofs):
+        measured, peaks, wrong = measure_steps(block, ladder, args.seconds, args.rounds)
+    out.print(ladder_table(f"{_title(case, block)} · {library.isa()}", measured, peaks))
+    for line in ceiling_lines(block, args.batch, peaks):
         out.print(line, markup=False, soft_wrap=True)
     for line in wrong:
         out.print(f"WRONG: {line}", style="bold red", markup=False)
     if args.json is not None:
         about = {"case": case.to_json(), "layer": block.name, "transposed": block.stage.transposed}
         about["isa"] = library.isa()
-        results.append(args.json, rows(measured, roofs, results.common("ladder", load) | about))
+        records.append(args.json, rows(measured, peaks, records.common("ladder", load) | about))
     return int(bool(wrong))
 
 
@@ -123,7 +129,7 @@ def _title(case: Case, block: Block) -> str:
 
 
 class _Layer(ctypes.Structure):
-    """``Layer`` of ladder.cpp."""
+    """The struct ``Layer`` of ladder.cpp."""
 
     _fields_ = tuple(
         (name, ctypes.c_int)
@@ -135,7 +141,7 @@ class _Layer(ctypes.Structure):
 
 
 def build() -> ctypes.CDLL:
-    """ladder.cpp for this machine, compiled and loaded. Raises UsageError if that can't be done."""
+    """Compile ladder.cpp for this machine and load it. Raises UsageError if that fails."""
     compiler = os.environ.get("CXX", "c++")
     with tempfile.TemporaryDirectory() as folder:  # a loaded library needs no file
         target = Path(folder) / "ladder.so"
@@ -162,7 +168,7 @@ def _compiled(function: Any, g: Geometry, weight: Tensor, x: Tensor, nhwc: bool)
 
 
 def steps(block: Block, batch: int, threads: int, naive: ctypes.CDLL) -> list[Step]:
-    """From the naive loops to the engine's choice on all threads; then eager, as marks."""
+    """Return the steps from naive loops to the engine's choice on all threads, then the eager baselines."""
     g, convolution = block.geometry, block.convolution
     weight = convolution.weight.detach().contiguous()
     x = torch.randn(batch, *block.input_shape, generator=torch.Generator().manual_seed(0))
@@ -181,21 +187,21 @@ def steps(block: Block, batch: int, threads: int, naive: ctypes.CDLL) -> list[St
     found = [
         Step("seven loops", compiled(naive.ladder_naive, False), few, 1, 1.0),
         Step(filled, compiled(naive.ladder_im2col, True), nhwc, 1, products(g, "im2col")),
-        *(engine(algorithm, 1) for algorithm in select.candidates(g)),
+        *(engine(algorithm, 1) for algorithm in algorithm_selection.candidates(g)),
     ]
     if threads > 1:
-        found.append(engine(native.picked(g, batch, threads), threads))
+        found.append(engine(native.chosen_algorithm(g, batch, threads), threads))
     for count in sorted({1, threads}):
-        found.append(Step("PyTorch eager", convolution, x, count, None, mark=True))
+        found.append(Step("PyTorch eager", convolution, x, count, None, baseline=True))
         last = copy.deepcopy(convolution).to(memory_format=torch.channels_last)
-        found.append(Step("PyTorch eager, channels_last", last, nhwc, count, None, mark=True))
+        found.append(Step("PyTorch eager, channels_last", last, nhwc, count, None, baseline=True))
     return found
 
 
 def products(g: Geometry, algorithm: str) -> float:
-    """Multiply-adds that an algorithm does for one of the direct convolution.
+    """Return the multiply-adds of an algorithm relative to the direct convolution.
 
-    Tiles that reach over the map's edge count whole; what fills the last panel of weights does not count.
+    Tiles that extend beyond the map count in full; padding of the last weight panel does not count.
     """
     if algorithm == "im2col":
         height, width = g.output
@@ -208,63 +214,63 @@ def products(g: Geometry, algorithm: str) -> float:
     return 4 * tiles * (side + 1) ** 2 * g.c_in * g.c_out / g.macs
 
 
-def climb(
+def measure_steps(
     block: Block, ladder: Sequence[Step], seconds: float, rounds: int
 ) -> tuple[list[Measured], dict[int, float], list[str]]:
-    """Every step that is right, timed; the roofs; and what is wrong with the other steps.
+    """Time all steps with correct results. Return these, the peaks, and a message for each incorrect step.
 
-    A roof is FLOP/s of the FMA units, by the number of threads: the best of a measurement in every round.
+    The peaks are FMA FLOP/s by number of threads: the best of one measurement per round.
     """
     expected = float64(block.convolution, ladder[-1].x)
-    right: list[tuple[Step, float]] = []
+    correct: list[tuple[Step, float]] = []
     wrong: list[str] = []
     for step in ladder:
         with torch_threads(step.threads):
             error = max(relative_error(step.run(step.x), expected[: len(step.x)]) for _ in range(2))
         if error <= TOLERANCE:
-            right.append((step, error))
+            correct.append((step, error))
         else:
             wrong.append(f"{step.name}: error {error:.1e} > {TOLERANCE:.0e}")
-    roofs = dict.fromkeys(sorted({step.threads for step in ladder}), 0.0)
+    peaks = dict.fromkeys(sorted({step.threads for step in ladder}), 0.0)
 
-    def measure() -> None:
-        for threads in roofs:
-            roofs[threads] = max(roofs[threads], ceiling.fma(threads))
+    def measure_peaks() -> None:
+        for threads in peaks:
+            peaks[threads] = max(peaks[threads], ceiling.fma(threads))
 
-    spreads = in_turn([Timed(s.run, s.x, s.threads) for s, _ in right], seconds, rounds, measure)
+    spreads = interleaved([Timed(s.run, s.x, s.threads) for s, _ in correct], seconds, rounds, measure_peaks)
     measured = [
         Measured(step, error, block.flops * len(step.x), spread)
-        for (step, error), spread in zip(right, spreads, strict=True)
+        for (step, error), spread in zip(correct, spreads, strict=True)
     ]
-    return measured, roofs, wrong
+    return measured, peaks, wrong
 
 
-# --- what is shown ------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 COLUMNS = ["threads", "ms", "±", "GFLOP/s", "× before", "ceiling", "products", "FMA units", "error"]
 
 
-def ladder_table(heading: str, measured: Sequence[Measured], roofs: dict[int, float]) -> Table:
-    """A row a step, then the marks. ``products`` as in :class:`Step`; what they take of the FMA units."""
+def ladder_table(heading: str, measured: Sequence[Measured], peaks: dict[int, float]) -> Table:
+    """One row per step, then the baselines. "FMA units" is the utilization by a step's own multiply-adds."""
     shown = table.start(heading, ["", "step"], COLUMNS)
     before: float | None = None
     number = 0
     for found in measured:
         step = found.step
-        if step.mark and number:
+        if step.baseline and number:
             shown.add_section()
-        number = 0 if step.mark else number + 1
-        share = found.rate / roofs[step.threads]
+        number = 0 if step.baseline else number + 1
+        share = found.rate / peaks[step.threads]
         batch = max(len(t.step.x) for t in measured)
         milliseconds = found.spread.median * 1e3 * batch / len(step.x)
         shown.add_row(
-            "" if step.mark else str(number),
-            Text(step.name, style="" if step.mark else "bold"),
+            "" if step.baseline else str(number),
+            Text(step.name, style="" if step.baseline else "bold"),
             str(step.threads),
             table.rate(milliseconds),
             table.percent(found.spread.relative),
             table.rate(found.rate / 1e9),
-            table.times(None if step.mark or before is None else found.rate / before),
+            table.times(None if step.baseline or before is None else found.rate / before),
             table.percent(share),
             table.NOTHING if step.products is None else f"{step.products:.2f}",
             table.percent(None if step.products is None else share * step.products),
@@ -274,33 +280,35 @@ def ladder_table(heading: str, measured: Sequence[Measured], roofs: dict[int, fl
     return shown
 
 
-def ceiling_lines(block: Block, batch: int, roofs: dict[int, float]) -> list[str]:
-    listed = " and ".join(f"{flops / 1e9:,.0f} GFLOP/s on {cases.threads(n)}" for n, flops in roofs.items())
+def ceiling_lines(block: Block, batch: int, peaks: dict[int, float]) -> list[str]:
+    listed = " and ".join(f"{flops / 1e9:,.0f} GFLOP/s on {cases.threads(n)}" for n, flops in peaks.items())
     lines = [
         f"ceiling: {listed}, float32 FMA peak; GFLOP/s are those of the direct convolution "
-        f"({block.flops * batch / 1e9:.3g} GFLOP), and Winograd, with fewer products, may exceed it"
+        f"({block.flops * batch / 1e9:.3g} GFLOP); Winograd, with fewer products, may exceed the ceiling"
     ]
     if batch > NAIVE_IMAGES:
-        lines.append(f"the seven loops ran on {NAIVE_IMAGES} of the {batch} images; their ms are for all")
+        lines.append(
+            f"the seven loops ran on {NAIVE_IMAGES} of the {batch} images; their ms are scaled to all images"
+        )
     return lines
 
 
 def rows(
-    measured: Sequence[Measured], roofs: dict[int, float], common: dict[str, Any]
+    measured: Sequence[Measured], peaks: dict[int, float], common: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The JSON objects, in the ladder's order: FLOP/s of the direct convolution, times in seconds."""
+    """Return the JSON records in step order: FLOP/s of the direct convolution, times in seconds."""
     return [
         common
         | {
             "step": found.step.name,
-            "mark": found.step.mark,
+            "mark": found.step.baseline,
             "threads": found.step.threads,
             "images": len(found.step.x),
             "products": found.step.products,
             "error": found.error,
             "times": asdict(found.spread),
             "flops_per_s": found.rate,
-            "ceiling": {"flops": roofs[found.step.threads], "measure": "float32 FMA peak"},
+            "ceiling": {"flops": peaks[found.step.threads], "measure": "float32 FMA peak"},
         }
         for found in measured
     ]

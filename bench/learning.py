@@ -1,23 +1,25 @@
-"""Whether another way of training learns what the reference learns: runs on real digits, and the criterion.
+"""Criterion for whether a training variant learns what the reference learns, and the runs it is applied to.
 
-Adversarial training is chaotic. Rounding takes some value to the other side of a LeakyReLU's kink, where its
-gradient changes by 80%; Adam's first steps take a gradient near zero by its sign; some tens of steps later
-two runs of the same weights, batches and noise are as far apart as runs of different seeds. So
-:func:`compare` asks two things:
+Adversarial training is chaotic. Rounding moves some value across a LeakyReLU's kink, where its gradient
+changes by 80%; Adam's first steps turn a gradient near zero into its sign; some tens of steps later, two runs
+with the same weights, batches and noise differ as much as runs with different RNG seeds. :func:`compare`
+therefore checks two conditions:
 
-* **the start**: over ``START`` steps of ``START_SHARE`` of the step size, both losses are within
-  ``TOLERANCE`` of the reference's, relatively, in every seed. Steps this small leave rounding little to grow
-  by: the reference in channels_last, other sums of the same products, comes to 1.3e-3 (in steps of full size
-  to 0.5).
-* **the whole run**: of each quantity, the seeds' mean in one way and in the other are no farther apart than
-  two seeds of the reference are at most. A quantity is a curve, as its means over windows of ``WINDOW``
-  steps, or a statistic of samples from fixed noise, as its values every ``EVERY`` steps. Apart is the root
-  mean square of the difference over all windows, or moments and pixels.
+* **the start**: over ``START`` steps at ``START_SHARE`` of the learning rate, the relative difference of both
+  losses from the reference is at most ``TOLERANCE`` for every seed. With steps this small, rounding errors
+  grow little: the reference in channels_last, which sums the same products in another order, reaches 1.3e-3
+  (0.5 at the full learning rate).
+* **the whole run**: for each quantity, the distance between the variant's mean over the seeds and the
+  reference's is at most the largest distance between two seeds of the reference. A quantity is either a
+  curve, given by its means over windows of ``WINDOW`` steps, or a statistic of samples from fixed noise,
+  given by its values every ``EVERY`` steps. The distance is the root mean square of the difference over all
+  windows, or over all snapshots and pixels.
 
-Why the seeds' mean: where chaos is complete, a run's distance from the reference of its seed is distributed
-as the distance of two seeds is, so that the largest of three exceeds the largest of three in every second
-comparison, with nothing wrong. A mean of three scatters by a factor √3 less and stays within, and what is
-wrong in every seed remains in it. ``Finding.seeds`` keeps the distances seed by seed.
+The mean over the seeds is used because, once chaos is complete, the distance between a run and the reference
+run of its seed has the same distribution as the distance between two seeds. The largest of three such
+distances would exceed the largest of three others in half of all comparisons even if nothing is wrong. The
+mean of three runs scatters less by a factor of √3 and stays below the limit, while an error common to all
+seeds remains in it. ``Finding.seeds`` keeps the distances per seed.
 """
 
 from __future__ import annotations
@@ -51,14 +53,14 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the runs of a comparison share."""
+    """Settings shared by all runs of a comparison."""
 
     steps: int = 300
     features: int = 32
     image_size: int = 64
     batch: int = 32
     lr: float = 1e-3
-    """Five times the seed's, so that 300 steps make digits."""
+    """Five times the reference recipe's 2e-4, so that 300 steps suffice to generate digits."""
     real_label: float = 0.9
     device: str = "cpu"
 
@@ -67,14 +69,14 @@ class Settings:
         return f"features {self.features} · image_size {self.image_size} · batch {self.batch}"
 
     def config(self, seed: int) -> Config:
-        """The training loop's; more epochs than there are steps for."""
+        """Return the training configuration, with more epochs than the steps need."""
         return Config(epochs=self.steps, lr=self.lr, real_label=self.real_label, seed=seed)
 
     def images(self) -> Tensor:
         return digits(self.image_size).to(self.device)
 
     def networks(self, seed: int) -> tuple[Generator, Discriminator]:
-        """The reference networks with DCGAN's initial weights; the same for every way."""
+        """Return the reference networks with DCGAN's initial weights, the same for every variant."""
         sizes = {"features": self.features, "image_size": self.image_size}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -86,28 +88,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measured."""
+    """The measurements of one run."""
 
-    way: str
+    variant: str
     seed: int
     start: Tensor
-    """The curves of another run, see :func:`start`."""
+    """The curves of the separate run with small steps, see :func:`start`."""
     curves: Tensor
-    """[steps, 4], columns as in :class:`dcgan.training.Result`."""
+    """[steps, 4], with columns as in :class:`dcgan.training.Result`."""
     statistics: dict[str, Tensor]
-    """:func:`statistics` of samples from fixed noise, every ``EVERY`` steps: [moments, …]."""
+    """:func:`statistics` of samples from fixed noise, every ``EVERY`` steps: [snapshots, …]."""
     samples: Tensor
-    """The first ``SHOWN`` of the last moment's."""
+    """The first ``SHOWN`` samples of the last snapshot."""
     seconds: float
 
     def quantities(self) -> dict[str, Tensor]:
-        """What whole runs are compared by."""
+        """Return the quantities by which whole runs are compared."""
         windows = torch.stack([window.mean(0) for window in self.curves.split(WINDOW)])
         return dict(zip(Result._fields, windows.T, strict=True)) | self.statistics
 
 
 def statistics(images: Tensor) -> dict[str, Tensor]:
-    """What samples [N, …] are compared by; diversity is the mean distance (RMS of pixels) of two of them."""
+    """Return the statistics of samples [N, …]; diversity is the mean RMS distance between two samples."""
     pixels = images.cpu().double().flatten(1)
     return {
         "mean image": pixels.mean(0),
@@ -119,10 +121,10 @@ def statistics(images: Tensor) -> dict[str, Tensor]:
     }
 
 
-# --- ways to train ------------------------------------------------------------------------------------------
+# --- training variants --------------------------------------------------------------------------------------
 
 
-def seeds_loop(
+def reference_loop(
     generator: nn.Module, discriminator: nn.Module, batches: Batches, config: Config
 ) -> Iterator[Result]:
     for step in train(generator, discriminator, batches, config):
@@ -141,30 +143,33 @@ def train_steps(
         yield step(real, torch.randn(len(real), config.latent_dim, 1, 1, generator=random, device=device))
 
 
-class Way(NamedTuple):
-    """A way of training: what becomes of the reference networks, and the loop."""
+class Variant(NamedTuple):
+    """A training variant: a transformation of the reference networks, and the training loop."""
 
-    network: Callable[[Any], nn.Module]
+    transform: Callable[[Any], nn.Module]
     loop: Callable[[nn.Module, nn.Module, Batches, Config], Iterator[Result]]
 
 
-WAYS = {
-    "reference": Way(lambda network: network, seeds_loop),
-    "channels_last": Way(lambda network: network.to(memory_format=torch.channels_last), seeds_loop),
-    "fast": Way(fast.convert, train_steps),
+VARIANTS = {
+    "reference": Variant(lambda network: network, reference_loop),
+    "channels_last": Variant(lambda network: network.to(memory_format=torch.channels_last), reference_loop),
+    "fast": Variant(fast.convert, train_steps),
 }
-"""``channels_last`` is the reference in other sums: how far rounding alone takes it."""
+"""``channels_last`` is the reference with another summation order; it shows the effect of rounding alone."""
 
 
 def fixed_noise() -> Tensor:
-    """What all samples are made from; of no run's seed."""
+    """Return the noise of all samples, drawn with an RNG seed that no run uses."""
     return torch.randn(SAMPLES, LATENT, 1, 1, generator=torch.Generator().manual_seed(1 << 30))
 
 
-def steps(way: str, seed: int, settings: Settings) -> Iterator[tuple[nn.Module, Result]]:
-    """The Generator and the Result, step by step; weights, batches and noise are the seed's in every way."""
-    change, loop = WAYS[way]
-    generator, discriminator = map(change, settings.networks(seed))
+def steps(variant: str, seed: int, settings: Settings) -> Iterator[tuple[nn.Module, Result]]:
+    """Yield the Generator and the Result of every step.
+
+    Initial weights, batches and noise are determined by the RNG seed and the same for every variant.
+    """
+    transform, loop = VARIANTS[variant]
+    generator, discriminator = map(transform, settings.networks(seed))
     batches = Batches(settings.images(), settings.batch, seed)
     for result in itertools.islice(
         loop(generator, discriminator, batches, settings.config(seed)), settings.steps
@@ -172,31 +177,31 @@ def steps(way: str, seed: int, settings: Settings) -> Iterator[tuple[nn.Module, 
         yield generator, result
 
 
-def start(way: str, seed: int, settings: Settings) -> Tensor:
-    """Curves [START, 4] of a run with small steps."""
+def start(variant: str, seed: int, settings: Settings) -> Tensor:
+    """Return the curves [START, 4] of a run with small steps."""
     slow = replace(settings, steps=START, lr=settings.lr * START_SHARE)
-    return torch.stack([torch.stack(result) for _, result in steps(way, seed, slow)]).cpu().double()
+    return torch.stack([torch.stack(result) for _, result in steps(variant, seed, slow)]).cpu().double()
 
 
-def learn(way: str, seed: int, settings: Settings) -> Run:
-    """Trains in one way."""
+def learn(variant: str, seed: int, settings: Settings) -> Run:
+    """Train one variant from one RNG seed."""
     began = time.perf_counter()
     noise = fixed_noise().to(settings.device)
     curves: list[Tensor] = []
-    moments: list[dict[str, Tensor]] = []
-    for generator, result in steps(way, seed, settings):
+    snapshots: list[dict[str, Tensor]] = []
+    for generator, result in steps(variant, seed, settings):
         curves.append(torch.stack(result))
         if len(curves) % EVERY == 0 or len(curves) == settings.steps:
             with torch.no_grad():
                 samples = generator.eval()(noise).cpu()
             generator.train()
-            moments.append(statistics(samples))
+            snapshots.append(statistics(samples))
     return Run(
-        way,
+        variant,
         seed,
-        start(way, seed, settings),
+        start(variant, seed, settings),
         torch.stack(curves).cpu().double(),
-        {name: torch.stack([moment[name] for moment in moments]) for name in moments[0]},
+        {name: torch.stack([snapshot[name] for snapshot in snapshots]) for name in snapshots[0]},
         samples[:SHOWN],
         time.perf_counter() - began,
     )
@@ -207,17 +212,17 @@ def learn(way: str, seed: int, settings: Settings) -> Run:
 
 @dataclass(frozen=True)
 class Finding:
-    """One quantity: how far apart the ways are, and may be."""
+    """The distance of one quantity from the reference, and its limit."""
 
     quantity: str
     distance: float
     allowed: float
     seeds: tuple[float, ...] = ()
-    """For the whole run: the distances seed by seed, which are not judged."""
+    """For the whole run: the distances per seed, which have no influence on the verdict."""
 
     @property
     def ok(self) -> bool:
-        return self.distance <= self.allowed  # NaN is not
+        return self.distance <= self.allowed  # False for NaN
 
 
 def rms(difference: Tensor) -> float:
@@ -225,14 +230,14 @@ def rms(difference: Tensor) -> float:
 
 
 def compare(references: Sequence[Run], others: Sequence[Run]) -> list[Finding]:
-    """The criterion (see the module), of a way's runs from the same seeds as the reference's, in their order.
+    """Apply the criterion (see the module) to a variant's runs; their seeds and order are the reference's.
 
     Raises:
-        ValueError: seeds that differ, or fewer than two.
+        ValueError: the seeds differ, or there are fewer than two.
     """
-    seeds, theirs = [run.seed for run in references], [run.seed for run in others]
-    if seeds != theirs or len(set(seeds)) < 2:
-        raise ValueError(f"runs must be of the same two seeds or more, got {seeds} and {theirs}")
+    seeds, other_seeds = [run.seed for run in references], [run.seed for run in others]
+    if seeds != other_seeds or len(set(seeds)) < 2:
+        raise ValueError(f"runs must be of the same two seeds or more, got {seeds} and {other_seeds}")
     findings = []
     for name in LOSSES:
         column = Result._fields.index(name)

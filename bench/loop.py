@@ -1,13 +1,14 @@
-"""``dcgan train`` beside the training step inside it: how much of the step's rate a whole run keeps.
+"""``python -m bench loop``: throughput of ``dcgan train`` compared with the bare training step inside it.
 
-``step`` is TrainStep by itself, the same batch again and again; ``run`` is what ``dcgan train`` does with it:
-batches gathered, noise drawn, losses read, written as JSON and TensorBoard events, a progress bar. (Grids and
-checkpoints, which come once an epoch or so, are not timed.) Both take bursts in turn, in one process, around
-the same networks.
+``step`` is TrainStep alone, called repeatedly with the same batch. ``run`` is the loop of ``dcgan train``
+around it: gathering batches, drawing noise, reading losses, writing them as JSON and TensorBoard events and
+updating a progress bar. (Sample grids and checkpoints, written about once per epoch, are not timed.) Both are
+timed in interleaved bursts, in one process, on the same networks.
 
-Below it, the Python that a step costs: on a GPU that is hidden behind the device's work as long as all of it
-together is shorter than the device's step. ``noise`` and ``telling`` (reading, writing, drawing the bar) are
-the run's, ``guards`` is what TrainStep looks at before each replay of a CUDA graph.
+The other columns are the Python overhead per step. On a GPU it is hidden behind the device's work as long as
+its total is shorter than the device's step. ``noise`` and ``reporting`` (reading and writing the losses and
+updating the progress bar) belong to the run; ``guards`` is the check that TrainStep makes before each replay
+of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,37 +24,42 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import forward, options, results, table
+from bench import forward, options, records, table
 from bench.usage import positive
 from dcgan.checkpoint import Folder
 from dcgan.data import Images
-from dcgan.devices import settled
+from dcgan.devices import resolve
+from dcgan.training.reference_step import Result
 from dcgan.training.report import Report
 from dcgan.training.run import Run, follow
 from dcgan.training.settings import Settings
-from dcgan.training.step import Result
 from dcgan.training.stop import Stop
 
-HELP = "dcgan train beside the training step inside it"
+HELP = "compare the throughput of dcgan train with that of its training step"
 DTYPES = ("float32", "tf32", "bfloat16")
-BAR = 0.9
-"""Of the step's rate, on a GPU."""
+MIN_RATIO = 0.9
+"""Minimum ratio of the run's rate to the step's, on a GPU."""
 IMAGES = 4096
-WARM = 8  # steps: the first few of a captured one are eager
-COUNTED = 400  # steps whose Python is timed
+WARMUP = 8  # steps: the first few steps run eagerly before the step is captured
+OVERHEAD_STEPS = 400  # steps over which the Python overhead is averaged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--batch", nargs="+", type=positive, default=[64], metavar="N", help="batch sizes (64)")
-    add("--dtype", choices=DTYPES, help="(float32; on a GPU bfloat16)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU")
-    options.add_timing(parser, "each of the two", 6.0)
+    add("--batch", nargs="+", type=positive, default=[64], metavar="N", help="batch sizes (default: 64)")
+    add("--dtype", choices=DTYPES, help="dtype (default: float32; on a GPU bfloat16)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda if there is a GPU, else cpu",
+    )
+    options.add_timing(parser, "the step and the run, each", 6.0)
     options.add_json(parser)
 
 
-class Writer:
-    """A run in a folder, whose checkpoints are not written."""
+class TimedRun:
+    """A training run that reports into a folder but does not write checkpoints."""
 
     def __init__(self, settings: Settings, device: torch.device, out: Path) -> None:
         random = torch.Generator().manual_seed(0)
@@ -65,13 +71,13 @@ class Writer:
         self._console = Console(file=(out / "console").open("w"), force_terminal=True)
 
     def seconds(self, steps: int) -> float:
-        """Of so many steps of ``dcgan train``, the last one read."""
+        """Return the seconds of ``steps`` steps of ``dcgan train``, including reading the last loss."""
         with Report(self._out, self.run, self._console, tensorboard=True) as report:
             return follow(self.run, self._folder, report, Stop(), limit=steps).steps
 
 
 def timed(call: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Seconds of so many calls, the device's included."""
+    """Return the seconds of ``steps`` calls, including the device's time."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -84,40 +90,45 @@ def timed(call: Callable[[], object], steps: int, device: torch.device) -> float
 def measure(
     batch: int, dtype: str, device: torch.device, seconds: float, rounds: int, **more: Any
 ) -> dict[str, Any]:
-    """Both rates in images/s, and microseconds of Python a step; ``more`` settings for the run."""
+    """Return both rates in images/s and the Python overhead per step in µs.
+
+    ``more`` is passed on to the settings of the run.
+    """
     given = {"batch_size": batch, "dtype": dtype, "epochs": 10**6, "checkpoint_interval": 0, "score": "none"}
     settings = Settings.of(given | more)
     with tempfile.TemporaryDirectory() as folder:
-        writer = Writer(settings, device, Path(folder))
-        run = writer.run
+        timed_run = TimedRun(settings, device, Path(folder))
+        run = timed_run.run
         real, noise = run.inputs()
         step = run._step
-        timed(lambda: step(real, noise), WARM, device)
-        each = timed(lambda: step(real, noise), WARM, device) / WARM
+        timed(lambda: step(real, noise), WARMUP, device)
+        each = timed(lambda: step(real, noise), WARMUP, device) / WARMUP
         steps = max(3, int(seconds / rounds / each))
         alone: list[float] = []
         whole: list[float] = []
-        writer.seconds(steps)
+        timed_run.seconds(steps)
         for _ in range(rounds):
             alone.append(timed(lambda: step(real, noise), steps, device) / steps)
-            whole.append(writer.seconds(steps) / steps)
+            whole.append(timed_run.seconds(steps) / steps)
         figures = {
             "step_images_s": batch / statistics.median(alone),
             "run_images_s": batch / statistics.median(whole),
             "ratio": statistics.median(a / b for a, b in zip(alone, whole, strict=True)),
-            "guards_us": 1e6 * timed(step._stamp, COUNTED, torch.device("cpu")) / COUNTED,
-            "noise_us": 1e6 * timed(lambda: run.feed.noise(0, batch), COUNTED, device) / COUNTED,
+            "guards_us": 1e6 * timed(step._fingerprint, OVERHEAD_STEPS, torch.device("cpu")) / OVERHEAD_STEPS,
+            "noise_us": 1e6
+            * timed(lambda: run.feed.noise(0, batch), OVERHEAD_STEPS, device)
+            / OVERHEAD_STEPS,
         }
-        # Telling alone: with a step, and batches, that cost nothing.
+        # Time reporting alone: replace the step and the inputs by ones that cost nothing.
         result = Result(*torch.rand(4, device=device))
-        run.step = _moving(run, result)  # type: ignore[assignment, method-assign]
+        run.step = _advancing(run, result)  # type: ignore[assignment, method-assign]
         run.inputs = lambda: (real, noise)  # type: ignore[method-assign]
-        figures["telling_us"] = 1e6 * writer.seconds(COUNTED) / COUNTED
+        figures["telling_us"] = 1e6 * timed_run.seconds(OVERHEAD_STEPS) / OVERHEAD_STEPS
         return figures
 
 
-def _moving(run: Run, result: Result) -> Callable[[Any, Any], Result]:
-    """A step that only moves on."""
+def _advancing(run: Run, result: Result) -> Callable[[Any, Any], Result]:
+    """Return a step that computes nothing and only advances the run's position."""
 
     def step(real: Any, noise: Any) -> Result:
         epoch, batch, count, images = run.position
@@ -128,17 +139,17 @@ def _moving(run: Run, result: Result) -> Callable[[Any, Any], Result]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints, writes. 1 where a GPU's run keeps less than BAR of its step's rate."""
-    device = settled(forward.find_device(args.device, [args.dtype] if args.dtype else []))
+    """Run the command. Return 1 if, on a GPU, the ratio of any batch is below MIN_RATIO, else 0."""
+    device = resolve(forward.find_device(args.device, [args.dtype] if args.dtype else []))
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     out = table.console()
-    columns = ["step images/s", "run images/s", "run/step", "noise µs", "guards µs", "telling µs"]
+    columns = ["step images/s", "run images/s", "run/step", "noise µs", "guards µs", "reporting µs"]
     shown = table.start(f"dcgan train · {dtype} · {device}", ["batch"], columns)
     status, rows = 0, []
     for batch in args.batch:
         figures = measure(batch, dtype, device, args.seconds, args.rounds)
         case = {"batch": batch, "dtype": dtype, "device": device.type}
-        rows.append(results.common("loop") | case | figures)
+        rows.append(records.common("loop") | case | figures)
         rates = (figures["step_images_s"], figures["run_images_s"])
         python = (figures["noise_us"], figures["guards_us"], figures["telling_us"])
         shown.add_row(
@@ -147,8 +158,8 @@ def run(args: argparse.Namespace) -> int:
             f"{figures['ratio']:.3f}",
             *(f"{us:.0f}" for us in python),
         )
-        status |= int(device.type == "cuda" and figures["ratio"] < BAR)
+        status |= int(device.type == "cuda" and figures["ratio"] < MIN_RATIO)
     out.print(shown)
     if args.json is not None:
-        results.append(args.json, rows)
+        records.append(args.json, rows)
     return status

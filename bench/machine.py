@@ -1,4 +1,4 @@
-"""The hardware and versions a result belongs to."""
+"""Describe the hardware and software versions that a result was measured with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime", "openvino", "zent
 
 
 def cores() -> int:
-    """CPUs this process may run on."""
+    """Return the number of CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def load() -> float | None:
-    """Processes that wanted to run in the last minute, on average; None where that is not known."""
+    """Return the one-minute load average, or None where it is not available."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -30,7 +30,7 @@ def load() -> float | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The CPU and, if there is one, the GPU."""
+    """Describe the CPU and, if there is one, the GPU."""
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -46,7 +46,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, the system and every package that is measured; None for one that is not installed."""
+    """Return the versions of Python, the system and every benchmarked package (None if missing)."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -63,7 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with ``+`` if it has been edited since; None outside one."""
+    """Return the commit of this checkout, with ``+`` if files were modified; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         head = _git(folder, "rev-parse", "--short=12", "HEAD")

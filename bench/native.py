@@ -1,4 +1,4 @@
-"""A chain of layers through the native engine's C ABI, each layer by an algorithm of one's choice.
+"""Run a chain of layers through the native engine's C ABI, with a chosen algorithm for each layer.
 
 The drop-in lets the engine choose; here every candidate can be checked and timed.
 """
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from bench.usage import UsageError
 from dcgan.kernels.call import Stage
-from dcgan.kernels.cpu import Geometry, Prepared, library, select
-from dcgan.kernels.cpu.run import geometry, plan
+from dcgan.kernels.cpu import Geometry, Prepared, algorithm_selection, library
+from dcgan.kernels.cpu.inference import geometry, plan
 
 
 def required() -> None:
-    """Raises UsageError where the engine was not built."""
+    """Raise UsageError if the engine was not built."""
     if (problem := library.problem()) is not None:
         raise UsageError(f"the native engine is missing: {problem}")
 
 
-def picked(g: Geometry, images: int, threads: int) -> str:
-    """The algorithm that the engine takes for a layer whose weights stand still."""
-    return select.algorithm(g, images, threads, library.isa(), True)
+def chosen_algorithm(g: Geometry, images: int, threads: int) -> str:
+    """Return the algorithm that the engine chooses for a layer with prepacked weights."""
+    return algorithm_selection.algorithm(g, images, threads, library.isa(), True)
 
 
 def geometries(stages: Sequence[Stage], height: int, width: int) -> list[Geometry]:
-    """The layers' shapes; height and width are those of the first one's input."""
+    """Return the geometry of each layer; height and width are those of the first layer's input."""
     found = []
     for stage in stages:
         g = geometry(stage.transposed, stage.weight.shape, height, width, stage.stride, stage.padding)
@@ -38,7 +38,7 @@ def geometries(stages: Sequence[Stage], height: int, width: int) -> list[Geometr
 
 
 class Chain:
-    """Stages in float32 on images of one shape. Weights are packed when they are first needed, and kept."""
+    """Float32 stages on images of one shape. Weights are packed at the first call and kept."""
 
     def __init__(
         self,
@@ -47,9 +47,11 @@ class Chain:
         algorithms: Sequence[str] | None = None,
         threads: int = 1,
     ) -> None:
-        """``shape`` [N, C, H, W] is x's. Without ``algorithms`` those that the engine picks."""
+        """``shape`` is that of x, [N, C, H, W]. ``algorithms`` defaults to those that the engine chooses."""
         if algorithms is None:
-            algorithms = [picked(g, shape[0], threads) for g in geometries(stages, shape[2], shape[3])]
+            algorithms = [
+                chosen_algorithm(g, shape[0], threads) for g in geometries(stages, shape[2], shape[3])
+            ]
         self.algorithms = tuple(algorithms)
         self._stages, self._shape, self._threads = list(stages), tuple(shape), threads
         self._prepared: Prepared | None = None
@@ -60,7 +62,7 @@ class Chain:
 
     @property
     def workspace(self) -> int:
-        """Bytes of memory that the engine takes for itself in a call."""
+        """Bytes of workspace that the engine needs for a call."""
         layers = self._layers()
         size = library.library().dcgan_workspace(
             ctypes.addressof(layers), len(layers), self._shape[0], self._threads
@@ -69,12 +71,12 @@ class Chain:
 
     @property
     def packed_bytes(self) -> int:
-        """Of the weights, as the algorithms read them."""
+        """Bytes of the packed weights."""
         size = library.library().dcgan_packed_size
         return sum(4 * library.checked(size(ctypes.addressof(layer))) for layer in self._layers())
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result for x, NHWC in memory but where the last layer writes an image."""
+        """Return the result for x, channels_last unless the last layer is a narrow transposed convolution."""
         if self._prepared is None:
             self._prepared = Prepared(self._shape, self._stages, self._threads, self.algorithms)
         image = self.algorithms[-1] == "narrow" and self._stages[-1].transposed

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is made of them."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -17,33 +17,40 @@ SIZES = ("latent_dim", "channels", "features", "image_size")
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
-    """Which network, for a command that takes either."""
-    parser.add_argument("--network", choices=NETWORKS, default="generate", help="generate or discriminate")
+    """Add the choice of the network, for a command that supports both."""
+    parser.add_argument("--network", choices=NETWORKS, default="generate", help="network (default: generate)")
 
 
 def add_sizes(parser: argparse.ArgumentParser, latent_dim: bool = True) -> None:
     add = parser.add_argument
-    add("--channels", type=positive, help="channels of the image (1)")
-    add("--features", type=positive, help="channels of the map next to the image (64)")
-    add("--image-size", type=positive, help="32, 64, 128 or 256 (64)")
+    add("--channels", type=positive, help="image channels (default: 1)")
+    add("--features", type=positive, help="channels of the feature map next to the image (default: 64)")
+    add("--image-size", type=positive, help="image height and width: 32, 64, 128 or 256 (default: 64)")
     if latent_dim:
-        add("--latent-dim", type=positive, help="length of z (100)")
+        add("--latent-dim", type=positive, help="length of z (default: 100)")
 
 
 def add_timing(parser: argparse.ArgumentParser, of: str, each: float, rounds: int = 6) -> None:
-    """How long to measure; ``of`` says what."""
+    """Add the measuring time; ``of`` names what is measured for that long, in words."""
     add = parser.add_argument
-    add("--seconds", type=seconds, default=each, help=f"measuring time of {of} ({each:g})")
-    add("--rounds", type=positive, default=rounds, help=f"bursts that time is divided into ({rounds})")
+    add("--seconds", type=seconds, default=each, help=f"seconds to measure {of} (default: {each:g})")
+    add(
+        "--rounds",
+        type=positive,
+        default=rounds,
+        help=f"bursts that the time is divided into (default: {rounds})",
+    )
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=positive, default=machine.cores(), help="CPU threads (all cores)")
+    parser.add_argument(
+        "--threads", type=positive, default=machine.cores(), help="CPU threads (default: all cores)"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="append the results, one JSON object a line"
+        "--json", type=Path, metavar="FILE", help="file to append the results to, one JSON object per line"
     )
 
 
@@ -53,17 +60,20 @@ def sizes(
     checkpoint: Path | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """The constructor's arguments that were given, or all of the checkpoint's; ``state`` is what it holds.
+    """Return the constructor arguments that were given, or all those of a checkpoint.
+
+    ``state`` is the checkpoint's state dict, if it has been loaded already.
 
     Raises:
-        UsageError: sizes that are not allowed, or not the checkpoint's; a file that is no such checkpoint.
+        UsageError: a size is not supported or differs from the checkpoint's, or the file is not a state dict
+            of the network.
     """
     network = NETWORKS[command]
     names = [name for name in SIZES if name in inspect.signature(network).parameters]
     given = {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
     try:
         if checkpoint is None:
-            network(**given)  # refuses sizes that are not allowed
+            network(**given)  # raises ValueError for unsupported sizes
             return given
         found = network.sizes_of(load_state(checkpoint) if state is None else state)
     except (OSError, ValueError) as error:

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes: every call of a fused operator, by layer and phase.
+"""Profile of a training step: the time of every fused-operator call, by layer and phase.
 
-A step is run once under a dispatch mode that keeps the arguments of every call of a fused operator, forward
-and backward. The calls are then replayed one by one, in their order, and in turn with whole steps. A backward
-of both the input and the weights is one call; its time is divided as the two take when each is asked for
-alone. Optimizers are timed within the step. What is left of it is everything else: losses, BatchNorm's
-arithmetic by channel, autograd, copies.
+A step is run once under a dispatch mode that records the arguments of every fused-operator call, forward and
+backward. The calls are then replayed one by one in their order, interleaved with whole steps. A backward that
+computes dgrad and wgrad is one call; its time is divided in proportion to the times of the two computed
+separately. The optimizers are timed within the step. The remainder of the step is everything else: losses,
+BatchNorm's per-channel arithmetic, autograd and copies.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.train_case import Batch
-from bench.ways import Loop
+from bench.training_variants import Loop
 from dcgan.kernels.call import Backward, Call
 
 PHASES = ("G fprop", "D fprop", "D dgrad", "D wgrad", "G dgrad", "G wgrad")
 
 
 class Part(NamedTuple):
-    """The calls of one layer in one phase."""
+    """All calls of one layer in one phase."""
 
     phase: str
     layer: str
     engine: str
     calls: int
-    """In a step."""
+    """Calls per step."""
     seconds: float
-    """Of all of them."""
+    """Total time of these calls."""
     flops: int
-    """Of the direct convolutions, the whole batch."""
+    """FLOPs of the direct convolutions, for the whole batch."""
 
 
 class Profile(NamedTuple):
-    """A step, taken apart."""
+    """The time of a step, divided into parts."""
 
     parts: list[Part]
-    """By phase in the order of PHASES, the layers as they run."""
+    """Ordered by phase as in PHASES, then in the order of execution."""
     optimizers: float
     step: float
-    """Seconds of it all."""
+    """Seconds of the whole step."""
 
     @property
     def calls(self) -> float:
@@ -54,12 +54,12 @@ class Profile(NamedTuple):
 
     @property
     def other(self) -> float:
-        """What is neither; below 0 where calls take longer by themselves than within the step."""
+        """The remaining time; negative if the replayed calls take longer than they do within the step."""
         return self.step - self.calls - self.optimizers
 
 
 class _Product(NamedTuple):
-    """A convolution, or a gradient of one, that a recorded call computes."""
+    """A convolution (fprop) or one of its gradients (dgrad, wgrad) computed by a recorded call."""
 
     phase: str
     layer: str
@@ -69,14 +69,14 @@ class _Product(NamedTuple):
 
 
 class _Recorded(NamedTuple):
-    """A call, and the products that it is made of: one, or a backward's two."""
+    """A recorded call and the products it computes: one, or two for a backward."""
 
     run: Callable[[], object]
     products: list[_Product]
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the calls of the fused operators that run inside."""
+    """Dispatch mode that records the fused-operator calls made under it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,8 +108,8 @@ _OPERATORS = {
 }
 
 
-def _about(x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> tuple[str, str, int]:
-    """Network, layer, FLOPs of one product. Only a Generator has transposed convolutions."""
+def _describe(x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> tuple[str, str, int]:
+    """Return the network, layer and FLOPs of a product. Only the Generator has transposed convolutions."""
     macs = (x if transposed else y).numel() * weight[0].numel()
     layer = f"{x.shape[1]}→{y.shape[1]} @{x.shape[2]}→{y.shape[2]}"
     return "G" if transposed else "D", layer, 2 * macs
@@ -119,7 +119,7 @@ def _forward(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, transposed: bool, engine: str
 ) -> _Recorded:
     call = Call(*args, **kwargs)
-    network, layer, flops = _about(call.x, call.weight, result[0], transposed)
+    network, layer, flops = _describe(call.x, call.weight, result[0], transposed)
 
     def run() -> object:
         return func(*call)
@@ -131,26 +131,26 @@ def _backward(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, transposed: bool, engine: str
 ) -> _Recorded:
     call = Backward(*args, **kwargs)
-    network, layer, flops = _about(call.x, call.weight, call.dy, transposed)
+    network, layer, flops = _describe(call.x, call.weight, call.dy, transposed)
     of_x, of_weight, *of_vectors = call.needs
     wanted = {
         "dgrad": (of_x, False, *of_vectors) if of_x or any(of_vectors) else None,
         "wgrad": (False, True, False, False, False) if of_weight else None,
     }
     products = [
-        _Product(f"{network} {phase}", layer, engine, flops, _alone(func, call, needs))
+        _Product(f"{network} {phase}", layer, engine, flops, _with_needs(func, call, needs))
         for phase, needs in wanted.items()
         if needs is not None
     ]
     return _Recorded(lambda: func(*call), products)
 
 
-def _alone(func: Any, call: Backward, needs: tuple[bool, ...]) -> Callable[[], object]:
+def _with_needs(func: Any, call: Backward, needs: tuple[bool, ...]) -> Callable[[], object]:
     return lambda: func(*call._replace(needs=needs))  # type: ignore[arg-type]
 
 
 def record(loop: Loop, batch: Batch) -> list[_Recorded]:
-    """The calls of one step. Raises ValueError if none can be seen."""
+    """Return the fused-operator calls of one step. Raises ValueError if there are none."""
     recorder = _Recorder()
     with recorder:
         loop(batch)
@@ -160,7 +160,7 @@ def record(loop: Loop, batch: Batch) -> list[_Recorded]:
 
 
 def measure(loop: Loop, batches: Sequence[Batch], rounds: int, device: str) -> Profile:
-    """Medians over ``rounds`` of a step on each batch and a replay of all calls."""
+    """Return the profile, from medians over ``rounds`` of one step and one replay of every call."""
 
     def seconds(run: Callable[[], object]) -> float:
         _synchronize(device)
@@ -171,7 +171,7 @@ def measure(loop: Loop, batches: Sequence[Batch], rounds: int, device: str) -> P
 
     spent = _Stopwatch(loop, device)
     for batch in batches:
-        loop(batch)  # whatever the first steps make
+        loop(batch)  # warm-up: the first steps allocate optimizer state and build caches
     recorded = record(loop, batches[0])
     steps: list[float] = []
     optimizers: list[float] = []
@@ -185,13 +185,13 @@ def measure(loop: Loop, batches: Sequence[Batch], rounds: int, device: str) -> P
         with torch.no_grad():
             for call, times in zip(recorded, together, strict=True):
                 times.append(seconds(call.run))
-            for call, apart in zip(recorded, alone, strict=True):
-                for product, times in zip(call.products, apart, strict=True):
+            for call, separate in zip(recorded, alone, strict=True):
+                for product, times in zip(call.products, separate, strict=True):
                     if len(call.products) > 1:
                         times.append(seconds(product.alone))
     found: dict[tuple[str, str], Part] = {}
-    for call, times, apart in zip(recorded, together, alone, strict=True):
-        shares = [statistics.median(own) if own else 1.0 for own in apart]
+    for call, times, separate in zip(recorded, together, alone, strict=True):
+        shares = [statistics.median(own) if own else 1.0 for own in separate]
         for product, share in zip(call.products, shares, strict=True):
             took = statistics.median(times) * share / sum(shares)
             key = product.phase, product.layer
@@ -209,7 +209,7 @@ def _synchronize(device: str) -> None:
 
 
 class _Stopwatch:
-    """Seconds that the optimizers' steps take."""
+    """Accumulates the seconds spent in the optimizers' steps."""
 
     def __init__(self, loop: Loop, device: str) -> None:
         self.seconds = 0.0

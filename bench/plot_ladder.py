@@ -1,4 +1,4 @@
-"""The picture of ``python -m bench ladder``: a bar a step, the ceiling across it."""
+"""The plot of ``python -m bench ladder``: one bar per step, with the ceiling as a dashed line."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 from bench import table
 from bench.cases import threads, title
-from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
+from bench.plot_style import BASELINES, CEILING, OURS, figure, plain
 
 Row = dict[str, Any]
 Panel = tuple[str, str, int, str]
-"""Layer, network with its sizes, batch, CPU with its instruction set."""
+"""Layer, network and its sizes, batch, CPU and its instruction set."""
 Bars = dict[tuple[str, int], Row]
-"""By step and threads, in the ladder's order."""
+"""Rows by step and threads, in the order of the steps."""
 
 
 def arrange(rows: list[Row]) -> dict[Panel, Bars]:
-    """The last of several measurements counts."""
+    """Group rows by panel and bar; of repeated measurements, the last is kept."""
     panels: dict[Panel, Bars] = {}
     for row in rows:
         case = row["case"]
@@ -29,7 +29,7 @@ def arrange(rows: list[Row]) -> dict[Panel, Bars]:
 
 
 def draw(panels: dict[Panel, Bars], out: Path) -> None:
-    """Steps above, marks below; each bar with its GFLOP/s and their share of the ceiling of its threads."""
+    """Draw steps above baselines; each bar shows GFLOP/s and percent of the ceiling for its threads."""
     longest = max(map(len, panels.values()))
     with figure(out, len(panels), 1.2 + 0.36 * longest) as axes:
         for (panel, bars), ax in zip(panels.items(), axes[:, 0], strict=True):
@@ -40,14 +40,14 @@ def _draw(ax: Any, panel: Panel, rows: list[Row]) -> None:
     layer, network, batch, cpu = panel
     names = []
     for at, row in enumerate(rows):
-        rate, roof = row["flops_per_s"] / 1e9, row["ceiling"]["flops"] / 1e9
-        ax.barh(at, rate, height=0.72, color=RIVALS[5] if row["mark"] else OURS[1])
+        rate, peak = row["flops_per_s"] / 1e9, row["ceiling"]["flops"] / 1e9
+        ax.barh(at, rate, height=0.72, color=BASELINES[5] if row["mark"] else OURS[1])
         ax.vlines(
-            roof, at - 0.46, at + 0.46, color=CEILING, ls="--", lw=1.4,
+            peak, at - 0.46, at + 0.46, color=CEILING, ls="--", lw=1.4,
             label=row["ceiling"]["measure"] if at == 0 else None,
         )  # fmt: skip
-        end = roof if 0.6 * roof < rate < roof else rate  # text would lie across the line
-        text = f"{table.rate(rate)} GFLOP/s · {rate / roof:.0%}"
+        end = peak if 0.6 * peak < rate < peak else rate  # otherwise the text would overlap the line
+        text = f"{table.rate(rate)} GFLOP/s · {rate / peak:.0%}"
         ax.annotate(text, (end, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
         number = "" if row["mark"] else f"{at + 1}  "
         names.append(f"{number}{row['step']}, {threads(row['threads'])}")

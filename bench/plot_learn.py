@@ -1,4 +1,4 @@
-"""The picture of ``python -m bench learn``: curves and statistics of every seed, and samples."""
+"""Plot of ``python -m bench learn``: curves and sample statistics of every RNG seed, and samples."""
 
 from __future__ import annotations
 
@@ -10,47 +10,50 @@ from typing import Any
 import numpy as np
 
 from bench.learning import EVERY, WINDOW, Settings
-from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
+from bench.plot_style import BASELINES, CEILING, OURS, figure, plain
 
 Row = dict[str, Any]
-Panel = dict[str, list[Row]]
-"""Runs by way; the real digits' row too."""
+Runs = dict[str, list[Row]]
+"""Rows by variant, including the row of the real digits."""
 
-CURVES = {"loss_d": "D's loss", "loss_g": "G's loss", "d_x": "D(x)", "d_g_z": "D(G(z))"}
-STATISTICS = {"std": "samples: std of all pixels", "diversity": "samples: mean distance of two"}
+CURVES = {"loss_d": "D loss", "loss_g": "G loss", "d_x": "D(x)", "d_g_z": "D(G(z))"}
+STATISTICS = {"std": "samples: std of all pixels", "diversity": "samples: mean pairwise RMS distance"}
 COLUMNS = 6
 
 
-def arrange(rows: list[Row]) -> Panel:
-    """Runs by way, of the last comparison."""
-    ways: Panel = {}
+def arrange(rows: list[Row]) -> Runs:
+    """Group the rows of the last comparison by variant."""
+    runs: Runs = {}
     for row in rows:
         if "way" in row and row["date"] == rows[-1]["date"]:
-            ways.setdefault(row["way"], []).append(row)
-    return ways
+            runs.setdefault(row["way"], []).append(row)
+    return runs
 
 
-def draw(ways: Panel, out: Path) -> None:
-    """The reference's seeds as a band, fast's as lines on it; below, samples from the first seed."""
-    settings = ways["reference"][0]["settings"]
+def draw(runs: Runs, out: Path) -> None:
+    """Draw the reference's seeds as a band, fast's as lines on it, and samples of the first seed below."""
+    settings = runs["reference"][0]["settings"]
     with figure(out, 4, 2.5, columns=2) as axes:
         for ax, (name, label) in zip(axes[:2].flat, CURVES.items(), strict=True):
-            _draw(
-                ax, label, {way: [_smooth(run["curves"][name]) for run in runs] for way, runs in _runs(ways)}
-            )
+            lines = {
+                variant: [_smooth(run["curves"][name]) for run in own] for variant, own in _trained(runs)
+            }
+            _draw(ax, label, lines)
         for ax, (name, label) in zip(axes[2], STATISTICS.items(), strict=True):
             lines = {
-                way: [_moments(run["statistics"][name], settings["steps"]) for run in runs]
-                for way, runs in _runs(ways)
+                variant: [_snapshots(run["statistics"][name], settings["steps"]) for run in own]
+                for variant, own in _trained(runs)
             }
             _draw(ax, label, lines, marker="o", ms=3)
-            real = ways["real digits"][0]["statistics"][name]
+            real = runs["real digits"][0]["statistics"][name]
             ax.axhline(real, color=CEILING, ls="--", lw=1.4, label="real digits")
         for ax in axes[3]:
             ax.axis("off")
-        for ax, way in zip(axes[3], ("reference", "fast"), strict=True):
-            ax.imshow(_grid(ways[way][0]["samples"]), cmap="gray", vmin=0, vmax=255)
-            ax.set_title(f"{way}, seed {ways[way][0]['seed']}, after {settings['steps']} steps", fontsize=9)
+        for ax, variant in zip(axes[3], ("reference", "fast"), strict=True):
+            ax.imshow(_grid(runs[variant][0]["samples"]), cmap="gray", vmin=0, vmax=255)
+            ax.set_title(
+                f"{variant}, seed {runs[variant][0]['seed']}, after {settings['steps']} steps", fontsize=9
+            )
         axes[0, 0].legend(frameon=False, fontsize=8)
         axes[2, 0].legend(frameon=False, fontsize=8)
         axes[0, 0].figure.suptitle(
@@ -59,8 +62,8 @@ def draw(ways: Panel, out: Path) -> None:
         )
 
 
-def _runs(ways: Panel) -> Iterator[tuple[str, list[Row]]]:
-    return ((way, runs) for way, runs in ways.items() if "curves" in runs[0])
+def _trained(runs: Runs) -> Iterator[tuple[str, list[Row]]]:
+    return ((variant, own) for variant, own in runs.items() if "curves" in own[0])
 
 
 Line = tuple[Any, Any]
@@ -73,7 +76,7 @@ def _smooth(curve: list[float]) -> Line:
     return np.arange(len(means)) + (window + 1) / 2, means
 
 
-def _moments(values: list[float], steps: int) -> Line:
+def _snapshots(values: list[float], steps: int) -> Line:
     at = [*range(EVERY, steps + 1, EVERY)]
     return np.array(at if len(at) == len(values) else [*at, steps], float), np.array(values)
 
@@ -81,12 +84,14 @@ def _moments(values: list[float], steps: int) -> Line:
 def _draw(ax: Any, label: str, lines: dict[str, list[Line]], **style: Any) -> None:
     at = lines["reference"][0][0]
     band = np.stack([values for _, values in lines["reference"]])
-    ax.fill_between(at, band.min(0), band.max(0), color=RIVALS[7], label="reference, its seeds", lw=0)
+    ax.fill_between(
+        at, band.min(0), band.max(0), color=BASELINES[7], label="reference, range over seeds", lw=0
+    )
     for _, values in lines["reference"]:
-        ax.plot(at, values, color=RIVALS[4], lw=0.8)
+        ax.plot(at, values, color=BASELINES[4], lw=0.8)
     for i, (_, values) in enumerate(lines.get("channels_last", [])):
         legend = "reference in channels_last" if i == 0 else None
-        ax.plot(at, values, color=RIVALS[2], lw=0.8, ls=":", label=legend)
+        ax.plot(at, values, color=BASELINES[2], lw=0.8, ls=":", label=legend)
     for i, (_, values) in enumerate(lines["fast"]):
         ax.plot(at, values, color=OURS[i % len(OURS)], lw=1.3, label="fast" if i == 0 else None, **style)
     ax.set_title(label, loc="left", fontsize=9)
@@ -95,7 +100,7 @@ def _draw(ax: Any, label: str, lines: dict[str, list[Line]], **style: Any) -> No
 
 
 def _grid(samples: dict[str, Any]) -> Any:
-    """Pictures side by side, ``COLUMNS`` a row, a black pixel between."""
+    """Return the images in a grid with ``COLUMNS`` columns, separated by one black pixel."""
     count, height, width = samples["shape"]
     images = np.frombuffer(base64.b64decode(samples["pixels"]), np.uint8).reshape(count, height, width)
     images = np.pad(images, ((0, -count % COLUMNS), (0, 1), (0, 1)))

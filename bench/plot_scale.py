@@ -1,4 +1,4 @@
-"""The picture of ``python -m bench scale``: images/s and memory over the batch."""
+"""Plot of ``python -m bench scale``: images/s and memory over the batch size."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import threads, title
-from bench.plot_style import CEILING, OURS, RIVALS, figure, plain
+from bench.plot_style import BASELINES, CEILING, OURS, figure, plain
 
 Row = dict[str, Any]
 Panel = tuple[str, str]
-"""Network with its sizes, CPU."""
+"""Network with its sizes, and CPU."""
 Curves = dict[int, dict[int, Row]]
-"""By threads and batch."""
+"""Rows by thread count and batch size."""
 
 
 def arrange(rows: list[Row]) -> dict[Panel, Curves]:
-    """Timed rows; the last of several measurements counts."""
+    """Group timed rows, keeping the last of several measurements."""
     panels: dict[Panel, Curves] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -27,7 +27,7 @@ def arrange(rows: list[Row]) -> dict[Panel, Curves]:
 
 
 def draw(panels: dict[Panel, Curves], out: Path) -> None:
-    """Rates on the left, with the ceiling of each count of threads; memory on the right."""
+    """Draw rates with the ceiling of each thread count on the left, memory on the right."""
     with figure(out, len(panels), 4.2, columns=2) as axes:
         for ((network, cpu), curves), (rates, memory) in zip(panels.items(), axes, strict=True):
             _rates(rates, curves)
@@ -36,7 +36,7 @@ def draw(panels: dict[Panel, Curves], out: Path) -> None:
             for ax in (rates, memory):
                 ax.set_xscale("log", base=2)
                 ax.xaxis.set_major_formatter("{x:g}")
-                ax.set_xlabel("batch")
+                ax.set_xlabel("batch size")
                 plain(ax, grid="both")
                 ax.legend(frameon=False, fontsize=8)
 
@@ -48,7 +48,7 @@ def _rates(ax: Any, curves: Curves) -> None:
         roof = max(point["ceiling"]["images_per_s"] for point in points.values())
         color = OURS[i % len(OURS)]
         ax.plot(batches, rates, color=color, marker="o", ms=4, label=f"dcgan.fast, {threads(count)}")
-        label = "direct convolution at FMA peak" if i == 0 else None
+        label = "ceiling: direct convolution at FMA peak" if i == 0 else None
         ax.plot([batches[0], batches[-1]], [roof, roof], color=CEILING, ls="--", lw=1.4, label=label)
         ax.annotate(threads(count), (batches[0], roof), (0, 3), textcoords="offset points", fontsize=8)
     ax.set_ylim(bottom=0)
@@ -56,15 +56,15 @@ def _rates(ax: Any, curves: Curves) -> None:
 
 
 def _memory(ax: Any, curves: Curves) -> None:
-    """Of the most threads, which take most."""
+    """Draw the memory at the largest thread count, which uses the most."""
     count = max(curves)
     points = curves[count]
     batches = sorted(points)
     lines = (
-        ("peak_bytes", f"all that the process grew by, {threads(count)}", OURS[0], "-"),
-        ("workspace_bytes", "the engine's workspace", OURS[2], "-"),
-        ("packed_bytes", "weights as its algorithms read them", RIVALS[3], "-"),
-        ("maps_bytes", "two largest maps of the batch, had they to be held", RIVALS[5], ":"),
+        ("peak_bytes", f"peak growth of the process, {threads(count)}", OURS[0], "-"),
+        ("workspace_bytes", "engine workspace", OURS[2], "-"),
+        ("packed_bytes", "prepacked weights", BASELINES[3], "-"),
+        ("maps_bytes", "layer by layer: two largest adjacent activations", BASELINES[5], ":"),
     )
     for key, label, color, style in lines:
         sizes = [points[n][key] for n in batches]

@@ -1,12 +1,13 @@
-"""What training should cost on an H100, counted without one: bytes, FLOPs, occupancy, time.
+"""``python -m bench predict``: predict the cost of training on an H100 without one.
 
-For each layer and phase of a training step, at its default tile, compiled for sm_90: registers and shared
-memory give the programs a multiprocessor holds, the grid gives the waves, and :mod:`dcgan.kernels.gpu.model`
-the time. ``apart`` is the other way to do a prologue (a pass of its own where it is fused, and the reverse).
-``--measured`` fills the last column from what ``make gpu`` wrote.
+Every layer and phase of a training step is compiled for sm_90 at its default tile. Registers and shared
+memory give the occupancy in CTAs/SM, the grid gives the waves, and :mod:`dcgan.kernels.gpu.cost_model` gives
+the time. A kernel marked "+ prologue" follows a standalone prologue kernel. The column "alt. prologue" is the
+time with the other prologue placement: standalone where the default is fused, fused where it is standalone.
+``--measured`` fills the last column from the results of ``make gpu``.
 
-A step is two forwards and backwards of D, on real and made images, then a forward and a backward of G
-through D. The gradients of D's weights in G's backward, which nothing reads, are not counted.
+A step is two forwards and backwards of D, on real and generated images, then a forward and a backward of G
+through D. The gradients of D's weights in G's backward, which are never used, are not counted.
 """
 
 from __future__ import annotations
@@ -22,114 +23,120 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import shortlist
 from bench.cases import DTYPES
-from bench.layers import Launches, Layer, after_pass, layers, training
+from bench.layers import Launches, Layer, layers, training, with_materialized_du
 from bench.usage import UsageError, positive
 from dcgan import models
 from dcgan.kernels import gpu
-from dcgan.kernels.gpu import model, offline, tiles
+from dcgan.kernels.gpu import cost_model, offline, tiles
 from dcgan.kernels.gpu.launch import Product
 
-HELP = "bytes, FLOPs, occupancy and predicted time of training's kernels on an H100"
+HELP = "predict traffic, FLOPs, occupancy and time of the training kernels on an H100"
 CAPABILITY = 90
 COLUMNS = (
-    *("layer", "phase", "kernel", "M", "N", "K", "GFLOP", "MB", "tile", "programs", "regs", "KB", "resident"),
-    *("waves", "bound", "µs", "roofline", "share", "apart", "measured"),
+    *("layer", "phase", "kernel", "M", "N", "K", "GFLOP", "MB", "tile", "CTAs", "regs", "KB", "CTAs/SM"),
+    *("waves", "bound", "µs", "roofline", "share", "alt. prologue", "measured"),
 )
 
 
 class Row(NamedTuple):
-    """One layer in one phase; ``seconds`` with the kernels before and after the product.
+    """One layer in one phase. ``seconds`` includes the standalone prologue and reduction kernels.
 
-    ``apart`` is the other way's, by guessed resources, since it is not compiled.
+    ``alternative`` is the time with the other prologue placement, from estimated resources, as it is not
+    compiled.
     """
 
     network: str
     layer: Layer
     tile: tiles.Tile
     launches: Launches
-    resources: model.Resources
-    prediction: model.Prediction
+    resources: cost_model.Resources
+    prediction: cost_model.Prediction
     seconds: float
-    apart: float | None
+    alternative: float | None
 
     @property
     def kernels(self) -> int:
-        """Kernels, but for the packing of weights."""
-        return len(self.launches.passes) + 1 + (self.launches.reduction is not None)
+        """Number of kernels without those that pack weights."""
+        return len(self.launches.prologues) + 1 + (self.launches.reduction is not None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=positive, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "tf32"), default="bfloat16")
-    parser.add_argument("--channels", type=positive, default=1, help="of the image")
-    parser.add_argument("--measured", type=Path, metavar="JSONL", help="a GPU's times, from make gpu")
-    parser.add_argument("--out", type=Path, metavar="MD", help="write the tables there too")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[64, 256, 1024], help="batch sizes (64 256 1024)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "tf32"), default="bfloat16", help="dtype (bfloat16)"
+    )
+    parser.add_argument("--channels", type=positive, default=1, help="channels of the image (1)")
+    parser.add_argument("--measured", type=Path, metavar="JSONL", help="measured times, written by make gpu")
+    parser.add_argument("--out", type=Path, metavar="MD", help="also write the tables to this file")
 
 
 def networks(channels: int) -> dict[str, models.Generator | models.Discriminator]:
+    """Return the reference networks by the letter that names them in the tables."""
     return {"G": models.Generator(channels=channels), "D": models.Discriminator(channels=channels)}
 
 
 def _times(problem: tiles.Problem, tile: tiles.Tile, launches: Launches) -> tuple[float, float]:
-    """(of the product, of the kernels around it) for a problem as the product sees it."""
+    """Return the predicted seconds of (the product, the reduction after it)."""
     splits = launches.product.constants.get("SPLITS", 1)
-    product = model.predict(problem, tile, splits).seconds
+    product = cost_model.predict(problem, tile, splits).seconds
     after = 0.0
     if launches.reduction is not None:
-        after = model.reduction_seconds(problem, launches.product.arguments["partial_ptr"].shape)
+        after = cost_model.reduction_seconds(problem, launches.product.arguments["partial_ptr"].shape)
     return product, after
 
 
-def predicted(network: str, layer: Layer, processors: int = model.PROCESSORS, compiled: bool = True) -> Row:
-    """The layer at its default tile, with the resources that its code for sm_90 takes, or guessed ones."""
-    if compiled:
-        tile = shortlist.default(layer, processors, CAPABILITY)
-    else:
-        tile = tiles.estimate(layer.problem, processors)
-    launches = layer.launches(tile, processors)
-    problem = layer.problem if tile.fused else model.plain(layer.problem)
+def predicted(network: str, layer: Layer, sms: int = cost_model.SM_COUNT, compiled: bool = True) -> Row:
+    """Predict a layer at its default tile, with the resources of its sm_90 code or estimated ones."""
+    tile = shortlist.default(layer, sms, CAPABILITY) if compiled else tiles.estimate(layer.problem, sms)
+    launches = layer.launches(tile, sms)
+    problem = layer.problem if tile.fused else cost_model.without_prologue(layer.problem)
     if compiled:
         report = offline.inspect(launches.product, CAPABILITY)
-        resources = model.Resources(report.registers, report.shared)
+        resources = cost_model.Resources(report.registers, report.shared)
     else:
-        resources = model.guess(problem, tile)
+        resources = cost_model.estimate_resources(problem, tile)
     splits = launches.product.constants.get("SPLITS", 1)
-    prediction = model.predict(problem, tile, splits, resources)
+    prediction = cost_model.predict(problem, tile, splits, resources)
     after = 0.0
     if launches.reduction is not None:
-        after = model.reduction_seconds(problem, launches.product.arguments["partial_ptr"].shape)
-    passes = 0.0 if tile.fused else model.pass_seconds(layer.problem, shared=False)
-    other = None
-    if set(model.prologues(layer.problem)) != {"none"}:
-        way = tile._replace(fused=not tile.fused)
-        if way.fused and not model.fits(layer.problem, way):
-            other = None
+        after = cost_model.reduction_seconds(problem, launches.product.arguments["partial_ptr"].shape)
+    before = 0.0 if tile.fused else cost_model.standalone_prologue_seconds(layer.problem, shared=False)
+    alternative = None
+    if set(cost_model.prologues(layer.problem)) != {"none"}:
+        other = tile._replace(fused=not tile.fused)
+        if other.fused and not cost_model.fits(layer.problem, other):
+            alternative = None
         else:
-            seen = layer.problem if way.fused else model.plain(layer.problem)
-            other = sum(_times(seen, way, layer.launches(way, processors)))
-            other += 0.0 if way.fused else model.pass_seconds(layer.problem, shared=False)
-    seconds = prediction.seconds + after + passes
-    return Row(network, layer, tile, launches, resources, prediction, seconds, other)
+            seen = layer.problem if other.fused else cost_model.without_prologue(layer.problem)
+            alternative = sum(_times(seen, other, layer.launches(other, sms)))
+            alternative += (
+                0.0 if other.fused else cost_model.standalone_prologue_seconds(layer.problem, shared=False)
+            )
+    seconds = prediction.seconds + after + before
+    return Row(network, layer, tile, launches, resources, prediction, seconds, alternative)
 
 
 def rows(batch: int, dtype: str, channels: int, compiled: bool = True) -> list[Row]:
-    """Every layer and phase of a training step."""
+    """Predict every layer and phase of a training step."""
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     found: list[Row] = []
     for name, network in networks(channels).items():
         first = layers(network, batch, DTYPES[dtype])[0].name
         for layer in training(network, batch, DTYPES[dtype], input_gradient=name == "D"):
-            before = found[-1] if found else None
-            shared = layer.phase == "wgrad" and before is not None and before.layer.phase == "dgrad"
-            # The adjoint's pass has written du for both; but the first layer's runs in G's phase alone.
-            if shared and before is not None and not before.tile.fused and before.layer.name != first:
-                layer = after_pass(layer)
+            previous = found[-1] if found else None
+            shared = layer.phase == "wgrad" and previous is not None and previous.layer.phase == "dgrad"
+            # wgrad reads the du that dgrad's standalone prologue materialized; the first layer's dgrad runs
+            # only in G's update.
+            if shared and previous is not None and not previous.tile.fused and previous.layer.name != first:
+                layer = with_materialized_du(layer)
             found.append(predicted(name, layer, compiled=compiled))
     return found
 
 
-def times_a_step(row: Row, first: bool) -> int:
-    """How often a training step runs a row. ``first``: of the network's layers."""
+def runs_per_step(row: Row, first: bool) -> int:
+    """Return how often a training step runs a row. ``first`` marks the network's first layer."""
     if row.network == "G":
         return 1
     if row.layer.phase == "forward":
@@ -140,7 +147,7 @@ def times_a_step(row: Row, first: bool) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Kernels that aten would launch; a padding is a fill and a copy."""
+    """Count the kernels that aten would launch; padding is a fill and a copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +163,7 @@ class _Counter(TorchDispatchMode):
 
 
 def packing_launches(layer: Layer) -> int:
-    """Kernels that pack the layer's weight for this phase."""
+    """Return the number of kernels that pack the layer's weight for this phase."""
     if not isinstance(layer.operation, Product):
         return 0
     with _Counter() as counter:
@@ -165,7 +172,7 @@ def packing_launches(layer: Layer) -> int:
 
 
 def _measured(path: Path | None) -> dict[tuple[Any, ...], float]:
-    """µs by (network, layer, phase, batch, dtype)."""
+    """Read measured times in µs by (network, layer, phase, batch, dtype)."""
     if path is None:
         return {}
     try:
@@ -181,7 +188,7 @@ def _measured(path: Path | None) -> dict[tuple[Any, ...], float]:
 
 def _cells(row: Row, measured: float | None) -> list[str]:
     problem, tile, p = row.layer.problem, row.tile, row.prediction
-    how = {True: "", False: " + pass"}[tile.fused]
+    prologue = "" if tile.fused else " + prologue"
     splits = row.launches.product.constants.get("SPLITS", 1)
     copies = f"{problem.copies}·" if problem.copies > 1 else ""
     shape = f"{tile.block_m}×{tile.block_n}×{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
@@ -190,7 +197,7 @@ def _cells(row: Row, measured: float | None) -> list[str]:
     return [
         f"{row.network} {row.layer.name}",
         row.layer.phase,
-        f"{row.layer.kernel}{how}",
+        f"{row.layer.kernel}{prologue}",
         f"{copies}{problem.rows}",
         str(problem.columns),
         str(problem.depth) + (f"/{splits}" if splits > 1 else ""),
@@ -200,19 +207,19 @@ def _cells(row: Row, measured: float | None) -> list[str]:
         str(row.launches.product.programs),
         str(row.resources.registers),
         f"{row.resources.shared / 1024:.0f}",
-        str(p.resident),
+        str(p.ctas_per_sm),
         f"{p.waves:.2f}",
         p.bound,
         f"{1e6 * row.seconds:.1f}",
         f"{1e6 * p.roofline:.1f}",
         f"{100 * p.roofline / row.seconds:.0f}%",
-        "–" if row.apart is None else f"{1e6 * row.apart:.1f}",
+        "–" if row.alternative is None else f"{1e6 * row.alternative:.1f}",
         "–" if measured is None else f"{measured:.1f}",
     ]
 
 
 def markdown(headings: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """A table, columns aligned."""
+    """Format a Markdown table with aligned columns."""
     lines = [list(headings), *(list(line) for line in body)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -221,39 +228,44 @@ def markdown(headings: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 class Step(NamedTuple):
-    """A training step's sums."""
+    """The totals of a training step."""
 
-    products: float  # seconds, with passes and reductions
-    roofline: float
+    products: float  # seconds, including standalone prologues and reductions
+    roofline: float  # seconds
     kernels: int
     packing: int
 
 
 def step(found: list[Row]) -> Step:
-    """The sums of a training step over its rows."""
+    """Sum the rows of a training step."""
     seconds = roofline = 0.0
     kernels = packing = 0
     first = {name: next(row.layer.name for row in found if row.network == name) for name in ("G", "D")}
     for row in found:
-        times = times_a_step(row, row.layer.name == first[row.network])
-        seconds += times * row.seconds
-        roofline += times * row.prediction.roofline
-        kernels += times * row.kernels
-        packing += times * packing_launches(row.layer)
+        runs = runs_per_step(row, row.layer.name == first[row.network])
+        seconds += runs * row.seconds
+        roofline += runs * row.prediction.roofline
+        kernels += runs * row.kernels
+        packing += runs * packing_launches(row.layer)
     return Step(seconds, roofline, kernels, packing)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table a batch and the steps' sums."""
+    """Print one table and the totals of a step per batch size."""
     measured = _measured(args.measured)
+    flops = cost_model.FLOPS[_precision(args.dtype)]
     text = [
         f"# Predicted: training on an H100, {args.dtype}, {args.channels} channel(s)",
-        "GFLOP = 2·M·N·K (times the copies before M); MB: each operand, output and weight once. "
-        f"Rates: {model.FLOPS[_precision(args.dtype)] / 1e12:.0f} TFLOP/s, {model.HBM / 1e12:.1f} TB/s of "
-        f"HBM, {model.TILES / 1e12:.0f} TB/s of tiles from L2, {model.LANES} instructions a clock and "
-        f"multiprocessor at {model.CLOCK / 1e9:.3f} GHz; {1e6 * model.LATENCY:.0f} µs to fill and drain a "
-        f"pipeline, {1e6 * model.GAP:.0f} µs between kernels. K/n: the reduction in n chunks. "
-        "µs includes passes and reductions; roofline is the larger of GFLOP and MB at their rates.",
+        "GFLOP = 2·M·N·K (times the number of products before M); MB: each operand, output and weight once. "
+        f"Rates: {flops / 1e12:.0f} TFLOP/s, {cost_model.HBM_BW / 1e12:.1f} TB/s HBM bandwidth, "
+        f"{cost_model.L2_TO_SMEM_BW / 1e12:.0f} TB/s L2-to-SMEM bandwidth, "
+        f"{cost_model.INSTRUCTIONS_PER_CLOCK} instructions per clock and SM at "
+        f"{cost_model.CLOCK / 1e9:.3f} GHz; "
+        f"{1e6 * cost_model.PIPELINE_LATENCY:.0f} µs to fill and drain a pipeline, "
+        f"{1e6 * cost_model.LAUNCH_GAP:.0f} µs launch gap. K/n: split-K with n splits. "
+        "“+ prologue”: after a standalone prologue kernel; alt. prologue: µs with the other placement "
+        "(fused or standalone). µs includes standalone prologues and the reduction of partials; roofline is "
+        "the larger of GFLOP and MB at their rates.",
     ]
     print("\n\n".join(text))
     for batch in args.batch:
@@ -263,16 +275,17 @@ def run(args: argparse.Namespace) -> int:
             for row in found
         ]
         total = step(found)
-        sums = (
-            f"A step of {batch} images: {1e6 * total.products:.0f} µs in {total.kernels} kernels, and "
-            f"{total.packing} that pack weights ({1e6 * model.pack_seconds(total.packing):.0f} µs): "
-            f"{batch / (total.products + model.pack_seconds(total.packing)):,.0f} images/s; the roofline is "
-            f"{1e6 * total.roofline:.0f} µs, {batch / total.roofline:,.0f} images/s. "
-            "BatchNorm's per-channel arithmetic and the optimizer are not in it."
+        packing = cost_model.pack_seconds(total.packing)
+        summary = (
+            f"A step of {batch} images takes {1e6 * total.products:.0f} µs in {total.kernels} kernels, plus "
+            f"{1e6 * packing:.0f} µs in {total.packing} kernels that pack weights: "
+            f"{batch / (total.products + packing):,.0f} images/s. The roofline is "
+            f"{1e6 * total.roofline:.0f} µs, {batch / total.roofline:,.0f} images/s. BatchNorm's per-channel "
+            "arithmetic and the optimizer are not included."
         )
-        part = [f"## Batch {batch}", markdown(COLUMNS, body), sums]
-        print("\n" + "\n\n".join(part), flush=True)
-        text += part
+        section = [f"## Batch {batch}", markdown(COLUMNS, body), summary]
+        print("\n" + "\n\n".join(section), flush=True)
+        text += section
     if args.out is not None:
         args.out.write_text("\n\n".join(text) + "\n")
     return 0

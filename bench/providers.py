@@ -1,8 +1,8 @@
-"""Who computes it: one entry a provider, each a function from the reference network to a callable.
+"""The registry of inference providers: each builds a callable from the reference network.
 
-A build function gets the reference network in eval mode, on the case's device and in its dtype, an example
-input and the number of CPU threads, and returns ``input → output``. What it compiles it may compile at the
-first call: that is part of the check, and not timed.
+A build function receives the reference network in eval mode, on the case's device and in its dtype, an
+example input and the number of CPU threads, and returns a callable ``input → output``. It may compile lazily
+at the first call, which belongs to the check and is not timed.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ B = TypeVar("B", covariant=True)
 
 @dataclass(frozen=True)
 class Provider(Generic[B]):
-    """One contestant."""
+    """An implementation to benchmark."""
 
     name: str
     build: B
-    """Build, or another registry's kind of function."""
+    """A Build function, or its counterpart in another registry."""
     ours: bool = False
-    """This project's: not a baseline."""
+    """Whether it is this project's, as opposed to a baseline."""
     package: str | None = None
-    """The package it needs, where that is not PyTorch."""
+    """The package that it needs besides PyTorch."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "tf32", "float16", "bfloat16")
     replays: bool = False
-    """Its calls replay CUDA graphs already (on CUDA), so they are not captured once more."""
+    """Whether its calls already replay CUDA graphs (on CUDA) and must not be captured again."""
     searches: bool = False
-    """Building it is little but timing algorithms (cuDNN's, a compiler's templates), which nothing is to
-    disturb. torch.compile around cuDNN's convolutions compiles for half a minute and searches for moments."""
+    """Whether building it mostly times algorithms (cuDNN's, a compiler's templates) and so needs an otherwise
+    idle machine. Not set for torch.compile around cuDNN convolutions, which compiles for half a minute and
+    searches only briefly."""
 
     def unavailable(self, case: Case) -> str | None:
-        """Why it cannot run ``case`` here, or None."""
+        """Return why it cannot run ``case`` on this machine, or None if it can."""
         if case.device not in self.devices:
             if case.device == "cpu":
-                return "a GPU's" if torch.cuda.is_available() else "no GPU here"
-            return "a CPU's"
+                return "needs a GPU" if torch.cuda.is_available() else "no GPU here"
+            return "runs on CPUs only"
         if self.package is not None and not _installed(self.package):
             return "not installed"
         if case.dtype not in self.dtypes:
-            return f"no {case.dtype}"
+            return f"does not support {case.dtype}"
         return None
 
 
@@ -78,7 +79,7 @@ def _channels_last(model: Network, example: Tensor, threads: int) -> Runner:
 def _compiled(
     model: nn.Module, mode: str | None = None, backend: str = "inductor", freeze: bool = False
 ) -> Runner:
-    """torch.compile as a user who wants speed would set it: channels_last, and weights frozen on the CPU."""
+    """Apply torch.compile with its fast settings: channels_last, and frozen weights on the CPU."""
     import torch._inductor.config as inductor
 
     if freeze or next(model.parameters()).device.type == "cpu":
@@ -104,13 +105,13 @@ def _zentorch(model: Network, example: Tensor, threads: int) -> Runner:
 
 
 def _cudnn_graph(model: Network, example: Tensor, threads: int) -> Runner:
-    """Eager channels_last, captured: what is left of eager once launches cost nothing."""
+    """Capture eager channels_last in a CUDA graph: eager without launch overhead."""
     network = _nhwc(model)
     static = example.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # cuDNN picks its algorithms, the allocator its blocks
+        for _ in range(3):  # cuDNN selects algorithms and the allocator caches blocks
             network(static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -169,10 +170,10 @@ PROVIDERS: dict[str, Provider[Build]] = {
 
 
 def find(name: str, registry: Mapping[str, Provider[Any]] = PROVIDERS) -> Provider[Any]:
-    """A provider by its name, or ``module:function`` for a build function of one's own.
+    """Find a provider by name; ``module:function`` names a custom build function.
 
     Raises:
-        ValueError: there is no such provider; the message lists those there are.
+        ValueError: there is no such provider; the message lists the known ones.
     """
     if name in registry:
         return registry[name]
@@ -182,9 +183,9 @@ def find(name: str, registry: Mapping[str, Provider[Any]] = PROVIDERS) -> Provid
             return Provider(name, getattr(importlib.import_module(module), function))
         except (ImportError, AttributeError) as error:
             raise ValueError(f"no provider {name!r}: {error}") from error
-    raise ValueError(f"no provider {name!r}; there are {', '.join(registry)}, or MODULE:FUNCTION")
+    raise ValueError(f"no provider {name!r}; choose from {', '.join(registry)}, or give MODULE:FUNCTION")
 
 
 def find_all(names: Iterable[str], registry: Mapping[str, Provider[Any]] = PROVIDERS) -> list[Provider[Any]]:
-    """Providers by name, each once, in the order given."""
+    """Find providers by name, without duplicates, in the given order."""
     return [find(name, registry) for name in dict.fromkeys(names)]

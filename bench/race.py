@@ -1,4 +1,4 @@
-"""The coordinator: one process a provider, checked, then timed in short bursts taken in turn."""
+"""Coordinate races: one process per provider, checked first, then timed in interleaved short bursts."""
 
 from __future__ import annotations
 
@@ -20,50 +20,52 @@ from bench.ceiling import Ceiling
 from bench.providers import Provider
 from bench.stats import Spread, summarise
 
-PREPARE_SECONDS = 900.0  # torch.compile's longest search, on a slow machine
-SEARCH_SECONDS = 8.0  # of the time in which all are built, kept for each that searches and so comes last
-SPARE_SECONDS = 120.0  # beyond its length, for a burst of slow calls
+PREPARE_SECONDS = 900.0  # covers torch.compile's longest search on a slow machine
+SEARCH_SECONDS = 8.0  # of the building time, reserved per provider that searches and so is built last
+SPARE_SECONDS = 120.0  # by which slow calls may prolong a burst
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure."""
+    """How long to build and measure."""
 
     seconds: float = 3.0
-    """Of each provider, each case."""
+    """Measuring time per provider and case."""
     rounds: int = 6
-    """Bursts that the seconds are divided into."""
+    """Number of bursts that the measuring time is divided into."""
     prepare_seconds: float = PREPARE_SECONDS
-    """Until a provider that does not answer is given up: building, compiling and checking."""
+    """Timeout for building, compiling and checking a provider."""
     together: bool = False
-    """Build all side by side, as compilers take a core each, but those that search: they are alone, later."""
+    """Build providers in parallel, since compilers take a core each, except those that search: these follow,
+    one at a time."""
     until: float = float("inf")
-    """When building ends, by the monotonic clock: who is not ready by then is not waited for; who compiles
-    beside others has to be ready SEARCH_SECONDS earlier for each that searches."""
+    """Deadline for building, on the monotonic clock; providers that miss it have failed. For those built in
+    parallel, it is earlier by SEARCH_SECONDS per provider that searches."""
 
 
 @dataclass
 class Outcome:
-    """What became of one provider in one case."""
+    """The outcome of one provider in one case."""
 
     provider: Provider[Any]
     status: str
-    """``ok``, ``wrong`` (an error beyond the tolerance: not timed), ``failed`` or ``skipped``."""
+    """``ok``, ``wrong`` (error above the tolerance, so not timed), ``failed`` or ``skipped``."""
     reason: str = ""
     """Why there are no times."""
     error: float | None = None
     """‖out - ref‖₂/‖ref‖₂ against float64."""
     tolerance: float | None = None
-    """What the error may be."""
+    """Maximum allowed error."""
     spreads: dict[str, Spread] = field(default_factory=dict)
-    """Times of a call, by column: ``warm``; on CUDA ``cold`` and ``graph``."""
+    """Times per call by column: ``warm``, on CUDA also ``cold`` and ``graph``."""
     peak_bytes: int | None = None
+    """Peak memory use."""
     note: str = ""
-    """What ran it, where there is something to say."""
+    """What executed the calls, if known."""
 
 
 class WorkerFailed(Exception):
-    """The worker raised, died or did not answer in time; the message says which."""
+    """The worker raised, died or timed out; the message says which."""
 
 
 class Process:
@@ -73,8 +75,8 @@ class Process:
         self._pipe, theirs = Pipe()
         self._stderr: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         root = str(Path(__file__).resolve().parent.parent)
-        # OpenMP's waiting policy is left at its default for all: threads spin a moment between the parallel
-        # regions of a call, and sleep between bursts, as the worker makes sure. PASSIVE cost 10% at batch 1.
+        # OpenMP keeps its default wait policy: threads spin briefly between the parallel regions of a call,
+        # and the worker makes sure that they sleep between bursts. PASSIVE cost 10% at batch 1.
         env = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
@@ -90,35 +92,35 @@ class Process:
         theirs.close()
 
     def ask(self, timeout: float, method: str, *arguments: Any) -> Any:
-        """The worker's answer. Raises WorkerFailed."""
-        self.tell(method, *arguments)
-        return self.hear(timeout)
+        """Call a method of the worker and return its result. Raises WorkerFailed."""
+        self.send(method, *arguments)
+        return self.receive(timeout)
 
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Asks, and does not wait; :meth:`hear` is the answer."""
-        with suppress(OSError):  # it has ended, and hear() says how
+    def send(self, method: str, *arguments: Any) -> None:
+        """Send a request without waiting; :meth:`receive` returns the result."""
+        with suppress(OSError):  # the worker has ended; receive() reports how
             self._pipe.send((method, *arguments))
 
-    def hear(self, timeout: float) -> Any:
-        """The answer to the last :meth:`tell`. Raises WorkerFailed."""
+    def receive(self, timeout: float) -> Any:
+        """Return the result of the last :meth:`send`. Raises WorkerFailed."""
         try:
             if not self._pipe.poll(timeout):
-                raise WorkerFailed(f"no answer in {timeout:.0f} s")
+                raise WorkerFailed(f"timed out after {timeout:.0f} s")
             status, value = self._pipe.recv()
         except (EOFError, OSError):
-            raise WorkerFailed(self._epitaph()) from None
+            raise WorkerFailed(self._exit_reason()) from None
         if status == "error":
             raise WorkerFailed(value)
         return value
 
     def close(self) -> None:
-        """Ends the process, busy or not."""
+        """Kill the process, busy or not."""
         self._pipe.close()
         self._process.kill()
         self._process.wait()
         self._stderr.close()
 
-    def _epitaph(self) -> str:
+    def _exit_reason(self) -> str:
         code = self._process.wait()
         self._stderr.seek(0)
         lines = [line.strip() for line in self._stderr if line.strip()]
@@ -128,7 +130,7 @@ class Process:
 
 @contextmanager
 def started(case: Case) -> Iterator[Process]:
-    """A worker for ``case``, ended after use."""
+    """Start a worker for ``case`` and kill it on exit."""
     process = Process(case.threads, case.worker)
     try:
         yield process
@@ -137,14 +139,14 @@ def started(case: Case) -> Iterator[Process]:
 
 
 def measure_ceiling(case: Case) -> Ceiling:
-    """The machine's limits with the case's device and dtype, measured in a process of its own."""
+    """Measure the machine's limits for the case's device and dtype in a separate process."""
     with started(case) as worker:
         ceiling: Ceiling = worker.ask(PREPARE_SECONDS, "ceiling", case.device, case.dtype)
     return ceiling
 
 
 class Saved(Protocol):
-    """What a case's providers are handed, and held against."""
+    """The inputs and reference results that a case's providers load from a file."""
 
     @property
     def tolerance(self) -> float: ...
@@ -162,20 +164,20 @@ def race(
     log: Callable[[str], None],
     materials: Callable[[Case], Saved] = Materials.of,
 ) -> list[Outcome]:
-    """Checks and times ``providers`` on ``case``: one outcome each, in their order. ``log`` gets progress."""
-    return contest([(case, provider) for provider in providers], materials, settings, log)
+    """Check and time ``providers`` on ``case``; returns outcomes in order. ``log`` receives progress."""
+    return race_entries([(case, provider) for provider in providers], materials, settings, log)
 
 
-def contest(
+def race_entries(
     entries: Sequence[Entry],
     materials: Callable[[Case], Saved],
     settings: Settings,
     log: Callable[[str], None],
 ) -> list[Outcome]:
-    """Checks every entry, then times those that are right, in bursts taken in turn: one outcome each.
+    """Check every entry, then time the correct ones in interleaved bursts; returns one outcome per entry.
 
-    Each has a process of its own, and all of them live until the end. ``materials`` is asked once for a
-    run of entries of the same case.
+    Each entry has a separate process that lives until the end. ``materials`` is called once per run of
+    consecutive entries of the same case.
     """
     outcomes: dict[int, Outcome] = {}
     processes: dict[int, Process] = {}
@@ -184,7 +186,7 @@ def contest(
             if reason := provider.unavailable(case):
                 outcomes[i] = Outcome(provider, "skipped", reason)
             else:
-                processes[i] = Process(case.threads, case.worker)  # all import PyTorch at once
+                processes[i] = Process(case.threads, case.worker)  # all import PyTorch in parallel
         with tempfile.TemporaryDirectory() as folder:
             outcomes |= _checked(entries, processes, materials, settings, log, Path(folder))
         running = {i: p for i, p in processes.items() if outcomes[i].status == "ok"}
@@ -204,50 +206,50 @@ def _checked(
     log: Callable[[str], None],
     folder: Path,
 ) -> dict[int, Outcome]:
-    """Builds and checks those that have a process; who is not right has none any more."""
+    """Build and check the entries that have a process; those that fail lose it."""
     outcomes: dict[int, Outcome] = {}
     tolerances: dict[int, float] = {}
-    told: dict[int, float] = {}
-    written, path, tolerance = None, folder, 0.0
+    sent_at: dict[int, float] = {}
+    saved_case, path, tolerance = None, folder, 0.0
     several = any(case != entries[0][0] for case, _ in entries)
     alone: list[tuple[int, Path]] = []
 
-    def tell(i: int, path: Path) -> None:
+    def request(i: int, path: Path) -> None:
         case, provider = entries[i]
         log(f"{f'{case.title}: ' if several else ''}{provider.name}: building and checking")
-        processes[i].tell("prepare", case, provider.name, str(path))
-        told[i] = time.monotonic()
+        processes[i].send("prepare", case, provider.name, str(path))
+        sent_at[i] = time.monotonic()
 
-    def hear(i: int, until: float) -> None:
-        end = min(told[i] + settings.prepare_seconds, until)
+    def collect(i: int, until: float) -> None:
+        end = min(sent_at[i] + settings.prepare_seconds, until)
         outcomes[i] = _outcome(processes[i], entries[i][1], tolerances[i], max(end - time.monotonic(), 0.0))
-        if outcomes[i].status != "ok":  # it may still compile, beside those that come after
+        if outcomes[i].status != "ok":  # or it might go on compiling and disturb the others
             processes.pop(i).close()
 
     for i, (case, provider) in enumerate(entries):
         if i not in processes:
             continue
-        if case != written:
+        if case != saved_case:
             made = materials(case)
-            written, path, tolerance = case, folder / f"{i}.pt", made.tolerance
+            saved_case, path, tolerance = case, folder / f"{i}.pt", made.tolerance
             made.save(path)
         tolerances[i] = tolerance
         if settings.together and not provider.searches:
-            tell(i, path)
+            request(i, path)
         else:
             alone.append((i, path))
-    for i in list(told):
-        hear(i, settings.until - SEARCH_SECONDS * len(alone))
+    for i in list(sent_at):
+        collect(i, settings.until - SEARCH_SECONDS * len(alone))
     for i, path in alone:
-        tell(i, path)
-        hear(i, settings.until)
+        request(i, path)
+        collect(i, settings.until)
     return outcomes
 
 
 def _outcome(process: Process, provider: Provider[Any], tolerance: float, timeout: float) -> Outcome:
-    """Of building and checking, which the process has been told to do."""
+    """Wait for the result of the process's building and checking."""
     try:
-        error, note, wrong = process.hear(timeout)
+        error, note, wrong = process.receive(timeout)
     except WorkerFailed as failure:
         return Outcome(provider, "failed", str(failure))
     outcome = Outcome(provider, "ok", error=error, tolerance=tolerance, note=note)
@@ -259,7 +261,7 @@ def _outcome(process: Process, provider: Provider[Any], tolerance: float, timeou
 
 
 def _time(running: dict[int, Process], outcomes: dict[int, Outcome], settings: Settings, seed: int) -> None:
-    """Rounds of one burst each, in an order shuffled anew, so that drift of the machine is shared."""
+    """Time rounds of one burst per provider, reshuffled so that machine drift affects all equally."""
     times: dict[int, dict[str, list[float]]] = {i: {} for i in running}
     burst = settings.seconds / settings.rounds
     order = list(running)
@@ -276,10 +278,10 @@ def _time(running: dict[int, Process], outcomes: dict[int, Outcome], settings: S
 
 def _burst(process: Process, outcome: Outcome, seconds: float, times: dict[str, list[float]]) -> None:
     try:
-        answer, outcome.peak_bytes = process.ask(seconds + SPARE_SECONDS, "burst", seconds)
+        burst, outcome.peak_bytes = process.ask(seconds + SPARE_SECONDS, "burst", seconds)
     except WorkerFailed as failure:
         outcome.status, outcome.reason, outcome.peak_bytes = "failed", str(failure), None
         process.close()
         return
-    for column, values in answer.items():
+    for column, values in burst.items():
         times.setdefault(column, []).extend(values)

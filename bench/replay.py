@@ -1,4 +1,4 @@
-"""Device time of short calls: replays of a CUDA graph, so that kernels are timed and not their launches."""
+"""Measure the device time of short calls by CUDA graph replay, which excludes launch overhead."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from bench.stats import Spread, summarise
 from bench.timing import FLUSH_BYTES
 
-SECONDS = 0.03
-WARM_UP = 2  # calls before the capture: compilers, cuDNN's search, plans
-LEAST, MOST = 7, 200  # replays
+SECONDS = 0.03  # of replays per measurement
+WARM_UP = 2  # calls before capture: compilation, cuDNN's algorithm search, launch plans
+MIN_REPLAYS, MAX_REPLAYS = 7, 200
 
 
 def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One graph of all the calls, in order; each has run before."""
+    """Capture all calls, in order, in one CUDA graph after warming each of them up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -33,9 +33,10 @@ def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
 
 
 def measure(calls: Sequence[Callable[[], Any]], *, cold: bool, seconds: float = SECONDS) -> Spread:
-    """Seconds of one call, from replays of a graph of all of them.
+    """Return the seconds per call, measured by replaying one graph of all calls.
 
-    ``cold``: L2 is overwritten before each replay, and so every call is cold whose tensors are its own.
+    With ``cold``, L2 is overwritten before each replay, so every call that shares no tensors with the others
+    runs from cold L2.
     """
     graph = capture(calls)
     flush = torch.empty(FLUSH_BYTES if cold else 0, dtype=torch.uint8, device="cuda")
@@ -48,10 +49,10 @@ def measure(calls: Sequence[Callable[[], Any]], *, cold: bool, seconds: float = 
         after.record()
         return before, after
 
-    replay()  # the first uploads the graph
+    replay()  # the first replay uploads the graph
     before, after = replay()
     torch.cuda.synchronize()
     once = max(before.elapsed_time(after) / 1e3, 1e-6)
-    events = [replay() for _ in range(min(max(int(seconds / once), LEAST), MOST))]
+    events = [replay() for _ in range(min(max(int(seconds / once), MIN_REPLAYS), MAX_REPLAYS))]
     torch.cuda.synchronize()
     return summarise([a.elapsed_time(b) / 1e3 / len(calls) for a, b in events])

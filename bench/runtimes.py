@@ -1,4 +1,4 @@
-"""The providers that are not PyTorch: the network goes to them as ONNX."""
+"""Build functions of the non-PyTorch providers, which receive the network as ONNX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Runner = Callable[[Tensor], Tensor]
 
 
 def _onnx(model: nn.Module, example: Tensor) -> bytes:
-    """The network as an ONNX model; the exporter folds BatchNorm into the convolutions."""
+    """Export the network to ONNX; the exporter folds BatchNorm into the convolutions."""
     program = torch.onnx.export(model, (example,), dynamo=True, input_names=["x"], verbose=False)
     assert program is not None
     model_bytes: bytes = program.model_proto.SerializeToString()
@@ -19,7 +19,7 @@ def _onnx(model: nn.Module, example: Tensor) -> bytes:
 
 
 def onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Runner:
-    """ONNX Runtime's CPU provider with every graph optimisation."""
+    """Build an ONNX Runtime session on the CPU with all graph optimizations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -35,20 +35,20 @@ def onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Runner:
 
 
 def openvino(model: nn.Module, example: Tensor, threads: int) -> Runner:
-    """OpenVINO's CPU plugin, one request at a time."""
+    """Build an OpenVINO CPU model that serves one request at a time."""
     import openvino as ov
 
     core = ov.Core()
     settings = {
-        "PERFORMANCE_HINT": "LATENCY",  # all threads on the one request there is
+        "PERFORMANCE_HINT": "LATENCY",  # all threads serve the single request
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # it would take bfloat16 where the CPU has it
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU supports it
     }
     compiled = core.compile_model(core.read_model(_onnx(model, example)), "CPU", settings)
     request = compiled.create_infer_request()
 
     def run(x: Tensor) -> Tensor:
-        # Without copies on either side: the output is the request's own buffer, valid until the next call.
+        # No copies: the output aliases the request's buffer, which is valid until the next call.
         result = request.infer({0: x.numpy()}, share_inputs=True, share_outputs=True)
         return torch.from_numpy(result[0])
 

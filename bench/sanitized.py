@@ -1,8 +1,8 @@
-"""Every kernel once on tensors of a few kilobytes, for compute-sanitizer: ``python -m bench.sanitized``.
+"""Run every kernel once on tensors of a few kilobytes, for compute-sanitizer: ``python -m bench.sanitized``.
 
-Each layer of two small networks in every phase, with prologues inside and as passes of their own; then a
-training step of each network as a whole. On a CPU (``python -m bench.sanitized cpu``) in Triton's
-interpreter, to see that it runs.
+Covers each layer of two small networks in every phase, with fused prologues and with standalone prologue
+kernels, followed by a whole training step of each network. ``python -m bench.sanitized cpu`` runs the same in
+Triton's interpreter, as a smoke test of this script.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dcgan.kernels import ops
 from dcgan.kernels.gpu import tiles
 
 BATCH = 3
-PROCESSORS = 4  # so few that a weight gradient still has chunks
+SMS = 4  # few enough that weight gradients still use split-K
 
 
 def _networks(device: str) -> list[models.Generator | models.Discriminator]:
@@ -25,15 +25,15 @@ def _networks(device: str) -> list[models.Generator | models.Discriminator]:
 
 
 def run(device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> int:
-    """The number of launches of single layers."""
+    """Run all launches and return how many single-layer launches there were."""
     count = 0
     for dtype in dtypes:
         for network in _networks(device):
             shapes = network, BATCH, dtype, device
             for layer in training(*shapes, input_gradient=True) + layers(*shapes):
-                tile = tiles.estimate(layer.problem, PROCESSORS)
+                tile = tiles.estimate(layer.problem, SMS)
                 for fused in (True, False):
-                    layer.launches(tile._replace(fused=fused), PROCESSORS)()
+                    layer.launches(tile._replace(fused=fused), SMS)()
                     count += 1
     with ops.use_engine("triton"):
         for network in _networks(device):
@@ -46,6 +46,4 @@ def run(device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.fl
 
 
 if __name__ == "__main__":
-    print(
-        f"{run(sys.argv[1] if len(sys.argv) > 1 else 'cuda')} launches of single layers, two training steps"
-    )
+    print(f"{run(sys.argv[1] if len(sys.argv) > 1 else 'cuda')} single-layer launches, two training steps")

@@ -1,9 +1,9 @@
-"""``python -m bench scale``: the drop-in's images/s and memory by batch and by threads.
+"""``python -m bench scale``: throughput and memory of the drop-in by batch size and thread count.
 
-Every point is a process of its own, checked against float64, then timed in bursts that all points take in
-turn. Beside what a process's memory grew by stand the native engine's own parts of it: the weights as its
-algorithms read them, and its workspace, which holds what is between two layers for a block of images, however
-many images there are.
+Every point runs in a separate process, is checked against float64 and then timed in bursts interleaved with
+those of the other points. Next to the growth of the process's memory, the table shows the native engine's
+share of it: the prepacked weights and the workspace, which holds the intermediate activations of one block of
+images, independent of the batch size.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, machine, native, options, results, table
+from bench import cases, machine, native, options, records, table
 from bench.blocks import blocks
 from bench.cases import Case, Materials
 from bench.ceiling import Ceiling
 from bench.flops import count
 from bench.providers import PROVIDERS
-from bench.race import Outcome, Settings, contest, measure_ceiling
-from bench.results import Report
+from bench.race import Outcome, Settings, measure_ceiling, race_entries
+from bench.records import Report
 from bench.usage import positive
 
-HELP = "images/s and memory by batch and threads"
+HELP = "measure images/s and memory by batch size and thread count"
 BATCHES = [1 << i for i in range(11)]
 COLUMNS = [
     "images/s",
@@ -35,14 +35,14 @@ COLUMNS = [
     "GFLOP/s",
     "ceiling",
     "workspace MB",
-    "weights MB",
+    "packed MB",
     "peak MB",
     "error",
 ]
 
 
 def default_threads() -> list[int]:
-    """Powers of two up to the cores, and the cores."""
+    """Return the powers of two below the number of cores, and the number of cores."""
     cores = machine.cores()
     return [*(n for n in (1 << i for i in range(cores.bit_length())) if n < cores), cores]
 
@@ -51,14 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     options.add_network(parser)
     options.add_sizes(parser)
-    add("--batch", nargs="+", type=positive, default=BATCHES, metavar="N", help="(1 2 4 … 1024)")
+    add(
+        "--batch",
+        nargs="+",
+        type=positive,
+        default=BATCHES,
+        metavar="N",
+        help="batch sizes (default: 1 2 4 … 1024)",
+    )
     add(
         "--threads",
         nargs="+",
         type=positive,
         default=default_threads(),
         metavar="N",
-        help="(1 2 4 … all cores)",
+        help="thread counts (default: 1 2 4 … all cores)",
     )
     options.add_timing(parser, "each point", 1.5, rounds=3)
     options.add_json(parser)
@@ -81,29 +88,30 @@ def run(args: argparse.Namespace) -> int:
         for line in [*table.ceiling_lines(here[-1])[:1], *workspace_lines(here[-1]), ""]:
             out.print(line, markup=False, soft_wrap=True)
     if args.json is not None:
-        results.append(args.json, rows(reports, load))
+        records.append(args.json, rows(reports, load))
     return int(any(report.outcomes[0].status != "ok" for report in reports))
 
 
 def measure(points: Sequence[Case], settings: Settings, progress: Console) -> list[Report]:
-    """One report a point, of the drop-in alone."""
+    """Measure the drop-in at every point; one report each."""
 
     def log(line: str) -> None:
         progress.print(f"  {line}", style="dim", markup=False)
 
     ceilings: dict[int, Ceiling] = {}
 
-    def measure_ceilings() -> None:  # before and after: what disturbs can only lower it
+    # Measured before and after the race, keeping the higher: disturbances only lower it.
+    def measure_ceilings() -> None:
         log("measuring the machine's ceiling")
         for case in {case.threads: case for case in points}.values():
             ceilings[case.threads] = measure_ceiling(case).or_better(ceilings.get(case.threads))
 
     measure_ceilings()
-    log("computing the answers in float64")
+    log("computing the reference results in float64")
     largest = max(points, key=lambda case: case.batch)
     whole = Materials.of(largest)
     entries = [(case, PROVIDERS["fast"]) for case in points]
-    outcomes = contest(entries, lambda case: whole.first(case.batch), settings, log)
+    outcomes = race_entries(entries, lambda case: whole.first(case.batch), settings, log)
     measure_ceilings()
     work = count(largest.skeleton(), largest.input_shape)
     return [
@@ -113,19 +121,19 @@ def measure(points: Sequence[Case], settings: Settings, progress: Console) -> li
 
 
 def chain(case: Case) -> native.Chain:
-    """The case's network as the native engine runs it; for its sizes."""
+    """Return the case's network as the native engine runs it, to query its memory sizes."""
     stages = [block.stage for block in blocks(case.skeleton().eval())]
     return native.Chain(stages, (case.batch, *case.input_shape), threads=case.threads)
 
 
-def maps(case: Case) -> int:
-    """Bytes of the largest two adjacent maps: what a forward layer by layer has to hold."""
+def layerwise_bytes(case: Case) -> int:
+    """Return the bytes of the two largest adjacent activations, which a layer-by-layer forward must hold."""
     sizes = [block.input_floats for block in blocks(case.skeleton().eval())]
     return 4 * case.batch * max(a + b for a, b in itertools.pairwise(sizes))
 
 
 def scale_table(reports: Sequence[Report], all_reports: Sequence[Report]) -> Table:
-    """One count of threads: a row a batch."""
+    """Return the table of one thread count, with one row per batch size."""
     case = reports[0].case
     heading = f"{cases.title(case.command, case.sizes)} · {case.dtype} · cpu, {cases.threads(case.threads)}"
     shown = table.start(heading, [], ["batch", *COLUMNS])
@@ -158,24 +166,24 @@ def _cells(report: Report, outcome: Outcome, alone: float | None) -> list[str]:
 
 
 def workspace_lines(report: Report) -> list[str]:
-    """What the workspace of the largest batch spares."""
+    """Compare the workspace of the largest batch with the memory of a layer-by-layer forward."""
     case = report.case
     return [
         f"workspace: {chain(case).workspace / 1e6:,.0f} MB at batch {case.batch}; "
-        f"the two largest adjacent maps of such a batch would take {maps(case) / 1e6:,.0f} MB"
+        f"its two largest adjacent activations would take {layerwise_bytes(case) / 1e6:,.0f} MB"
     ]
 
 
 def rows(reports: Sequence[Report], load: float | None) -> list[dict[str, Any]]:
-    """A race's rows, with what the native engine takes for itself."""
-    shared = results.common("scale", load)
+    """Return the rows of the race, with the memory sizes of the native engine."""
+    shared = records.common("scale", load)
     found = []
     for report in reports:
         sizes = chain(report.case)
         memory = {
             "workspace_bytes": sizes.workspace,
             "packed_bytes": sizes.packed_bytes,
-            "maps_bytes": maps(report.case),
+            "maps_bytes": layerwise_bytes(report.case),
         }
-        found.append(shared | results.row(report, report.outcomes[0]) | memory)
+        found.append(shared | records.row(report, report.outcomes[0]) | memory)
     return found

@@ -1,43 +1,43 @@
-"""What the model says of a layer's tiles: which are worth timing, and how long its launches should take."""
+"""Apply the cost model to a layer: predict launch times and select the tiles worth timing."""
 
 from __future__ import annotations
 
 from bench.layers import Launches, Layer
-from dcgan.kernels.gpu import model, offline, tiles
+from dcgan.kernels.gpu import cost_model, offline, tiles
 
-KEEP = 10  # tiles a problem; a second or two of compiling each
+KEEP = 10  # tiles per problem; each takes a second or two to compile
 
 
-def seconds(problem: tiles.Problem, launches: Launches, tile: tiles.Tile, processors: int) -> float:
-    """Predicted for a layer's launches: passes, product and reduction."""
-    seen = problem if tile.fused else model.plain(problem)
+def seconds(problem: tiles.Problem, launches: Launches, tile: tiles.Tile, sms: int) -> float:
+    """Return the predicted seconds of a layer's launches: standalone prologues, product and reduction."""
+    seen = problem if tile.fused else cost_model.without_prologue(problem)
     splits = launches.product.constants.get("SPLITS", 1)
-    total = model.predict(seen, tile, splits, processors=processors).seconds
-    if launches.passes:
-        total += model.pass_seconds(problem, shared=False)
+    total = cost_model.predict(seen, tile, splits, sms=sms).seconds
+    if launches.prologues:
+        total += cost_model.standalone_prologue_seconds(problem, shared=False)
     if launches.reduction is not None:
-        total += model.reduction_seconds(seen, launches.product.arguments["partial_ptr"].shape)
+        total += cost_model.reduction_seconds(seen, launches.product.arguments["partial_ptr"].shape)
     return total
 
 
-def every(layer: Layer, shared: int) -> list[tiles.Tile]:
-    """Every candidate that fits, fused and, where there is a prologue, with passes of their own."""
-    return [tile for tile in tiles.ways(layer.problem) if model.fits(layer.problem, tile, shared)]
+def candidates(layer: Layer, shared: int) -> list[tiles.Tile]:
+    """Return every candidate that fits, with fused and, if there are any, standalone prologues."""
+    return [tile for tile in tiles.variants(layer.problem) if cost_model.fits(layer.problem, tile, shared)]
 
 
-def default(layer: Layer, processors: int, capability: int) -> tiles.Tile:
-    """What a GPU of sm_<capability> takes where nothing is tuned; told by compiling for it here."""
+def default(layer: Layer, sms: int, capability: int) -> tiles.Tile:
+    """Return the tile that an untuned GPU of sm_<capability> selects, by compiling for it here."""
 
     def spills(tile: tiles.Tile) -> bool:
-        return offline.spills(layer.launches(tile, processors).product, capability)
+        return offline.spills(layer.launches(tile, sms).product, capability)
 
-    return tiles.estimate(layer.problem, processors, tiles.SHARED_LIMIT[capability], spills)
+    return tiles.estimate(layer.problem, sms, tiles.SHARED_LIMIT[capability], spills)
 
 
-def shortlist(layer: Layer, processors: int, shared: int, keep: int = KEEP) -> list[tiles.Tile]:
-    """The ``keep`` tiles that should be fastest, best first."""
+def shortlist(layer: Layer, sms: int, shared: int, keep: int = KEEP) -> list[tiles.Tile]:
+    """Return the ``keep`` tiles predicted to be fastest, best first."""
     times = {
-        tile: seconds(layer.problem, layer.launches(tile, processors), tile, processors)
-        for tile in every(layer, shared)
+        tile: seconds(layer.problem, layer.launches(tile, sms), tile, sms)
+        for tile in candidates(layer, shared)
     }
     return sorted(times, key=lambda tile: times[tile])[:keep]

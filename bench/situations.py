@@ -1,9 +1,9 @@
-"""``python -m bench situations``: the drop-in beside eager where a drop-in is apt to be slower.
+"""``python -m bench situations``: the drop-in compared with eager where a drop-in could be slower.
 
-Each row is a situation: a dtype, a mode and an edit of the network. Both networks are first compared with
-float64, then timed in one process, which shares one pool of threads, in short bursts that they take in turn.
-The figure is the ratio of the medians. A row below 0.97 is measured again, four times as long; if it still
-is, it is marked, and the exit status is 1.
+Each row is a situation: a dtype, a mode and an edit of the network. The drop-in's output is first compared
+with float64; both networks are then timed in one process, which shares one thread pool, in short interleaved
+bursts. The result is the ratio of the medians, eager over drop-in. A row below 0.97 is measured again for
+four times as long; if it is still below, it is marked and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import machine, options, results, table
+from bench import machine, options, records, table
 from bench.stats import Spread
-from bench.timing import Timed, in_turn
+from bench.timing import Timed, interleaved
 from bench.usage import UsageError, positive
 from dcgan import fast, models
 
-HELP = "the drop-in beside eager, by dtype, mode and edit of the network"
-SLOWER = 0.97
+HELP = "compare the drop-in with eager by dtype, mode and edit of the network"
+MIN_RATIO = 0.97
 Network = Any
 Edit = Callable[[Network], None]
 
 
 # --- dtypes ------------------------------------------------------------------------------------------------
 
-# The network's dtype, and autocast's.
+# The network's dtype and the autocast dtype.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
     "float64": (torch.float64, None),
@@ -55,16 +55,16 @@ def inference(network: Network, x: Tensor) -> Tensor:
         return network(x)  # type: ignore[no-any-return]
 
 
-def differentiated(network: Network, x: Tensor) -> Tensor:
-    """The gradients of all parameters."""
+def parameter_gradients(network: Network, x: Tensor) -> Tensor:
+    """Compute the gradients of all parameters; return the output."""
     network.zero_grad()
     y = network(x)
     y.float().square().mean().backward()
     return y.detach()  # type: ignore[no-any-return]
 
 
-def inverted(network: Network, x: Tensor) -> Tensor:
-    """The gradient of the input alone, as where a latent vector is searched for."""
+def input_gradient(network: Network, x: Tensor) -> Tensor:
+    """Compute the gradient of the input only, as in latent-space optimization; return the output."""
     x = x.detach().requires_grad_()
     y = network(x)
     torch.autograd.grad(y.float().square().mean(), x)
@@ -72,7 +72,7 @@ def inverted(network: Network, x: Tensor) -> Tensor:
 
 
 class Mode(NamedTuple):
-    """What is done, and in which of the network's modes."""
+    """The computation, and whether the network is in training mode."""
 
     run: Callable[[Network, Tensor], Tensor]
     training: bool
@@ -80,16 +80,16 @@ class Mode(NamedTuple):
 
 MODES = {
     "inference": Mode(inference, False),
-    "training": Mode(differentiated, True),
-    "eval, gradients": Mode(differentiated, False),
-    "eval, the input's gradient": Mode(inverted, False),
+    "training": Mode(parameter_gradients, True),
+    "eval, gradients": Mode(parameter_gradients, False),
+    "eval, the input's gradient": Mode(input_gradient, False),
 }
 
 
 # --- edits -------------------------------------------------------------------------------------------------
 
 
-def _replaced(kinds: Any, make: Callable[[Any], nn.Module]) -> Edit:
+def _replace(kinds: Any, make: Callable[[Any], nn.Module]) -> Edit:
     def edit(network: Network) -> None:
         for i, module in enumerate(network.main):
             if isinstance(module, kinds):
@@ -107,25 +107,25 @@ def _with_bias(conv: Any) -> nn.Module:
     return new  # type: ignore[no-any-return]
 
 
-def _folded(network: Network) -> None:
-    """Every BatchNorm in the convolution before it, as exporters leave a network."""
-    _replaced(CONVOLUTIONS, _with_bias)(network)
-    _replaced(nn.BatchNorm2d, lambda norm: nn.Identity())(network)
+def _fold(network: Network) -> None:
+    """Fold every BatchNorm into the preceding convolution, as exporters do."""
+    _replace(CONVOLUTIONS, _with_bias)(network)
+    _replace(nn.BatchNorm2d, lambda norm: nn.Identity())(network)
     network.main = nn.Sequential(*(m for m in network.main if not isinstance(m, nn.Identity)))
 
 
 def _six_by_six(conv: Any) -> nn.Module:
-    """A kernel that no engine has, of the same maps."""
+    """Return a convolution of the same input and output sizes with a kernel size that no engine supports."""
     if conv.stride != (2, 2):
         return conv  # type: ignore[no-any-return]
     return type(conv)(conv.in_channels, conv.out_channels, 6, 2, 2, bias=False)  # type: ignore[no-any-return]
 
 
-def _hooked(network: Network) -> None:
+def _add_hook(network: Network) -> None:
     network.main[4].register_forward_hook(lambda module, args, y: None)
 
 
-def _nested(network: Network) -> None:
+def _nest(network: Network) -> None:
     half = len(network.main) // 2
     network.main = nn.Sequential(network.main[:half], network.main[half:])
 
@@ -134,21 +134,21 @@ def _channels_last(network: Network) -> None:
     network.to(memory_format=torch.channels_last)
 
 
-def _first_norm_frozen(network: Network) -> None:
+def _freeze_first_norm(network: Network) -> None:
     next(m for m in network.main if isinstance(m, nn.BatchNorm2d)).eval()
 
 
 EDITS: dict[str, Edit] = {
-    "biases": _replaced(CONVOLUTIONS, _with_bias),
-    "BatchNorm folded": _folded,
-    "LeakyReLU(0.01)": _replaced(nn.ReLU | nn.LeakyReLU, lambda _: nn.LeakyReLU(0.01)),
-    "GroupNorm": _replaced(nn.BatchNorm2d, lambda norm: nn.GroupNorm(8, norm.num_features)),
-    "no norms": _replaced(nn.BatchNorm2d, lambda norm: nn.Identity()),
-    "6×6 kernels": _replaced(CONVOLUTIONS, _six_by_six),
-    "a hook": _hooked,
-    "nested": _nested,
+    "biases": _replace(CONVOLUTIONS, _with_bias),
+    "BatchNorm folded": _fold,
+    "LeakyReLU(0.01)": _replace(nn.ReLU | nn.LeakyReLU, lambda _: nn.LeakyReLU(0.01)),
+    "GroupNorm": _replace(nn.BatchNorm2d, lambda norm: nn.GroupNorm(8, norm.num_features)),
+    "no norms": _replace(nn.BatchNorm2d, lambda norm: nn.Identity()),
+    "6×6 kernels": _replace(CONVOLUTIONS, _six_by_six),
+    "a hook": _add_hook,
+    "nested": _nest,
     "channels_last": _channels_last,
-    "a norm in eval": _first_norm_frozen,
+    "a norm in eval": _freeze_first_norm,
 }
 
 
@@ -156,7 +156,7 @@ EDITS: dict[str, Edit] = {
 
 
 class Situation(NamedTuple):
-    """One row. ``busy``: another process keeps a core busy meanwhile."""
+    """One row. If ``busy``, another process keeps a core busy while it is timed."""
 
     network: str
     dtype: str
@@ -169,7 +169,7 @@ class Situation(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What differs from a default network in float32."""
+        """Describe how the network differs from the default one."""
         return ", ".join(
             filter(
                 None,
@@ -177,13 +177,13 @@ class Situation(NamedTuple):
                     self.edit,
                     f"features {self.features}" if self.features != 64 else "",
                     f"image size {self.image_size}" if self.image_size != 64 else "",
-                    "a busy neighbour" if self.busy else "",
+                    "busy core" if self.busy else "",
                 ],
             )
         )
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         return f"{self.network} {self.dtype} {self.mode} {self.title}".rstrip()
 
 
@@ -191,7 +191,7 @@ def situations(batch: int) -> list[Situation]:
     found = []
     for network in ("G", "D"):
         for dtype, mode in itertools.product(DTYPES, MODES):
-            # PyTorch's own float16 gradients of a default network take half a minute.
+            # PyTorch takes half a minute for float16 gradients of a default network on a CPU.
             features = 16 if "float16" in dtype.split() and mode != "inference" else 64
             found.append(Situation(network, dtype, mode, "", features, batch=batch))
         for edit, mode in itertools.product(EDITS, ("inference", "training")):
@@ -199,7 +199,7 @@ def situations(batch: int) -> list[Situation]:
                 found.append(Situation(network, "float32", mode, edit, batch=batch))
         for (features, size), mode in itertools.product([(16, 64), (8, 32)], ("inference", "training")):
             found.append(Situation(network, "float32", mode, "", features, size, batch))
-        # Smaller networks are left to PyTorch in training, neighbour or not.
+        # In training, smaller networks fall back to PyTorch whether or not a core is busy.
         for mode, features in (("inference", 64), ("inference", 16), ("training", 64), ("training", 32)):
             found.append(Situation(network, "float32", mode, "", features, batch=batch, busy=True))
     return found
@@ -220,11 +220,11 @@ class Measured(NamedTuple):
     def verdict(self) -> str:
         if not self.error <= self.tolerance:
             return "wrong"
-        return "" if self.ratio >= SLOWER else "slower"
+        return "" if self.ratio >= MIN_RATIO else "slower"
 
 
 def networks(situation: Situation) -> tuple[Network, Network, Tensor]:
-    """The reference network, the drop-in with its own copies, and an input."""
+    """Return the reference network, a drop-in with copies of its parameters, and an input."""
     torch.manual_seed(0)
     sizes = {"features": situation.features, "image_size": situation.image_size}
     size, dtype = situation.image_size, DTYPES[situation.dtype][0]
@@ -243,7 +243,7 @@ def networks(situation: Situation) -> tuple[Network, Network, Tensor]:
 
 
 def error(eager: Network, ours: Network, x: Tensor, autocast: Callable[[], Any]) -> float:
-    """Of the drop-in's output, relative to that in float64."""
+    """Return the relative error of the drop-in's output against float64."""
     exact = copy.deepcopy(eager).double()
     with torch.no_grad():
         expected = exact(x.double())
@@ -267,7 +267,7 @@ def measure(situation: Situation, seconds: float, rounds: int, threads: int) -> 
 
         return run
 
-    found = error(eager, ours, x, autocast)
+    relative = error(eager, ours, x, autocast)
     with busy() if situation.busy else contextlib.nullcontext():
         both = [Timed(runner(network), x, threads) for network in (eager, ours)]
         for timed in both:
@@ -275,30 +275,33 @@ def measure(situation: Situation, seconds: float, rounds: int, threads: int) -> 
         begin = time.perf_counter()
         both[0].run(x)
         long = time.perf_counter() - begin > seconds / rounds
-        if situation.busy:  # times vary with whose turn it is
+        if situation.busy:  # times also depend on the scheduler, so take more of them
             seconds, rounds = 4 * seconds, 4 * rounds
-        first, second = in_turn(both, seconds, rounds, long=long)
-    return Measured(situation, first, second, found, TOLERANCES[cast or dtype])
+        first, second = interleaved(both, seconds, rounds, long=long)
+    return Measured(situation, first, second, relative, TOLERANCES[cast or dtype])
 
 
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
-    """Another process that never rests."""
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """Run another process that keeps one core busy."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
     finally:
-        neighbour.kill()
-        neighbour.wait()
+        other.kill()
+        other.wait()
 
 
 # --- the command -------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="batch size (16)")
+    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="batch size (default: 16)")
     parser.add_argument(
-        "--only", default="", metavar="WORDS", help="rows that contain these words, as in 'D training'"
+        "--only",
+        default="",
+        metavar="WORDS",
+        help="run only the rows that contain all of these words, for example 'D training'",
     )
     options.add_timing(parser, "each network and situation", 0.6, rounds=4)
     options.add_threads(parser)
@@ -307,7 +310,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     wanted = set(args.only.split())
-    chosen = [s for s in situations(args.batch) if wanted <= set(s.words.replace(",", "").split())]
+    chosen = [s for s in situations(args.batch) if wanted <= set(s.label.replace(",", "").split())]
     if not chosen:
         raise UsageError(f"argument --only: no situation has all of the words {args.only!r}")
     out, progress = table.console(), table.console(stderr=True)
@@ -318,16 +321,16 @@ def run(args: argparse.Namespace) -> int:
         if m.verdict == "slower":
             m = measure(situation, 4 * args.seconds, 4 * args.rounds, args.threads)
         measured.append(m)
-        line = f"  {situation.words}: {table.times(m.ratio)} {m.verdict}"
+        line = f"  {situation.label}: {table.times(m.ratio)} {m.verdict}"
         progress.print(line.rstrip(), style="dim", markup=False)
     out.print(situations_table(measured, args))
     if args.json is not None:
-        results.append(args.json, rows(measured, load))
+        records.append(args.json, rows(measured, load))
     return int(any(m.verdict for m in measured))
 
 
 def situations_table(measured: list[Measured], args: argparse.Namespace) -> Any:
-    title = f"dcgan.fast beside eager · batch {args.batch} · cpu, {args.threads} threads"
+    title = f"dcgan.fast compared with eager · batch {args.batch} · cpu, {args.threads} threads"
     shown = table.start(
         title, ["network", "dtype", "mode", "situation"], ["eager ms", "fast ms", "ratio", "error"]
     )
@@ -343,7 +346,7 @@ def situations_table(measured: list[Measured], args: argparse.Namespace) -> Any:
 
 
 def rows(measured: list[Measured], load: float | None) -> list[dict[str, Any]]:
-    shared = results.common("situations", load)
+    shared = records.common("situations", load)
     return [
         shared
         | m.situation._asdict()

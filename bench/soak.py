@@ -1,12 +1,13 @@
-"""``python -m bench learn --soak``: fast networks trained for long, in batches of one size and of many.
+"""``python -m bench learn --soak``: long training of fast networks, with fixed and varying batch sizes.
 
 The criterion (:attr:`Soak.problems`):
 
-* every loss, D(x) and D(G(z)) of every step is finite, and every parameter and buffer at the end;
-* from step ``WARM`` to the end the process grows by at most ``GROWTH`` bytes, and holds no more tensors and
-  hardly more Python objects: a leak of one tensor or object a step would be 1,500;
-* over the last ``LAST`` steps D has neither given up, D(x) > D(G(z)) by ``APART`` at least, nor won:
-  D(G(z)) stays above ``ALIVE``, so that the Generator still learns.
+* every loss, D(x) and D(G(z)) of every step is finite, as is every parameter and buffer at the end;
+* from step ``WARM`` to the end, the process's resident memory grows by at most ``MAX_GROWTH`` bytes, the
+  number of tensors does not grow and the number of Python objects grows by at most ``OBJECTS``: a leak of one
+  tensor or object per step would add 1,500;
+* over the last ``LAST`` steps, D has neither given up (D(x) - D(G(z)) is at least ``MIN_MARGIN``) nor won
+  (D(G(z)) is at least ``MIN_D_G_Z``, so that the Generator still learns).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench import results, table
+from bench import records, table
 from bench.learning import LATENT, Settings
 from dcgan import fast
 from dcgan.training import Result, TrainStep, optimizers
@@ -32,32 +33,32 @@ from dcgan.training import Result, TrainStep, optimizers
 STEPS = 2000
 WARM = 500
 LAST = 500
-GROWTH = 8 << 20
+MAX_GROWTH = 8 << 20
 OBJECTS = 100
-APART = 0.05
-ALIVE = 0.01
+MIN_MARGIN = 0.05
+MIN_D_G_Z = 0.01
 SETTINGS = Settings(steps=STEPS, features=16, image_size=32, batch=16)
 MIXED = (1.0, 0.0625, 0.4375, 2.0, 0.3125)
-"""Batches of the second run, in units of ``batch``: 16, 1, 7, 32, 5 where that is 16."""
+"""Batch sizes of the second run relative to ``batch``: 16, 1, 7, 32, 5 for a batch of 16."""
 
 
 @dataclass(frozen=True)
 class Soak:
-    """What one run measured."""
+    """The measurements of one run."""
 
     batches: tuple[int, ...]
-    """Sizes, taken in turn."""
+    """Batch sizes, used cyclically."""
     steps: int
     finite: bool
-    """Every figure of every step, and every parameter and buffer at the end."""
+    """Whether every figure of every step, and every parameter and buffer at the end, is finite."""
     resident_bytes: tuple[int, int]
-    """The process's, after ``WARM`` steps and at the end."""
+    """Resident memory of the process after ``WARM`` steps and at the end."""
     tensors: tuple[int, int]
-    """Alive, likewise."""
+    """Live tensors after ``WARM`` steps and at the end."""
     objects: tuple[int, int]
-    """That Python's garbage collector tracks, likewise."""
+    """Objects tracked by Python's garbage collector after ``WARM`` steps and at the end."""
     last: dict[str, float]
-    """Means over the last ``LAST`` steps, by the names of :class:`dcgan.training.Result`."""
+    """Means over the last ``LAST`` steps, keyed by the fields of :class:`dcgan.training.Result`."""
     seconds: float
 
     @property
@@ -66,22 +67,22 @@ class Soak:
 
     @property
     def problems(self) -> list[str]:
-        """What does not meet the criterion, in words; none for a pass."""
+        """Return a description of every violation of the criterion; empty for a pass."""
         d_x, d_g_z = self.last["d_x"], self.last["d_g_z"]
         found = {
             "a loss or a parameter is not finite": self.finite,
-            f"the process grew by {self.growth / 1e6:.1f} MB": self.growth <= GROWTH,
+            f"the process grew by {self.growth / 1e6:.1f} MB": self.growth <= MAX_GROWTH,
             f"tensors grew from {self.tensors[0]} to {self.tensors[1]}": self.tensors[1] <= self.tensors[0],
             f"objects grew from {self.objects[0]} to {self.objects[1]}": self.objects[1]
             <= self.objects[0] + OBJECTS,
-            f"D has given up: D(x) {d_x:.3f}, D(G(z)) {d_g_z:.3f}": d_x - d_g_z >= APART,
-            f"D has won: D(G(z)) {d_g_z:.4f}": d_g_z >= ALIVE,
+            f"D has given up: D(x) {d_x:.3f}, D(G(z)) {d_g_z:.3f}": d_x - d_g_z >= MIN_MARGIN,
+            f"D has won: D(G(z)) {d_g_z:.4f}": d_g_z >= MIN_D_G_Z,
         }
         return [problem for problem, ok in found.items() if not ok]
 
 
 def soak(settings: Settings, sizes: tuple[int, ...], seed: int = 0) -> Soak:
-    """Trains fast networks on digits, in batches of these sizes in turn."""
+    """Train fast networks on digits, cycling through the batch sizes ``sizes``."""
     start = time.perf_counter()
     generator, discriminator = (fast.convert(network) for network in settings.networks(seed))
     step = TrainStep(generator, discriminator, *optimizers(generator, discriminator, settings.config(seed)))
@@ -107,7 +108,7 @@ def soak(settings: Settings, sizes: tuple[int, ...], seed: int = 0) -> Soak:
 
 
 def _memory() -> tuple[int, int, int]:
-    """Resident bytes, tensors alive, objects tracked."""
+    """Return the resident bytes, the live tensors and the tracked objects."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     found = gc.get_objects()
@@ -115,13 +116,13 @@ def _memory() -> tuple[int, int, int]:
 
 
 def runs(settings: Settings) -> Iterator[Soak]:
-    """In batches of one size, then of changing ones."""
+    """Run the soak with a fixed batch size, then with varying ones."""
     yield soak(settings, (settings.batch,))
     yield soak(settings, tuple(max(1, round(settings.batch * share)) for share in MIXED))
 
 
 def run(changes: dict[str, Any], folder: Path | None, out: Console, log: Callable[[str], None]) -> int:
-    """The command: both runs, printed, written to soak.json; exit status 1 if either has a problem."""
+    """Run both soaks, print them and write soak.json. Return 1 if either has a problem, else 0."""
     settings = replace(SETTINGS, **changes)
     found = []
     for outcome in runs(settings):
@@ -130,7 +131,7 @@ def run(changes: dict[str, Any], folder: Path | None, out: Console, log: Callabl
     shown = table.start(
         f"{settings.steps} steps of fast networks · {settings.title} · {settings.device}",
         ["batches"],
-        ["finite", "MB", "grew by", "tensors", "objects", *Result._fields],
+        ["finite", "RSS MB", "growth MB", "tensors", "objects", *Result._fields],
     )
     for o in found:
         shown.add_row(
@@ -146,7 +147,7 @@ def run(changes: dict[str, Any], folder: Path | None, out: Console, log: Callabl
     out.print("; ".join(problems) or "PASS")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        shared = results.common("soak") | {"settings": asdict(settings)}
+        shared = records.common("soak") | {"settings": asdict(settings)}
         report = shared | {"runs": [asdict(o) | {"problems": o.problems} for o in found]}
         (folder / "soak.json").write_text(json.dumps(report, indent=1) + "\n")
     return int(bool(problems))

@@ -1,4 +1,4 @@
-"""Medians with their spread: the machine's other work skews call times, so no mean and no deviation."""
+"""Medians and quartiles of call times, which other load on the machine skews less than means."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Spread:
 
     @property
     def relative(self) -> float:
-        """Half the interquartile range over the median: the ± of the tables, as a fraction."""
+        """Half the interquartile range divided by the median: the ± column of the tables, as a fraction."""
         return (self.q3 - self.q1) / 2 / self.median
 
 
 def summarise(times: Sequence[float]) -> Spread:
-    """Quartiles of ``times``. Raises ValueError if there are none."""
+    """Return the quartiles of ``times``. Raises ValueError if it is empty."""
     if not times:
         raise ValueError("no times to summarise")
     if len(times) == 1:

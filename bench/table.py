@@ -1,4 +1,4 @@
-"""Reports as tables: one a case, and a summary over batches."""
+"""Tables of the reports: one per case, and a summary over batch sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.race import Outcome
-from bench.results import Report
+from bench.records import Report
 
 NOTE_WIDTH = 30
 PIPED_WIDTH = 150  # a pipe has no width; rich would take 80 and wrap
@@ -18,7 +18,7 @@ NOTHING = "–"
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that a table fits in, piped or not."""
+    """Return a console wide enough for a table, whether or not the output is piped."""
     found = Console(stderr=stderr, highlight=False)
     if not found.is_terminal:
         found = Console(stderr=stderr, highlight=False, width=PIPED_WIDTH)
@@ -26,7 +26,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def start(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    """A table without rows: text in the columns ``left``, figures in ``right``."""
+    """Return an empty table with the text columns ``left`` and the right-aligned columns ``right``."""
     heading = Text(title, no_wrap=True, overflow="ignore")  # may be wider than the table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=heading, title_justify="left")
     for column in left:
@@ -37,7 +37,7 @@ def start(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def rate(value: float | None) -> str:
-    """A figure (images/s, ms, MB): three digits or more, thousands apart."""
+    """Format a figure (images/s, ms, MB) with at least three digits and thousands separators."""
     if value is None:
         return NOTHING
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
@@ -52,10 +52,10 @@ def percent(share: float | None) -> str:
 
 
 def race_table(report: Report) -> Table:
-    """One case: fastest first; who was not timed says why."""
+    """Return the table of one case, fastest first; providers without times show the reason."""
     cuda = report.case.device == "cuda"
     columns = ["images/s", "±"]
-    columns += ["cold L2", "in a graph"] if cuda else []
+    columns += ["cold L2", "CUDA graph"] if cuda else []
     columns += ["GFLOP/s", "× baseline", "ceiling", "peak MB", "error"]
     table = start(report.case.title, ["provider"], columns)
     table.add_column("", no_wrap=True, max_width=NOTE_WIDTH)
@@ -89,23 +89,23 @@ def _cells(report: Report, outcome: Outcome, baseline: float | None, cuda: bool)
 
 
 def explanation(outcome: Outcome) -> str:
-    """Why there are no times, or what ran where there are."""
+    """Return why there are no times, or the note on what ran if there are."""
     word = {"wrong": "WRONG: ", "failed": "FAILED: "}.get(outcome.status, "")
     return word + (outcome.reason or outcome.note)
 
 
 def failures(report: Report) -> list[str]:
-    """The reasons that may not fit in the table, whole."""
+    """Return the reasons of failures in full, as they may be cut off in the table."""
     failed = [outcome for outcome in report.outcomes if outcome.status == "failed"]
     return [f"{outcome.provider.name}: {explanation(outcome)}" for outcome in failed]
 
 
 def ceiling_lines(report: Report) -> list[str]:
-    """What the shares are shares of."""
+    """Return the legend of the ceiling column and the memory-bandwidth limit."""
     ceiling, gflop = report.ceiling, report.work.flops / 1e9
     return [
         f"ceiling: {rate(report.ceiling_images_per_s)} images/s by direct convolution "
-        f"({ceiling.flops / 1e9:,.0f} GFLOP/s, {ceiling.measure}; {gflop:.3g} GFLOP an image); "
+        f"({ceiling.flops / 1e9:,.0f} GFLOP/s, {ceiling.measure}; {gflop:.3g} GFLOP per image); "
         "Winograd may exceed it",
         f"memory:  {rate(report.memory_images_per_s)} images/s "
         f"({ceiling.bandwidth / 1e9:,.1f} GB/s, copy) if every tensor moved once and no cache helped",
@@ -113,7 +113,7 @@ def ceiling_lines(report: Report) -> list[str]:
 
 
 def summary_table(reports: Sequence[Report]) -> Table:
-    """images/s by provider and case, the providers in the order of their first case."""
+    """Return images/s by provider and case, with the providers in the order of the first case."""
     table = start("images/s", ["provider"], [f"{r.case.batch} {r.case.dtype}" for r in reports])
     names = [o.provider.name for o in reports[0].outcomes]
     by_case = [{o.provider.name: o for o in report.outcomes} for report in reports]

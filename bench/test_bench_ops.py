@@ -1,8 +1,8 @@
-"""The single ops under pytest-benchmark: ``python -m pytest bench --benchmark-only``.
+"""Benchmark single operators with pytest-benchmark: ``python -m pytest bench --benchmark-only``.
 
-Each layer of both networks in eval mode, fused in one op and as PyTorch's convolution, BatchNorm and
-activation; then what calling an op costs at all. Wall clock, up to a synchronisation on CUDA. Results are
-checked first.
+Each layer of both networks runs in eval mode, as one fused operator and as PyTorch's convolution, BatchNorm
+and activation. A further benchmark measures the dispatch overhead. Results are checked first. Times are wall
+clock, including synchronization on CUDA.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from bench.blocks import Block, blocks
 from bench.cases import NETWORKS, Case, float64, relative_error
-from dcgan.kernels import chain, ops, weights
+from dcgan.kernels import chain, ops, weight_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCHES = (1, 64)
-TOLERANCE = 1e-5  # float32, a layer: see bench.cases.TOLERANCE for a network
+TOLERANCE = 1e-5  # float32, one layer; bench.cases.TOLERANCE is for whole networks
 
 
 def layers() -> list[tuple[str, Block]]:
-    """The five layers of each network, with its random weights and running statistics."""
+    """Return the five layers of each network, with random weights and running statistics."""
     found: list[tuple[str, Block]] = []
     for command, network_type in NETWORKS.items():
         case = Case(command, batch=1, dtype="float32", device=DEVICE, threads=1)
@@ -39,16 +39,17 @@ def layers() -> list[tuple[str, Block]]:
 
 
 def aten(block: Block) -> Callable[[Tensor], Tensor]:
+    """Return the block as PyTorch modules."""
     return block.modules
 
 
 def fused(block: Block) -> Callable[[Tensor], Tensor]:
-    """The block as one op."""
+    """Return the block as one fused operator."""
     stage = block.stage
-    scale, shift = chain.folded(stage, torch.float32)
+    scale, shift = chain.fold_epilogue(stage, torch.float32)
     op = ops.conv_transpose2d_fused if stage.transposed else ops.conv2d_fused
-    # As in eval mode: what an engine makes of the weights it may keep.
-    weights.freeze(block.convolution, [stage.weight])
+    # As in eval mode: engines may cache prepacked weights.
+    weight_cache.freeze(block.convolution, [stage.weight])
 
     def run(x: Tensor) -> Tensor:
         y, _, _ = op(
@@ -69,24 +70,24 @@ def fused(block: Block) -> Callable[[Tensor], Tensor]:
 LAYERS = layers()
 
 
-def synchronised(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``run``, waiting for the GPU if there is one."""
+def synchronized(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return ``run`` followed by synchronization with the GPU, if there is one."""
     if DEVICE == "cpu":
         return run
 
-    def waiting(x: Tensor) -> Tensor:
+    def synchronizing(x: Tensor) -> Tensor:
         y = run(x)
         torch.cuda.synchronize()
         return y
 
-    return waiting
+    return synchronizing
 
 
 @pytest.mark.parametrize("implementation", ["aten", "fused"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("name", "block"), LAYERS, ids=[name for name, _ in LAYERS])
 def test_layer(benchmark: BenchmarkFixture, name: str, block: Block, batch: int, implementation: str) -> None:
-    """One layer in float32, channels_last."""
+    """Time one layer in float32, channels_last."""
     benchmark.group = f"{name}, batch {batch}, {DEVICE}"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *block.input_shape, generator=generator).to(DEVICE)
@@ -96,11 +97,12 @@ def test_layer(benchmark: BenchmarkFixture, name: str, block: Block, batch: int,
         assert (
             relative_error(run(x.clone()), float64(copy.deepcopy(block.modules).cpu(), x.cpu())) < TOLERANCE
         )
-        benchmark(synchronised(run), x)
+        benchmark(synchronized(run), x)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
+    """Run PyTorch with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -109,7 +111,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("implementation", ["aten", "fused"])
 def test_dispatch(benchmark: BenchmarkFixture, one_thread: None, implementation: str) -> None:
-    """A call on tensors so small that only the call itself is timed."""
+    """Time a call on tensors so small that only dispatch overhead remains."""
     benchmark.group = f"dispatch, {DEVICE}"
     x = torch.zeros(1, 1, 4, 4, device=DEVICE)
     weight = torch.zeros(1, 1, 4, 4, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Timing callables in short bursts: wall clock on the CPU, device events on CUDA."""
+"""Time callables in short bursts: wall clock on the CPU, device events on CUDA."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ Times = dict[str, list[float]]
 T = TypeVar("T")
 
 MIN_CALLS = 3
-MAX_CALLS = 2000  # events of one CUDA burst
-GRAPH_BATCH = 64  # above it launches hide behind the kernels
-GRAPH_CALLS = 8
+MAX_CALLS = 2000  # per CUDA burst
+GRAPH_BATCH = 64  # above this batch, launch overhead is hidden behind the kernels
+GRAPH_CALLS = 8  # per captured graph
 FLUSH_BYTES = 256 << 20  # several times any L2
 
 
 class Sampler(Protocol):
-    """Times calls."""
+    """Times calls in bursts."""
 
     overhead: int
-    """Bytes of device memory that measuring takes for itself."""
+    """Bytes of device memory used by the measurement itself."""
 
     def burst(self, seconds: float) -> Times:
-        """Calls for about ``seconds``: seconds a call, by column (``warm``; on CUDA ``cold``, ``graph``)."""
+        """Call for about ``seconds``.
+
+        Returns the seconds of each call by column: ``warm``, on CUDA also ``cold`` and ``graph``.
+        """
         ...
 
 
 class CpuSampler(Generic[T]):
-    """Wall clock around each call, inputs in turn.
+    """Measure the wall clock time of each call, cycling through the inputs.
 
-    ``long`` calls, of a good part of a second, may be one a burst, and none goes before to wake threads and
-    fill caches.
+    With ``long``, for calls that take a good part of a second, a burst may be a single call and is not
+    preceded by a warm-up call.
     """
 
     overhead = 0
@@ -50,7 +53,7 @@ class CpuSampler(Generic[T]):
 
     def burst(self, seconds: float) -> Times:
         if not self._long:
-            self._run(self._inputs[0])  # its threads sleep and its weights left the cache while others ran
+            self._run(self._inputs[0])  # warm-up: wakes the threads and reloads the weights into cache
         times: list[float] = []
         now = time.perf_counter()
         end = now + seconds
@@ -65,7 +68,7 @@ class CpuSampler(Generic[T]):
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch's threads inside."""
+    """Set PyTorch's thread count inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -75,45 +78,46 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 class Timed(NamedTuple):
-    """Something to be timed by :func:`in_turn`."""
+    """A call to be timed by :func:`interleaved`."""
 
     run: Runner
     x: Tensor
     threads: int
 
 
-def in_turn(
-    contestants: Sequence[Timed],
+def interleaved(
+    calls: Sequence[Timed],
     seconds: float,
     rounds: int,
     between: Callable[[], None] = lambda: None,
     long: bool = False,
 ) -> list[Spread]:
-    """Times of a call of each, on the CPU, in this process; ``long`` as for :class:`CpuSampler`.
+    """Time several calls on the CPU, in this process, in interleaved bursts.
 
-    Rounds of one burst each, in an order shuffled anew, so that drift of the machine is shared; ``between``
-    is called after every round. For what shares one pool of threads: rivals' would spin beside each other.
+    Each round has one burst per call, reshuffled so that machine drift affects all equally; ``between`` is
+    called after every round. ``long`` is that of :class:`CpuSampler`. The calls must share one thread pool,
+    because the threads of separate pools would spin and disturb each other.
     """
-    times: list[list[float]] = [[] for _ in contestants]
-    order = list(range(len(contestants)))
+    times: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for i in order:
-            run, x, threads = contestants[i]
+            run, x, threads = calls[i]
             with torch_threads(threads):
                 times[i] += CpuSampler(run, [x], long).burst(seconds / rounds)["warm"]
         between()
-    return [summarise(own) for own in times]
+    return [summarise(values) for values in times]
 
 
 class CudaSampler:
-    """Device events around each call.
+    """Measure each call with device events.
 
-    ``warm``: calls back to back, as a loop of them runs, launch gaps included. ``cold``: L2 is overwritten
-    before each call. ``graph``, for batches up to GRAPH_BATCH: GRAPH_CALLS calls captured in one CUDA graph,
-    so that kernels are timed and not launches; absent if ``capture`` is false, as for a provider that replays
-    graphs of its own, and where capturing fails.
+    ``warm`` times back-to-back calls, including launch gaps. ``cold`` overwrites L2 before each call.
+    ``graph``, for batches up to GRAPH_BATCH, replays GRAPH_CALLS calls captured in one CUDA graph, which
+    excludes launch overhead. It is absent if ``capture`` is false, as for a provider that already replays
+    graphs, and where capturing fails.
     """
 
     overhead = FLUSH_BYTES
@@ -151,7 +155,7 @@ class CudaSampler:
 
 
 class CudaSteps(Generic[T]):
-    """Device events around each call, back to back, of what takes long and changes what it works on."""
+    """Measure long, stateful calls, such as training steps, back to back with device events."""
 
     overhead = 0
 
@@ -163,7 +167,7 @@ class CudaSteps(Generic[T]):
 
 
 def events(call: Callable[[int], object], seconds: float, flush: Tensor | None = None) -> list[float]:
-    """Seconds of each call on the device; before each, ``flush`` is overwritten."""
+    """Return the device seconds of each call; overwrites ``flush`` before each."""
     for i in range(MIN_CALLS):
         call(i)
     torch.cuda.synchronize()

@@ -1,10 +1,11 @@
-"""``python -m bench train``: training steps of both networks, every way, and where their time goes.
+"""``python -m bench train``: full training steps by every implementation, and a profile of their time.
 
-A call is one step as :func:`dcgan.training.train_step` writes it: D on real and on generated images, its
-optimizer, G through D, its optimizer. Every way's gradients and losses are first held against the seed's loop
-in float64, and its parameters' movement against its optimizers' state; then it is timed in a process of its
-own, in bursts that all take in turn. Then each of this project's eager ways is taken apart: the time of every
-convolution and gradient by layer, beside what a direct convolution could do at most.
+One call is one step as defined by :func:`dcgan.training.train_step`: D on real and on generated images, D's
+optimizer, G through D, G's optimizer. Gradients and losses of every implementation are first compared with
+the reference loop in float64, and its parameter updates with its optimizers' state. It is then timed in a
+separate process, in bursts interleaved with those of the others. Finally, each of this project's eager
+implementations is profiled: the time of every fprop, dgrad and wgrad by layer, next to the ceiling of a
+direct convolution.
 """
 
 from __future__ import annotations
@@ -17,44 +18,55 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from bench import forward, machine, options, results, table
-from bench.answers import Materials
+from bench import forward, machine, options, records, table
 from bench.cases import Case
 from bench.ceiling import Ceiling
+from bench.expected_results import Materials
 from bench.phases import PHASES, Profile
 from bench.providers import Provider
 from bench.race import PREPARE_SECONDS, Outcome, Settings, WorkerFailed, measure_ceiling, race, started
-from bench.results import Report
+from bench.records import Report
 from bench.table import NOTHING, percent, rate, times
 from bench.train_case import Training
+from bench.training_variants import PROFILED, VARIANTS
 from bench.usage import positive
-from bench.ways import PROFILED, WAYS
 
-HELP = "training steps by every way, and where their time goes"
+HELP = "time training steps by every implementation and profile them by layer"
 DTYPES = ("float32", "tf32", "bfloat16")
 BATCHES = {"cpu": [64, 128], "cuda": [64, 256, 1024]}
 CASE_DTYPES = {"cpu": ["float32"], "cuda": ["tf32", "bfloat16"]}
 BASELINE = "eager"
-"""Whose memory the others' is a share of."""
+"""The provider that peak memory is reported relative to."""
 PROFILE_ROUNDS = 5
-COLUMNS = ["images/s", "±", "steps", "GFLOP/s", "× best", "ceiling", "peak MB", "memory", "error"]
+COLUMNS = ["images/s", "±", "steps", "GFLOP/s", "× baseline", "ceiling", "peak MB", "memory", "error"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--batch", nargs="+", type=positive, metavar="N", help="(64 128; on a GPU 64 256 1024)")
-    add("--dtype", nargs="+", choices=DTYPES, help="(float32; on a GPU tf32 bfloat16)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU")
+    add(
+        "--batch",
+        nargs="+",
+        type=positive,
+        metavar="N",
+        help="batch sizes (default: 64 128; on a GPU 64 256 1024)",
+    )
+    add("--dtype", nargs="+", choices=DTYPES, help="dtypes (default: float32; on a GPU tf32 bfloat16)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda if there is a GPU, else cpu",
+    )
     add(
         "--providers",
         nargs="+",
-        default=list(WAYS),
+        default=list(VARIANTS),
         metavar="NAME",
-        help=f"of {', '.join(WAYS)} (all), or MODULE:FUNCTION, a build function like theirs",
+        help=f"any of {', '.join(VARIANTS)} (default: all), or MODULE:FUNCTION for a custom build function",
     )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--profile", action="store_true", help="only where the time goes, no race")
-    only.add_argument("--no-profile", action="store_true", help="only the race")
+    only.add_argument("--profile", action="store_true", help="only profile, without the comparison")
+    only.add_argument("--no-profile", action="store_true", help="only compare, without profiling")
     options.add_timing(parser, "each provider and case", 12.0, rounds=10)
     options.add_threads(parser)
     options.add_json(parser)
@@ -62,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Races, prints, writes. Returns the exit status: 1 if a way is wrong or one of ours failed."""
-    providers = forward.find_providers(args.providers, WAYS)
+    """Run the command. Return 1 if a provider is wrong or one of this project's failed, else 0."""
+    providers = forward.find_providers(args.providers, VARIANTS)
     cases = make_cases(args)
     out, progress = table.console(), table.console(stderr=True)
     load = machine.load()
@@ -81,41 +93,41 @@ def run(args: argparse.Namespace) -> int:
         rows: list[dict[str, Any]] = []
         if not args.profile:
             settings = Settings(args.seconds, args.rounds, together=case.device == "cuda")
-            report = raced(case, providers, settings, ceilings[case.dtype], log)
+            report = run_race(case, providers, settings, ceilings[case.dtype], log)
             ceilings[case.dtype] = report.ceiling
             reports.append(report)
             out.print(race_table(report))
             for line in [*table.failures(report), *ceiling_lines(report), ""]:
                 out.print(line, markup=False, soft_wrap=True)
-            rows += results.rows([report], load, "train")
-        for name in [] if args.no_profile else profiled(case, providers):
-            log(f"{name}: where the time goes")
+            rows += records.rows([report], load, "train")
+        for name in [] if args.no_profile else profilable(case, providers):
+            log(f"{name}: profiling")
             try:
                 profile = measure_profile(case, name, min(args.rounds, PROFILE_ROUNDS))
             except WorkerFailed as failure:
                 failed = True
-                out.print(f"{name}: where the time goes: FAILED: {failure}\n", markup=False, soft_wrap=True)
+                out.print(f"{name}: profiling: FAILED: {failure}\n", markup=False, soft_wrap=True)
                 continue
             out.print(profile_table(case, name, profile, ceilings[case.dtype]))
             out.print(profile_line(ceilings[case.dtype]), soft_wrap=True)
             rows += profile_rows(case, name, profile, ceilings[case.dtype], load)
         if args.json is not None:
-            results.append(args.json, rows)
+            records.append(args.json, rows)
     if len(reports) > 1:
         out.print(table.summary_table(reports))
     forward.print_remarks(out, load)
     return max(forward.status(reports), int(failed))
 
 
-def raced(
+def run_race(
     case: Training,
     providers: Sequence[Provider[Any]],
     settings: Settings,
     ceiling: Ceiling,
     log: Callable[[str], None],
 ) -> Report:
-    """The race, with the better of two ceilings, before and after: what disturbs can only lower one."""
-    log("computing the answers in float64")
+    """Run the race; measure the ceiling before and after and keep the higher: disturbances only lower it."""
+    log("computing the reference results in float64")
     materials = Materials.of(case)
     if case.device == "cuda":
         torch.cuda.empty_cache()
@@ -124,13 +136,13 @@ def raced(
     return Report(case, case.work(), measure_ceiling(case).or_better(ceiling), outcomes)
 
 
-def profiled(case: Training, providers: Sequence[Provider[Any]]) -> list[str]:
-    """Those that can be taken apart."""
+def profilable(case: Training, providers: Sequence[Provider[Any]]) -> list[str]:
+    """Return the names of the providers whose operators can be timed one by one."""
     return [p.name for p in providers if case.device in PROFILED.get(p.name, ())]
 
 
 def make_cases(args: argparse.Namespace) -> list[Training]:
-    """Every dtype with every batch. Raises UsageError for what can't be asked for."""
+    """Return a case for every dtype and batch size. Raises UsageError for an unsupported combination."""
     device = forward.find_device(args.device, args.dtype or ())
     sizes = options.sizes(args, "generate")  # a Generator has all sizes that a Discriminator has
     return [
@@ -141,13 +153,13 @@ def make_cases(args: argparse.Namespace) -> list[Training]:
 
 
 def memory_share(report: Report, outcome: Outcome) -> float | None:
-    """The outcome's peak memory over eager's."""
+    """Return the outcome's peak memory relative to eager's."""
     base = next((o.peak_bytes for o in report.outcomes if o.provider.name == BASELINE), None)
     return outcome.peak_bytes / base if base and outcome.peak_bytes is not None else None
 
 
 def race_table(report: Report) -> Table:
-    """One case: fastest first; who was not timed says why."""
+    """Return the table of one case, fastest first; providers without times show the reason."""
     shown = table.start(report.case.title, ["provider"], COLUMNS)
     shown.add_column("", no_wrap=True, max_width=table.NOTE_WIDTH)
     baseline = report.fastest_baseline()
@@ -178,25 +190,25 @@ def _cells(report: Report, outcome: Outcome, baseline: float | None) -> list[str
 
 
 def ceiling_lines(report: Report) -> list[str]:
-    """What the shares are shares of."""
+    """Return the legend of the ceiling, memory and error columns."""
     tolerance = next((o.tolerance for o in report.outcomes if o.tolerance is not None), report.case.tolerance)
     return [
         table.ceiling_lines(report)[0],
-        "memory:  peak during steps, beyond what importing PyTorch took, and its share of eager's; "
-        "what compiling took is not counted",
-        f"error:   of a network's gradient against float64; {tolerance:.0e} is allowed",
+        "memory:  peak during steps minus the memory after importing PyTorch, and its ratio to eager's; "
+        "memory used while compiling is not counted",
+        f"error:   relative error of a network's gradient against float64; {tolerance:.0e} is allowed",
     ]
 
 
 def measure_profile(case: Training, name: str, rounds: int) -> Profile:
-    """In a process of its own. Raises WorkerFailed."""
+    """Profile a provider in a separate process. Raises WorkerFailed."""
     with started(case) as worker:
         profile: Profile = worker.ask(PREPARE_SECONDS, "profile", case, name, rounds)
     return profile
 
 
 def profile_table(case: Case, name: str, profile: Profile, ceiling: Ceiling) -> Table:
-    """A row a layer and phase, then what each phase, the optimizers and everything else come to."""
+    """Return one row per layer and phase, then the totals of the phases, the optimizers and the rest."""
     columns = ["calls", "ms", "share", "GFLOP", "GFLOP/s", "ceiling"]
     shown = table.start(f"{name} · {case.title}", ["phase", "layer", "engine"], columns)
 
@@ -220,7 +232,7 @@ def profile_table(case: Case, name: str, profile: Profile, ceiling: Ceiling) -> 
     add("optimizers", "", "", None, profile.optimizers, 0)
     add("everything else", "", "", None, profile.other, 0)
     shown.add_section()
-    add("a step", "", "", None, profile.step, sum(part.flops for part in profile.parts))
+    add("total", "", "", None, profile.step, sum(part.flops for part in profile.parts))
     return shown
 
 
@@ -230,16 +242,16 @@ def _milliseconds(seconds: float) -> str:
 
 def profile_line(ceiling: Ceiling) -> str:
     return (
-        f"ceiling: {ceiling.flops / 1e9:,.0f} GFLOP/s, {ceiling.measure}; GFLOP are those of direct "
-        "convolutions, and Winograd may exceed it\n"
+        f"ceiling: {ceiling.flops / 1e9:,.0f} GFLOP/s, {ceiling.measure}; GFLOP are counted as direct "
+        "convolutions, so Winograd may exceed it\n"
     )
 
 
 def profile_rows(
     case: Case, name: str, profile: Profile, ceiling: Ceiling, load: float | None
 ) -> list[dict[str, Any]]:
-    """The JSON objects: times in seconds, rates in FLOP/s of the direct convolution."""
-    shared = results.common("train", load) | {
+    """Return the JSON objects: times in seconds, rates in FLOP/s of the direct convolution."""
+    shared = records.common("train", load) | {
         "case": case.to_json(),
         "provider": name,
         "ceiling": ceiling.to_json(),

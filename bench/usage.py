@@ -1,4 +1,4 @@
-"""Errors of the command line, and the types of its numbers."""
+"""Usage errors and numeric argument types of the command line."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import argparse
 
 
 class UsageError(Exception):
-    """The options make no sense together, or not on this machine: exit status 2."""
+    """The options are invalid, contradict each other or cannot work on this machine: exit status 2."""
 
 
 def positive(text: str) -> int:
-    """An argument that must be a whole number from 1."""
+    """Parse an argument that must be a whole number from 1 upward."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 upward, got {text!r}")
     return value
 
 
 def seconds(text: str) -> float:
-    """An argument that must be a positive time."""
+    """Parse an argument that must be a positive number of seconds."""
     try:
         value = float(text)
     except ValueError:
@@ -32,7 +32,7 @@ def seconds(text: str) -> float:
 
 
 def minutes(text: str) -> float:
-    """An argument that must be a positive number of minutes."""
+    """Parse an argument that must be a positive number of minutes."""
     try:
         value = float(text)
     except ValueError:

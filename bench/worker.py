@@ -1,10 +1,11 @@
-"""A provider's own process: ``python -m bench.worker DESCRIPTOR THREADS``, driven by :mod:`bench.race`.
+"""The process of one provider: ``python -m bench.worker DESCRIPTOR THREADS``, driven by :mod:`bench.race`.
 
-In one process the rivals' thread pools spin beside each other's calls. Here a process answers only once its
-own threads have gone to sleep, so that every runtime may wait as it likes within its burst and none disturbs
-the next one's.
+Within one process, the thread pools of several runtimes would spin during each other's calls. A worker
+therefore replies only after its threads have gone to sleep: any wait policy is fine within a burst, and none
+disturbs the next burst.
 
-Over the pipe go pickled tuples: ``(method, *arguments)``, then ``("ok", value)`` or ``("error", reason)``.
+The pipe carries pickled tuples: requests ``(method, *arguments)``, replies ``("ok", value)`` or
+``("error", reason)``.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ from bench.providers import find
 from bench.timing import CpuSampler, CudaSampler, Sampler, Times
 from dcgan.kernels.cpu import library
 
-SETTLE_SECONDS = 2.0
+SETTLE_SECONDS = 2.0  # maximum wait for threads to sleep
 
 
 class Worker:
-    """The methods the coordinator may call."""
+    """The methods that the coordinator may call."""
 
     differentiates = False
+    """Whether methods run with autograd enabled."""
 
     def __init__(self) -> None:
-        self._baseline = _resident("VmRSS")
+        self._baseline = _resident_bytes("VmRSS")
         self._sampler: Sampler | None = None
         self._device = "cpu"
 
     def prepare(self, case: Case, provider_name: str, materials_path: str) -> Prepared:
-        """Builds the provider, runs it and checks it: its error is the worst over the inputs."""
+        """Build, run and check the provider; its error is the maximum over the inputs."""
         provider = find(provider_name)
         materials = Materials.load(Path(materials_path))
         self._device = case.device
@@ -54,7 +56,7 @@ class Worker:
         inputs = [x.to(case.device) for x in materials.inputs]
         run = provider.build(network, inputs[0], case.threads)
 
-        # Twice over: a compiler's first call and the calls after it need not be the same code.
+        # Check two rounds: a compiler may run different code in the first call and in later ones.
         errors = [
             relative_error(run(x), expected)
             for _ in range(2)
@@ -70,19 +72,20 @@ class Worker:
         return Prepared(max(errors), note)
 
     def burst(self, seconds: float) -> tuple[Times, int]:
-        """Seconds a call, by column, and the most memory used by any burst so far, in bytes.
+        """Return the seconds per call by column, and the peak memory of all bursts so far in bytes.
 
-        On CUDA that is memory allocated; on the CPU, memory resident beyond what importing PyTorch took:
-        weights in every form a provider keeps, activations, and the runtime's or compiler's code and data.
+        On CUDA this is allocated memory. On the CPU it is resident memory beyond that of importing PyTorch:
+        weights in every form that a provider keeps, activations, and the runtime's or compiler's code and
+        data.
         """
         assert self._sampler is not None
         times = self._sampler.burst(seconds)
         if self._device == "cuda":
             return times, torch.cuda.max_memory_allocated() - self._sampler.overhead
-        return times, max(_resident("VmHWM") - self._baseline, 0)
+        return times, max(_resident_bytes("VmHWM") - self._baseline, 0)
 
     def ceiling(self, device: str, dtype: str) -> ceiling.Ceiling:
-        """The machine's limits."""
+        """Measure the machine's limits."""
         set_precision(device, dtype)
         return ceiling.measure(device, dtype)
 
@@ -92,14 +95,14 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
             return
         if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # what a compiler has freed is not the network's
-            with contextlib.suppress(OSError):  # a sandbox may forbid it: then the peak includes building
+            ctypes.CDLL(None).malloc_trim(0)  # memory that a compiler has freed does not count
+            with contextlib.suppress(OSError):  # some sandboxes forbid it; the peak then includes building
                 Path("/proc/self/clear_refs").write_text("5")
 
 
 def engines(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
-    """What a drop-in's layers run on, and why not on something faster; '' for what is no drop-in."""
-    fast = sys.modules.get("dcgan.fast")  # a rival has not imported it, and its memory is not to have it
+    """Describe the engines that a drop-in's layers run on, and why not faster ones; empty for others."""
+    fast = sys.modules.get("dcgan.fast")  # a baseline must not import it: that would count as its memory
     if fast is None or not isinstance(run, fast.Generator | fast.Discriminator):
         return ""
     found = {(row.engine, row.reason): None for row in fast.explain(run, x)}
@@ -109,22 +112,22 @@ def engines(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
 
 
 def set_precision(device: str, dtype: str) -> None:
-    """TF32 on or off as the case says; cuDNN searches for its best algorithms."""
+    """Turn TF32 on or off for ``dtype``, and cuDNN's algorithm search on."""
     if device != "cuda":
         return
-    # The older of the two interfaces: after the newer (``fp32_precision``) torch.compile fails, as it still
-    # reads the older, which then raises. This one sets both.
+    # Use the older interface, which sets both. After the newer one (``fp32_precision``) torch.compile fails,
+    # because it still reads the older one, which then raises.
     tf32 = dtype == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
 
 
-def _resident(field: str) -> int:
-    """Resident memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its highest."""
+def _resident_bytes(field: str) -> int:
+    """Return the resident memory of this process in bytes: ``VmRSS`` is current, ``VmHWM`` the peak."""
     try:
         status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux: the highest only, and in bytes on macOS
+    except OSError:  # not Linux: only the peak is available, in bytes on macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found is not None
@@ -132,7 +135,7 @@ def _resident(field: str) -> int:
 
 
 def _settle() -> None:
-    """Waits until no thread of this process runs: its CPU clock stands still but for this loop."""
+    """Wait until all threads sleep, that is until the process's CPU time stops advancing."""
     end = time.perf_counter() + SETTLE_SECONDS
     while time.perf_counter() < end:
         before = time.process_time()
@@ -142,7 +145,7 @@ def _settle() -> None:
 
 
 def serve(pipe: Connection, worker: Worker) -> None:
-    """Answers requests until the pipe is closed."""
+    """Serve requests until the pipe is closed."""
     while True:
         try:
             method, *arguments = pipe.recv()
@@ -159,7 +162,7 @@ def serve(pipe: Connection, worker: Worker) -> None:
 
 
 def describe(error: Exception) -> str:
-    """An exception in one line."""
+    """Describe an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

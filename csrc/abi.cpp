@@ -1,4 +1,4 @@
-// The C ABI: checks of what it is given, choice of the instruction set, workspace, and the chain of layers.
+// The C ABI: argument checks, instruction set dispatch and the workspace of each thread.
 #include <pthread.h>
 
 #include <atomic>
@@ -11,8 +11,8 @@
 #include "chain.h"
 #include "dcgan.h"
 #include "engine.h"
-#include "samples.h"
-#include "training.h"
+#include "products.h"
+#include "value_guard.h"
 #include "workspace.h"
 
 namespace dcgan {
@@ -35,7 +35,7 @@ thread_local char message[256] = "";
 
 struct Candidate {
     const Engine* engine;
-    bool (*runs_here)();
+    bool (*is_supported)();
 };
 
 // Best first.
@@ -55,7 +55,7 @@ const Candidate candidates[] = {
 
 const Engine* best() {
     for (const Candidate& candidate : candidates)
-        if (candidate.runs_here()) return candidate.engine;
+        if (candidate.is_supported()) return candidate.engine;
     return &engine_portable;
 }
 
@@ -71,12 +71,12 @@ const Engine& engine() {
     return *current;
 }
 
-const char* names(bool here) {
+const char* isa_names(bool supported) {
     thread_local char lists[2][64];
-    char* const list = lists[here];
+    char* const list = lists[supported];
     list[0] = '\0';
     for (const Candidate& candidate : candidates) {
-        if (here && !candidate.runs_here()) continue;
+        if (supported && !candidate.is_supported()) continue;
         if (list[0] != '\0') std::strcat(list, " ");
         std::strcat(list, candidate.engine->name);
     }
@@ -85,11 +85,11 @@ const char* names(bool here) {
 
 // --- threads ---------------------------------------------------------------------------------------------
 
-// An OpenMP pool does not survive fork(): a child that enters it waits for ever for threads that it lacks.
+// An OpenMP thread pool does not survive fork(): a child that uses it waits forever for missing threads.
 std::atomic<bool> forked{false};
 
-// At load: the pool may be made by others of the process, before the first call.
-[[gnu::constructor]] void watch_forks() {
+// Registered at load time: other code in the process may create the pool before the first call.
+[[gnu::constructor]] void register_fork_handler() {
     pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 }
 
@@ -114,12 +114,14 @@ int check_geometry(const dcgan_layer* layer) {
         case DCGAN_DENSE: {
             if (l.kernel < 1 || l.kernel > 64 || l.padding != 0 || l.stride < 1)
                 return fail(DCGAN_EARGUMENT,
-                            "a dense layer has kernel 1 to 64, padding 0 and a stride; got %d, %d and %d",
+                            "a dense layer needs kernel 1 to 64, padding 0 and stride >= 1; got kernel %d, "
+                            "padding %d, stride %d",
                             l.kernel, l.padding, l.stride);
             const int side = l.transposed ? 1 : l.kernel;
             if (l.height != side || l.width != side)
-                return fail(DCGAN_EARGUMENT, "a dense layer of kernel %d takes a %d×%d map, got %d×%d",
-                            l.kernel, side, side, l.height, l.width);
+                return fail(DCGAN_EARGUMENT,
+                            "a dense layer with kernel %d needs a %d×%d input map, got %d×%d", l.kernel, side,
+                            side, l.height, l.width);
             return 0;
         }
         case DCGAN_DIRECT:
@@ -127,14 +129,15 @@ int check_geometry(const dcgan_layer* layer) {
         case DCGAN_F4:
         case DCGAN_NARROW:
             if (l.kernel != 4 || l.stride != 2 || l.padding != 1)
-                return fail(DCGAN_EARGUMENT,
-                            "algorithm %d takes kernel 4, stride 2, padding 1; got %d, %d and %d",
-                            l.algorithm, l.kernel, l.stride, l.padding);
-            if (!l.transposed && (l.height < 2 || l.width < 2))
                 return fail(
                     DCGAN_EARGUMENT,
-                    "a convolution of kernel 4, stride 2, padding 1 takes a map of 2×2 or more, got %d×%d",
-                    l.height, l.width);
+                    "algorithm %d needs kernel 4, stride 2, padding 1; got kernel %d, stride %d, padding %d",
+                    l.algorithm, l.kernel, l.stride, l.padding);
+            if (!l.transposed && (l.height < 2 || l.width < 2))
+                return fail(DCGAN_EARGUMENT,
+                            "a convolution with kernel 4, stride 2, padding 1 needs an input map of at least "
+                            "2×2, got %d×%d",
+                            l.height, l.width);
             return 0;
         default:
             return fail(DCGAN_EARGUMENT, "algorithm must be from %d to %d, got %d", DCGAN_DENSE, DCGAN_NARROW,
@@ -157,7 +160,7 @@ int check_chain(const dcgan_layer* layers, int count, int64_t images, int thread
         const dcgan_layer &before = layers[i - 1], &l = layers[i];
         if (before.c_out != l.c_in || out_side(before, before.height) != l.height ||
             out_side(before, before.width) != l.width)
-            return fail(DCGAN_EARGUMENT, "layer %d takes [%d, %d, %d], but layer %d gives [%d, %lld, %lld]",
+            return fail(DCGAN_EARGUMENT, "layer %d takes [%d, %d, %d], but layer %d outputs [%d, %lld, %lld]",
                         i, l.c_in, l.height, l.width, i - 1, before.c_out,
                         static_cast<long long>(out_side(before, before.height)),
                         static_cast<long long>(out_side(before, before.width)));
@@ -170,12 +173,12 @@ int check_tensor(const char* name, const dcgan_tensor* t, bool any_strides, int6
     for (const int64_t stride : t->strides)
         if (stride < 0) return fail(DCGAN_EARGUMENT, "%s has a negative stride", name);
     if (!any_strides && channels > 1 && t->strides[1] != 1)
-        return fail(DCGAN_EARGUMENT, "%s must have its channels next to each other, got a stride of %lld",
-                    name, static_cast<long long>(t->strides[1]));
+        return fail(DCGAN_EARGUMENT, "%s must have contiguous channels, got a channel stride of %lld", name,
+                    static_cast<long long>(t->strides[1]));
     return 0;
 }
 
-// The layer as `product` computes it, which is what its algorithm has to fit.
+// Checks the op, and that its algorithm supports `product`.
 int check_op(const dcgan_op* op, int product) {
     if (op == nullptr) return fail(DCGAN_EARGUMENT, "op is null");
     dcgan_layer l = layer_of(*op);
@@ -192,16 +195,16 @@ int check_op(const dcgan_op* op, int product) {
         return fail(DCGAN_EARGUMENT, "center, scale and shift must be given together or not at all");
     if (op->statistics && (op->out_act != DCGAN_NONE || op->out_scale != nullptr || op->out_shift != nullptr))
         return fail(DCGAN_EARGUMENT,
-                    "statistics are of the raw output: out_act, out_scale and out_shift must "
-                    "be absent");
+                    "statistics are those of the raw output: out_act must be none, and out_scale and "
+                    "out_shift must be null");
     const bool narrow = op->algorithm == DCGAN_NARROW;
     if (narrow && product == DCGAN_FPROP && op->transposed && op->statistics)
-        return fail(DCGAN_EARGUMENT, "the narrow transposed convolution gathers no statistics");
+        return fail(DCGAN_EARGUMENT, "the narrow transposed convolution does not compute statistics");
     if (narrow && product == DCGAN_DGRAD && !op->transposed &&
         (op->scale != nullptr || op->in_act != DCGAN_NONE))
-        return fail(DCGAN_EARGUMENT, "the narrow convolution's dgrad has no prologue to differentiate");
+        return fail(DCGAN_EARGUMENT, "dgrad of the narrow convolution does not support a prologue");
     if (op->algorithm == DCGAN_F2 && product == DCGAN_WGRAD)
-        return fail(DCGAN_EARGUMENT, "F(2×2) has no wgrad");
+        return fail(DCGAN_EARGUMENT, "algorithm F(2×2) does not support wgrad");
     return 0;
 }
 
@@ -215,7 +218,7 @@ int check_call(const dcgan_op* op, int product, int64_t images, int threads) {
     return 0;
 }
 
-int check_given(std::initializer_list<std::pair<const char*, const void*>> pointers) {
+int check_not_null(std::initializer_list<std::pair<const char*, const void*>> pointers) {
     for (const auto& [name, pointer] : pointers)
         if (pointer == nullptr) return fail(DCGAN_EARGUMENT, "%s is null", name);
     return 0;
@@ -225,17 +228,18 @@ int check_backward(const dcgan_op& op, const float* y) {
     const bool needs_y =
         op.statistics ? op.dmean != nullptr || op.dvariance != nullptr : op.out_act != DCGAN_NONE;
     if (needs_y && y == nullptr)
-        return fail(DCGAN_EARGUMENT, "y is null, but statistics or out_act tell the gradient from it");
+        return fail(DCGAN_EARGUMENT,
+                    "y is null, but the gradient of the statistics or of out_act is computed from it");
     if (op.statistics && op.dvariance != nullptr && op.mean == nullptr)
-        return fail(DCGAN_EARGUMENT, "mean is null, but dvariance is not");
+        return fail(DCGAN_EARGUMENT, "mean is null, but the gradient of the variance, dvariance, needs it");
     return 0;
 }
 
 thread_local Workspace workspace;
 
-float* work(size_t bytes) {
+float* get_workspace(size_t bytes) {
     float* const memory = workspace.get(bytes);
-    if (memory == nullptr) fail(DCGAN_EMEMORY, "no memory for a workspace of %zu bytes", bytes);
+    if (memory == nullptr) fail(DCGAN_EMEMORY, "cannot allocate a workspace of %zu bytes", bytes);
     return memory;
 }
 
@@ -251,30 +255,30 @@ const char* dcgan_error(void) {
     return message;
 }
 const char* dcgan_isas(void) {
-    return names(true);
+    return isa_names(true);
 }
 const char* dcgan_built(void) {
-    return names(false);
+    return isa_names(false);
 }
 const char* dcgan_isa(void) {
     return engine().name;
 }
 
 int dcgan_use_isa(const char* name) {
-    if (name == nullptr) return fail(DCGAN_EARGUMENT, "the instruction set's name is null");
+    if (name == nullptr) return fail(DCGAN_EARGUMENT, "the name of the instruction set is null");
     for (const Candidate& candidate : candidates) {
         if (std::strcmp(candidate.engine->name, name) != 0) continue;
-        if (!candidate.runs_here())
-            return fail(DCGAN_EISA, "this machine does not run %s, but: %s", name, names(true));
+        if (!candidate.is_supported())
+            return fail(DCGAN_EISA, "this machine does not run %s, but: %s", name, isa_names(true));
         chosen.store(candidate.engine);
         return 0;
     }
-    return fail(DCGAN_EISA, "instruction set must be one of: %s; got %s", names(true), name);
+    return fail(DCGAN_EISA, "instruction set must be one of: %s; got %s", isa_names(true), name);
 }
 
-int dcgan_limit_threads(int most) {
-    if (most < 0) return fail(DCGAN_EARGUMENT, "most must not be negative, got %d", most);
-    thread_limit = most;
+int dcgan_limit_threads(int limit) {
+    if (limit < 0) return fail(DCGAN_EARGUMENT, "limit must not be negative, got %d", limit);
+    thread_limit = limit;
     return 0;
 }
 
@@ -315,7 +319,7 @@ int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_
 
     if (forked) threads = 1;
     const Chain chain(engine(), layers, count, images, threads);
-    float* const memory = work(chain.bytes());
+    float* const memory = get_workspace(chain.bytes());
     if (memory == nullptr) return DCGAN_EMEMORY;
     chain.run(*x, *y, memory);
     return 0;
@@ -334,13 +338,13 @@ int dcgan_op_supports(const dcgan_op* op, int product) {
 int dcgan_fprop(const dcgan_op* op, int64_t images, const float* x, const float* weight,
                 const int64_t strides[4], float* y, float* mean, float* variance, int threads) {
     if (const int code = check_call(op, DCGAN_FPROP, images, threads)) return code;
-    if (const int code = check_given({{"x", x}, {"weight", weight}, {"strides", strides}, {"y", y}}))
+    if (const int code = check_not_null({{"x", x}, {"weight", weight}, {"strides", strides}, {"y", y}}))
         return code;
     if (op->statistics)
-        if (const int code = check_given({{"mean", mean}, {"variance", variance}})) return code;
+        if (const int code = check_not_null({{"mean", mean}, {"variance", variance}})) return code;
     if (images == 0) return 0;
     const Product product(engine(), *op, false, images, forked ? 1 : threads);
-    float* const memory = work(product.bytes());
+    float* const memory = get_workspace(product.bytes());
     if (memory == nullptr) return DCGAN_EMEMORY;
     product.run({x, nullptr, nullptr, y, {mean, variance, nullptr}}, weight, strides, memory);
     return 0;
@@ -350,18 +354,19 @@ int dcgan_dgrad(const dcgan_op* op, int64_t images, const float* dy, const float
                 const int64_t strides[4], const float* x, float* dx, float* dcenter, float* dscale,
                 float* dshift, int threads) {
     if (const int code = check_call(op, DCGAN_DGRAD, images, threads)) return code;
-    if (const int code = check_given({{"dy", dy}, {"weight", weight}, {"strides", strides}, {"dx", dx}}))
+    if (const int code = check_not_null({{"dy", dy}, {"weight", weight}, {"strides", strides}, {"dx", dx}}))
         return code;
     if (const int code = check_backward(*op, y)) return code;
     if ((op->scale != nullptr || op->in_act != DCGAN_NONE) && x == nullptr)
-        return fail(DCGAN_EARGUMENT, "x is null, but the prologue's derivative is told from it");
+        return fail(DCGAN_EARGUMENT, "x is null, but the derivative of the prologue is computed from it");
     if ((dcenter == nullptr) != (dscale == nullptr) || (dcenter == nullptr) != (dshift == nullptr))
         return fail(DCGAN_EARGUMENT, "dcenter, dscale and dshift must be given together or not at all");
     if (dcenter != nullptr && op->scale == nullptr)
-        return fail(DCGAN_EARGUMENT, "dcenter, dscale and dshift are asked for, but there is no prologue");
+        return fail(DCGAN_EARGUMENT,
+                    "dcenter, dscale and dshift must be null without center, scale and shift");
     if (images == 0) return 0;
     const Product product(engine(), *op, true, images, forked ? 1 : threads);
-    float* const memory = work(product.bytes());
+    float* const memory = get_workspace(product.bytes());
     if (memory == nullptr) return DCGAN_EMEMORY;
     product.run({dy, y, x, dx, {dcenter, dscale, dshift}}, weight, strides, memory);
     return 0;
@@ -371,29 +376,28 @@ int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float*
                 float* dweight, const int64_t strides[4], const float* weight,
                 const int64_t weight_strides[4], float* dout_scale, int threads) {
     if (const int code = check_call(op, DCGAN_WGRAD, images, threads)) return code;
-    if (const int code = check_given({{"x", x}, {"dy", dy}, {"dweight", dweight}, {"strides", strides}}))
+    if (const int code = check_not_null({{"x", x}, {"dy", dy}, {"dweight", dweight}, {"strides", strides}}))
         return code;
     if (const int code = check_backward(*op, y)) return code;
     if (dout_scale != nullptr) {
         if (op->statistics)
-            return fail(DCGAN_EARGUMENT,
-                        "dout_scale is asked for, but with statistics there is no out_scale");
-        if (const int code = check_given({{"weight", weight}, {"weight_strides", weight_strides}}))
+            return fail(DCGAN_EARGUMENT, "dout_scale must be null with statistics, which exclude out_scale");
+        if (const int code = check_not_null({{"weight", weight}, {"weight_strides", weight_strides}}))
             return code;
     }
-    if (images == 0) return 0;  // dweight stays as it is
+    if (images == 0) return 0;  // dweight is left unchanged
     if (forked) threads = 1;
     const dcgan_layer layer = layer_of(*op);
-    dcgan_op by = *op;
-    if (dout_scale != nullptr) by.out_scale = nullptr;  // by e first
-    GradientJob job{&layer, source_of_x(by, x), {}, static_cast<long>(images), dweight, strides};
-    // The prologue's kind decides how much memory it takes; its vectors are in front of that.
+    dcgan_op unscaled = *op;
+    if (dout_scale != nullptr) unscaled.out_scale = nullptr;  // dweight is first computed from e
+    GradientJob job{&layer, source_of_x(unscaled, x), {}, static_cast<long>(images), dweight, strides};
+    // The workspace depends on the kind of prologue; the prologue's vectors precede it.
     const size_t vectors = (static_cast<size_t>(3 * op->c_out) + 15) / 16 * 16;
-    job.du = source_of_du(by, images, dy, y, nullptr);
-    float* const memory =
-        work((vectors + static_cast<size_t>(engine().gradient_memory(job, threads))) * sizeof(float));
+    job.du = source_of_du(unscaled, images, dy, y, nullptr);
+    float* const memory = get_workspace(
+        (vectors + static_cast<size_t>(engine().gradient_memory(job, threads))) * sizeof(float));
     if (memory == nullptr) return DCGAN_EMEMORY;
-    job.du = source_of_du(by, images, dy, y, memory);
+    job.du = source_of_du(unscaled, images, dy, y, memory);
     engine().gradient(job, threads, memory + vectors);
     if (dout_scale != nullptr)
         engine().scale_gradient(layer, weight, weight_strides, dweight, strides, threads, dout_scale);
@@ -402,20 +406,22 @@ int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float*
 
 int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, const float* y,
                          float* dout_shift, int threads) {
-    if (const int code = check_call(op, DCGAN_FPROP, images, threads)) return code;  // by no algorithm
+    // This sum involves no algorithm; DCGAN_FPROP only selects the argument checks.
+    if (const int code = check_call(op, DCGAN_FPROP, images, threads)) return code;
     if (op->statistics)
-        return fail(DCGAN_EARGUMENT, "dout_shift is asked for, but with statistics there is no out_shift");
-    if (const int code = check_given({{"dy", dy}, {"dout_shift", dout_shift}})) return code;
+        return fail(DCGAN_EARGUMENT, "an op with statistics has no out_shift, hence no dout_shift");
+    if (const int code = check_not_null({{"dy", dy}, {"dout_shift", dout_shift}})) return code;
     if (const int code = check_backward(*op, y)) return code;
     if (images == 0) return 0;
     if (forked) threads = 1;
     const dcgan_layer layer = layer_of(*op);
-    dcgan_op by = *op;
-    by.out_scale = nullptr;
-    const Source e = source_of_du(by, images, dy, y, nullptr);
+    dcgan_op unscaled = *op;
+    unscaled.out_scale = nullptr;
+    const Source e = source_of_du(unscaled, images, dy, y, nullptr);
     const long pixels =
         static_cast<long>(images * out_side(layer, layer.height) * out_side(layer, layer.width));
-    float* const memory = work(static_cast<size_t>(engine().shift_memory(e, pixels)) * sizeof(float));
+    float* const memory =
+        get_workspace(static_cast<size_t>(engine().shift_memory(e, pixels)) * sizeof(float));
     if (memory == nullptr) return DCGAN_EMEMORY;
     engine().shift_gradient(e, pixels, threads, memory, dout_shift);
     return 0;
@@ -424,9 +430,10 @@ int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, co
 int dcgan_differ(const dcgan_pair* pairs, int count, int lines) {
     if (count < 0) return fail(DCGAN_EARGUMENT, "count must not be negative, got %d", count);
     if (lines < 1) return fail(DCGAN_EARGUMENT, "lines must be positive, got %d", lines);
-    if (const int code = count > 0 ? check_given({{"pairs", pairs}}) : 0) return code;
+    if (const int code = count > 0 ? check_not_null({{"pairs", pairs}}) : 0) return code;
     for (int i = 0; i < count; ++i) {
-        if (const int code = check_given({{"now", pairs[i].now}, {"before", pairs[i].before}})) return code;
+        if (const int code = check_not_null({{"now", pairs[i].now}, {"before", pairs[i].before}}))
+            return code;
         if (pairs[i].bytes < 0)
             return fail(DCGAN_EARGUMENT, "bytes must not be negative, got %lld",
                         static_cast<long long>(pairs[i].bytes));

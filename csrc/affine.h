@@ -1,10 +1,10 @@
-// The gradients of an epilogue's shift and scale, of e = dy·act'(y):
+// The gradients of an epilogue's shift and scale, from e = dy·act'(y):
 //
 //     dshift[c] = Σ e          over all pixels
 //     dscale[c] = Σ e·u = Σ_k weight[c][k]·dweight[c][k]
 //
-// where dweight is the gradient of the weights that e gives: u[c] = Σ_k weight[c][k]·x̂[k] is linear in the
-// weights, and so need not be computed again. That is exact where the scale is 0, too.
+// where dweight is the weight gradient computed from e. Since u[c] = Σ_k weight[c][k]·x̂[k] is linear in the
+// weights, u need not be recomputed. This also holds where the scale is 0.
 #pragma once
 
 #include "prologue.h"
@@ -12,11 +12,11 @@
 
 namespace dcgan::DCGAN_ISA {
 
-// Column sums over the map as one long row of floats, cut into lines of whole pixels: in float within a unit
-// of some lines, in double over the units.
+// Column sums of the map, viewed as rows ("lines") of whole pixels. Sums within a unit of work are float32,
+// sums over the units float64.
 struct ShiftGradient {
-    static constexpr long LINE = 64;    // floats of a line, or more: few channels fill no vector
-    static constexpr long DEPTH = 128;  // lines of a unit
+    static constexpr long LINE = 64;    // minimum floats per line, so that few channels still fill vectors
+    static constexpr long DEPTH = 128;  // lines per unit
 
     const Source& e;
     long floats, line, stride, units;
@@ -33,7 +33,7 @@ struct ShiftGradient {
     void run(int threads, float* memory, float* dshift) const {
         parallel(units, threads, nullptr, 0, [&](long unit, Scratch) {
             const long begin = unit * DEPTH * line;
-            const Range range{begin, least(floats, begin + DEPTH * line)};
+            const Range range{begin, min(floats, begin + DEPTH * line)};
             float* const sums = memory + unit * stride;
             switch (e.act) {
                 case DCGAN_RELU:
@@ -59,13 +59,13 @@ struct ShiftGradient {
 
     template <int ACT>
     void add(Range range, float* sums) const {
-        const Source s = e;  // a copy, which the stores cannot alias
+        const Source s = e;  // a local copy, which the stores cannot alias
         const vec slope = splat(s.slope);
         std::memset(sums, 0, static_cast<size_t>(stride) * sizeof(float));
         for (long at = range.begin; at < range.end; at += line) {
-            const long columns = least(line, range.end - at);
+            const long columns = min(line, range.end - at);
             for (long i = 0; i < columns; i += LANES) {
-                const long count = least(LANES, columns - i);
+                const long count = min(LANES, columns - i);
                 vec term = load(s.t + at + i, count);
                 if constexpr (ACT != DCGAN_NONE)
                     term = derivative<ACT>(term, load(s.y + at + i, count), slope);
@@ -75,7 +75,7 @@ struct ShiftGradient {
     }
 };
 
-// dscale of a layer from its weights and their gradient by e, which becomes that by e·scale.
+// Computes a layer's dscale from the weights and the weight gradient by e, and scales the latter in place.
 struct ScaleGradient {
     const dcgan_layer& l;
     const Weights w, d;
@@ -85,10 +85,10 @@ struct ScaleGradient {
                   const int64_t gradient_strides[4])
         : l(layer), w(layer, weight, strides), d(layer, gradient, gradient_strides), dweight(gradient) {}
 
-    // A unit is a vector's worth of output channels, which is gone through as memory has it.
+    // A unit of work is one vector of output channels, read in memory order.
     void run(int threads, float* dscale) const {
         parallel(ceil_div(l.c_out, LANES), threads, nullptr, 0, [&](long unit, Scratch) {
-            const Range channels{unit * LANES, least(l.c_out, (unit + 1) * LANES)};
+            const Range channels{unit * LANES, min(l.c_out, (unit + 1) * LANES)};
             if (w.out == 1 && d.out == 1)
                 by_lane(channels, dscale);
             else
@@ -101,17 +101,17 @@ struct ScaleGradient {
         const vec scale = l.scale == nullptr ? splat(1.0f) : load(l.scale + channels.begin, count);
         vec sum{};
         for (long i = 0; i < l.c_in; ++i) {
-            vec of_taps{};
+            vec tap_sum{};
             for (long y = 0; y < l.kernel; ++y)
-                for (long x = 0; x < l.kernel; ++x) of_taps += product(i, channels.begin, y, x, count, scale);
-            sum += of_taps;
+                for (long x = 0; x < l.kernel; ++x) tap_sum += product(i, channels.begin, y, x, count, scale);
+            sum += tap_sum;
         }
         store(dscale + channels.begin, sum, count);
     }
 
     void by_channel(Range channels, float* dscale) const {
         const long k = l.kernel;
-        const bool inputs = w.in == 1 && d.in == 1;  // next to each other; or else, are the taps?
+        const bool inputs = w.in == 1 && d.in == 1;  // input channels are contiguous; otherwise, are taps?
         const bool taps = w.column == 1 && d.column == 1 && w.row == k && d.row == k;
         vec sums[LANES] = {};
         for (long i = 0; i < (inputs ? k * k : l.c_in); ++i)
@@ -134,13 +134,13 @@ struct ScaleGradient {
         }
     }
 
-    // Σ weight·dweight over `count` elements in a row, by lane; dweight is scaled.
+    // Returns Σ weight·dweight over `count` contiguous elements, per lane, and scales dweight in place.
     DCGAN_INLINE vec product(long c_in, long c_out, long y, long x, long count, vec scale) const {
         const float* const from = w.data + w.at(c_in, c_out, y, x);
         float* const to = dweight + d.at(c_in, c_out, y, x);
         vec sum{};
         for (long i = 0; i < count; i += LANES) {
-            const long here = least(LANES, count - i);
+            const long here = min(LANES, count - i);
             const vec gradient = load(to + i, here);
             sum += load(from + i, here) * gradient;
             store(to + i, gradient * scale, here);

@@ -10,13 +10,13 @@
 namespace dcgan {
 namespace {
 
-// Of packed weights: what is beyond this is read from memory at every pass.
+// Packed weights larger than this do not stay in L3: every block reads them from memory.
 constexpr int64_t HEAVY_BYTES = 16 << 20;
-// Of activations between groups, and within one.
+// Target sizes of a block's activations between groups, and within a group.
 constexpr int64_t OUTER_BYTES = 16 << 20, INNER_BYTES = 6 << 20;
 constexpr int64_t FLOAT = sizeof(float);
 
-size_t lines(int64_t floats) {
+size_t whole_lines(int64_t floats) {
     return static_cast<size_t>((floats + 15) / 16 * 16);
 }
 
@@ -24,7 +24,7 @@ int64_t out_floats(const dcgan_layer& l) {
     return l.c_out * out_side(l, l.height) * out_side(l, l.width);
 }
 
-// The images of a block such that `floats` an image fit `bytes`, and that blocks are of nearly equal size.
+// Images per block, so that blocks of `floats` per image fit into `bytes` and are nearly equal in size.
 int64_t block_of(int64_t images, int64_t floats, int64_t bytes) {
     if (floats == 0 || images == 0) return images;
     const int64_t fit = std::max<int64_t>(1, bytes / FLOAT / floats);
@@ -46,7 +46,7 @@ View from_image(View v, int64_t image) {
     return v;
 }
 
-// The layer with its bias and BatchNorm as a scale and a shift, which go to `affine` (2·size floats).
+// Folds the layer's bias and BatchNorm into a scale and a shift, written to `affine` (2·size floats).
 dcgan_layer fold(const dcgan_layer& l, float* affine, size_t size) {
     if (l.bias == nullptr && l.mean == nullptr) return l;
     float *const scale = affine, *const shift = affine + size;
@@ -89,7 +89,7 @@ Chain::Chain(const Engine& engine, const dcgan_layer* layers, int count, int64_t
     for (int g = 0; g + 1 < group_count_; ++g)
         outer[g % 2] = std::max(outer[g % 2], out_floats(layers[groups_[g].end - 1]));
     block_ = block_of(images, outer[0] + outer[1], OUTER_BYTES);
-    for (int i = 0; i < 2; ++i) outer_[i] = lines(outer[i] * block_);
+    for (int i = 0; i < 2; ++i) outer_[i] = whole_lines(outer[i] * block_);
 
     for (int g = 0; g < group_count_; ++g) {
         Group& group = groups_[g];
@@ -100,15 +100,16 @@ Chain::Chain(const Engine& engine, const dcgan_layer* layers, int count, int64_t
         group.block = block_of(block_, floats, INNER_BYTES / threads);
         const int64_t blocks = group.block == 0 ? 0 : (block_ + group.block - 1) / group.block;
         const int64_t rounds = (blocks + threads - 1) / threads;
-        group.apart = threads > 1 && blocks >= threads && 4 * blocks >= 3 * rounds * threads;
-        if (!group.apart) group.block = block_of(block_, floats, INNER_BYTES);
-        for (int i = 0; i < 2; ++i) group.inner[i] = lines(inner[i] * group.block);
-        inner_ = std::max(inner_,
-                          (group.inner[0] + group.inner[1]) * static_cast<size_t>(group.apart ? threads : 1));
+        group.per_thread = threads > 1 && blocks >= threads && 4 * blocks >= 3 * rounds * threads;
+        if (!group.per_thread) group.block = block_of(block_, floats, INNER_BYTES);
+        for (int i = 0; i < 2; ++i) group.inner[i] = whole_lines(inner[i] * group.block);
+        inner_ = std::max(
+            inner_, (group.inner[0] + group.inner[1]) * static_cast<size_t>(group.per_thread ? threads : 1));
         for (int i = group.begin; i < group.end; ++i) {
             const Job job{layers + i, {}, {}, static_cast<long>(group.block)};
-            scratch_ = std::max(scratch_, lines(engine.scratch_size(job, group.apart ? 1 : threads)));
-            affine_ = std::max(affine_, lines(layers[i].c_out));
+            scratch_ =
+                std::max(scratch_, whole_lines(engine.scratch_size(job, group.per_thread ? 1 : threads)));
+            affine_ = std::max(affine_, whole_lines(layers[i].c_out));
         }
     }
 }
@@ -150,8 +151,8 @@ void Chain::run(const Group& group, const View& x, const View& y, int64_t images
                   scratch + static_cast<size_t>(thread) * scratch_, folded);
     };
 #ifdef _OPENMP
-    if (group.apart) {
-#pragma omp parallel for schedule(dynamic) num_threads(running(threads_))
+    if (group.per_thread) {
+#pragma omp parallel for schedule(dynamic) num_threads(effective_threads(threads_))
         for (int64_t i = 0; i < blocks; ++i) block(i, 1, omp_get_thread_num());
         return;
     }

@@ -1,19 +1,18 @@
-// The C ABI of the native engine: DCGAN's convolutions on a CPU, inference and training, float32.
+// The C ABI of the native engine: DCGAN's convolutions on a CPU, for inference and training, in float32.
 //
 //     y = act((conv(x, weight) + bias[c] - mean[c])·scale[c]/√(variance[c] + epsilon) + shift[c])
 //
-// (a BatchNorm in eval mode is that; without one, mean and variance are null)
-// for the convolutions and transposed convolutions of kernel 4, stride 2, padding 1, and for the layers on a
-// 1×1 map (kernel k, padding 0, where input or output is one pixel), which are matrix products. A chain of
-// such layers runs in one call, over blocks of images, so that what is between two layers is small and is
-// reused.
+// This is a convolution followed by a BatchNorm in eval mode; without a BatchNorm, mean and variance are
+// null. Supported are convolutions and transposed convolutions with kernel 4, stride 2 and padding 1, and
+// layers whose input or output is a 1×1 map (kernel k, padding 0), which are matrix products. A chain of such
+// layers runs in one call, block of images by block of images, so that activations stay in cache.
 //
-// Maps are NHWC: channels next to each other, other strides free. The first layer's input, where it has few
-// channels (DCGAN_NARROW of a convolution), and the last layer's output, where it has few
-// (DCGAN_NARROW of a transposed one), may have any strides.
+// Maps are NHWC: channels are contiguous, the other strides are arbitrary. All strides are arbitrary for the
+// first layer's input if that layer is a DCGAN_NARROW convolution, and for the last layer's output if that
+// layer is a DCGAN_NARROW transposed convolution.
 //
-// Every function that can fail returns 0 or a negative DCGAN_E..., and dcgan_error() then says what was
-// wrong, on the calling thread. Calls from several threads at once are independent.
+// Every function that can fail returns a negative DCGAN_E... code on failure; dcgan_error() then describes
+// the error to the calling thread. Functions may be called from several threads concurrently.
 #pragma once
 
 #include <stddef.h>
@@ -28,11 +27,11 @@ extern "C" {
 enum { DCGAN_ABI = 3 };
 
 enum dcgan_algorithm {
-    DCGAN_DENSE = 0,   // a matrix product: a layer on a 1×1 map
+    DCGAN_DENSE = 0,   // matrix product, for layers on a 1×1 map
     DCGAN_DIRECT = 1,  // polyphase implicit GEMM: 2×2 taps for each output parity (16 taps for a convolution)
-    DCGAN_F2 = 2,      // the same 2×2 convolutions by Winograd F(2×2, 2×2): 9 products for 16
-    DCGAN_F4 = 3,      // by Winograd F(4×4, 2×2): 25 products for 64
-    DCGAN_NARROW = 4,  // few channels on one side (1 or 3): all taps of a pixel are one panel of a GEMM
+    DCGAN_F2 = 2,      // the same 2×2 convolutions by Winograd F(2×2, 2×2): 9 products instead of 16
+    DCGAN_F4 = 3,      // by Winograd F(4×4, 2×2): 25 products instead of 64
+    DCGAN_NARROW = 4,  // few channels on one side (1 or 3): all taps of a pixel form one panel of a GEMM
 };
 
 enum dcgan_activation {
@@ -44,9 +43,9 @@ enum dcgan_activation {
 };
 
 enum {
-    DCGAN_EARGUMENT = -1,  // an argument is out of its range, or a pointer is null
-    DCGAN_EMEMORY = -2,    // no memory for the workspace
-    DCGAN_EISA = -3,       // this machine, or this build, lacks the instruction set
+    DCGAN_EARGUMENT = -1,  // an argument is out of range, or a pointer is null
+    DCGAN_EMEMORY = -2,    // the workspace cannot be allocated
+    DCGAN_EISA = -3,       // this machine or this build does not support the instruction set
 };
 
 typedef struct {
@@ -62,7 +61,7 @@ typedef struct {
     const float* bias;      // [c_out], or null for 0
     const float* scale;     // [c_out], or null for 1
     const float* shift;     // [c_out], or null for 0
-    const float* mean;      // [c_out], or null for 0 and 1: only both or neither
+    const float* mean;      // [c_out], or null for 0 (and variance 1); give both or neither
     const float* variance;  // [c_out]
 } dcgan_layer;
 
@@ -74,31 +73,31 @@ typedef struct {
 int dcgan_abi(void);
 const char* dcgan_error(void);
 
-// The instruction sets of this build that this machine runs, best first, as one string: "avx2 portable".
+// The instruction sets of this build that this machine supports, best first, in one string: "avx2 portable".
 const char* dcgan_isas(void);
-// Those of this build, whether this machine runs them or not.
+// All instruction sets of this build, including those that this machine does not support.
 const char* dcgan_built(void);
-// The one in use; dcgan_use_isa(name) makes another, and packed weights of the one before invalid.
+// The instruction set in use. Selecting another with dcgan_use_isa(name) invalidates all packed weights.
 const char* dcgan_isa(void);
 int dcgan_use_isa(const char* name);
 
-// Whether the layer's geometry and algorithm go together: 0, or an error that says why not.
+// Returns 0 if the algorithm supports the layer's geometry, otherwise an error that says why not.
 int dcgan_supports(const dcgan_layer* layer);
-// Floats that the layer's weights take, packed; negative for an error.
+// The size of the layer's packed weights in floats, or a negative error code.
 int64_t dcgan_packed_size(const dcgan_layer* layer);
 // Packs weight ([C_out, C_in, k, k], or [C_in, C_out, k, k] if transposed; strides in floats).
 int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t strides[4], float* packed,
                int threads);
 
-// The most threads that later calls of this thread run on, whatever `threads` says: that decides how their
-// work is cut, and so the order of sums. 0 for no limit.
-int dcgan_limit_threads(int most);
+// Limits the number of threads that later calls from this thread run on, 0 for no limit. Their `threads`
+// argument still decides how the work is partitioned, hence the order of summation.
+int dcgan_limit_threads(int limit);
 
 // --- training ---
 //
-// One layer, forward and backward; maps are contiguous NHWC.
+// The forward and backward pass of one layer; maps are contiguous NHWC.
 //
-//     x̂ = in_act((x - center[c])·scale[c] + shift[c])     prologue; without the three, x̂ = in_act(x)
+//     x̂ = in_act((x - center[c])·scale[c] + shift[c])     prologue; if all three are null, x̂ = in_act(x)
 //     u = conv(x̂, weight)                                 the zero padding pads x̂, not x
 //     statistics: y = u;  mean[c], variance[c] (biased) of u over all pixels
 //     otherwise:  y = out_act(u·out_scale[c] + out_shift[c])
@@ -110,10 +109,10 @@ int dcgan_limit_threads(int most);
 //     dweight = wgrad(x̂, du)
 //     e = dy·out_act'(y);  dout_shift[c] = Σ e;  dout_scale[c] = Σ e·u    without statistics
 //
-// Nothing is packed beforehand: weights are transformed in the call, since in training each version of them
-// is used a few times only.
+// There is no prepacking: weights are packed inside the call, since in training each version of the weights
+// is used only a few times.
 typedef struct {
-    int32_t transposed;  // of the layer, whichever of its three products is asked for
+    int32_t transposed;  // of the layer, for all three of its products
     int32_t algorithm;   // enum dcgan_algorithm of that product
     int32_t c_in, c_out;
     int32_t height, width;  // of x
@@ -121,26 +120,26 @@ typedef struct {
     int32_t in_act;   // none, relu or leaky_relu
     int32_t out_act;  // none with statistics
     int32_t statistics;
-    float slope;                            // of either leaky_relu
-    const float *center, *scale, *shift;    // [c_in], all or none
-    const float *out_scale, *out_shift;     // [c_out], or null for 1 and 0; not with statistics
-    const float *mean, *dmean, *dvariance;  // [c_out], of a backward with statistics; null for 0
+    float slope;                            // of leaky_relu, as in_act and as out_act
+    const float *center, *scale, *shift;    // [c_in]; give all or none
+    const float *out_scale, *out_shift;     // [c_out], or null for 1 and 0; null with statistics
+    const float *mean, *dmean, *dvariance;  // [c_out], for the backward pass with statistics; null for 0
 } dcgan_op;
 
-// Whether the layer and the algorithm of that product go together: 0, or an error that says why not.
+// Returns 0 if the algorithm supports this product of the layer, otherwise an error that says why not.
 enum dcgan_product { DCGAN_FPROP = 0, DCGAN_DGRAD = 1, DCGAN_WGRAD = 2 };
 int dcgan_op_supports(const dcgan_op* op, int product);
 
 // weight and dweight: [C_out, C_in, k, k], or [C_in, C_out, k, k] if transposed; strides in floats.
-// mean and variance: [c_out], written where op->statistics.
+// mean and variance: [c_out], written if op->statistics is set.
 int dcgan_fprop(const dcgan_op* op, int64_t images, const float* x, const float* weight,
                 const int64_t strides[4], float* y, float* mean, float* variance, int threads);
-// y: the forward's, where statistics or out_act tell the gradient from it. x: the forward's, where in_act or
-// the prologue is. dcenter, dscale, dshift: [c_in], or all null.
+// y: the saved output of the forward pass, needed with gradients of the statistics or with out_act. x: the
+// saved input, needed with in_act or center, scale, shift. dcenter, dscale, dshift: [c_in], or all null.
 int dcgan_dgrad(const dcgan_op* op, int64_t images, const float* dy, const float* y, const float* weight,
                 const int64_t strides[4], const float* x, float* dx, float* dcenter, float* dscale,
                 float* dshift, int threads);
-// dout_scale: [c_out], or null; weight, in its strides, is looked at where it is wanted only.
+// dout_scale: [c_out], or null. weight and weight_strides are read only if dout_scale is not null.
 int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float* dy, const float* y,
                 float* dweight, const int64_t strides[4], const float* weight,
                 const int64_t weight_strides[4], float* dout_scale, int threads);
@@ -150,27 +149,27 @@ int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, co
 
 // --- inference ---
 //
-// Runs the chain on `images` images. In a forked child it runs on one thread, whatever `threads` says.
+// Runs the chain on `images` images. In a forked child process it runs on one thread, whatever `threads` is.
 int dcgan_run(const dcgan_layer* layers, int count, int64_t images, const dcgan_tensor* x,
               const dcgan_tensor* y, int threads);
-// Bytes of workspace that dcgan_run takes for this: no more for 1,000 images than for one block of them.
+// The workspace of dcgan_run in bytes. It is bounded by one block of images, however many images there are.
 int64_t dcgan_workspace(const dcgan_layer* layers, int count, int64_t images, int threads);
-// Gives the calling thread's workspace back to the system.
+// Frees the calling thread's workspace.
 void dcgan_release(void);
 
-// Memory as it is now and a copy of it from before.
+// A region of memory and an earlier copy of it.
 typedef struct {
     const void *now, *before;
     int64_t bytes;
 } dcgan_pair;
 
-// 1 if a pair differs, else 0. Of each pair `lines` lines of 64 bytes are compared, at random places that are
-// others at every call, or all of a pair that is no larger: changes to a share f of a pair's lines are missed
-// with probability (1 - f)^lines.
+// Returns 1 if a pair differs, otherwise 0. Compares `lines` random 64-byte lines of each pair, different
+// ones in every call, or the whole pair if it has no more lines than that. A change to a fraction f of a
+// pair's lines is missed with probability (1 - f)^lines.
 int dcgan_differ(const dcgan_pair* pairs, int count, int lines);
 
-// Multiply-adds a second that `threads` threads reach with every operand in a register: the roof of any
-// kernel that does a convolution's arithmetic directly.
+// Multiply-adds per second on `threads` threads with all operands in registers: the peak for any kernel that
+// does the arithmetic of the direct convolution.
 double dcgan_peak(int threads, double seconds);
 
 #pragma GCC visibility pop

@@ -1,9 +1,9 @@
-// Layers on a 1×1 map, which are one matrix product.
+// Layers whose input or output is a 1×1 map: one matrix product.
 //
 //     up:   x [N, C_in, 1, 1]  → y [N, C_out, k, k]:  A [N, C_in] times B [C_in, k·k·C_out]
 //     down: x [N, C_in, k, k]  → y [N, C_out, 1, 1]:  A [N, k·k·C_in] times B [k·k·C_in, C_out]
 //
-// Columns of `up` are [ky][kx][C_out], each pixel's channels padded to a panel.
+// The columns of `up` are [ky][kx][C_out]; the channels of each pixel are padded to whole panels.
 #pragma once
 
 #include "epilogue.h"
@@ -22,7 +22,7 @@ struct Dense {
     static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
         const Gemm g = shape(l);
         const long per_pixel = round_up(l.c_out, PANEL) / PANEL;
-        if (l.transposed && l.kernel == 4) {  // all 16 pixels' taps of a few channels at once
+        if (l.transposed && l.kernel == 4) {  // packs all 16 taps of a panel of channels at once
             parallel(per_pixel, threads, nullptr, 0, [&](long panel, Scratch) {
                 float taps[4][4][PANEL];
                 for (long k = 0; k < l.c_in; ++k) {
@@ -51,40 +51,41 @@ struct Dense {
         return split(job.images, 96, shape(*job.layer).panels(), 1, threads, true);
     }
 
-    // A wide `up` layer is done a few panels at a time: the sums stay in L1.
-    static constexpr long PASS = 4;
+    // Panels per GEMM call: the sums of a wide `up` layer stay in L1.
+    static constexpr long PANEL_GROUP = 4;
 
     static long scratch_size(const Job& job, int threads) {
         const Split s = plan(job, threads);
-        return round_up(2 * s.most_rows * shape(*job.layer).taps, 16) + s.most_rows * odd_lines(PASS * PANEL);
+        return round_up(2 * s.max_rows * shape(*job.layer).taps, 16) +
+               s.max_rows * odd_lines(PANEL_GROUP * PANEL);
     }
 
     static void run(const Job& job, int threads, float* scratch, long scratch_stride) {
         const dcgan_layer& l = *job.layer;
         const Gemm g = shape(l);
         const Split s = plan(job, threads);
-        const long per_pixel = round_up(l.c_out, PANEL) / PANEL, c_stride = odd_lines(PASS * PANEL);
+        const long per_pixel = round_up(l.c_out, PANEL) / PANEL, c_stride = odd_lines(PANEL_GROUP * PANEL);
         with_epilogue(job, [&](const auto& epilogue) {
-            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
+            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch local) {
                 const Unit u = unit(s, index);
                 const auto& sink = epilogue.unit(index);
                 const long m = u.rows.size();
-                const float** const rows = own.pointers(m * g.taps);
-                float* const sums = own.floats(m * c_stride);
+                const float** const rows = local.pointers(m * g.taps);
+                float* const sums = local.floats(m * c_stride);
                 for (long tap = 0; tap < g.taps; ++tap)
                     for (long i = 0; i < m; ++i)
                         rows[tap * m + i] = job.x.data + (u.rows.begin + i) * job.x.n +
                                             tap / l.width * job.x.h + tap % l.width * job.x.w;
-                for (long first = u.panels.begin; first < u.panels.end; first += PASS) {
-                    const long last = least(first + PASS, u.panels.end);
+                for (long first = u.panels.begin; first < u.panels.end; first += PANEL_GROUP) {
+                    const long last = min(first + PANEL_GROUP, u.panels.end);
                     gemm(g, rows, m, l.weights, first, last, sums, c_stride);
                     for (long panel = first; panel < last; ++panel) {
                         const long pixel = panel / per_pixel, c = panel % per_pixel * PANEL;
-                        put_pixels(sink, sums + (panel - first) * PANEL, c_stride, m, c,
-                                   least(c + PANEL, l.c_out), [&](long i) {
-                                       return job.y.data + (u.rows.begin + i) * job.y.n +
-                                              pixel / l.kernel * job.y.h + pixel % l.kernel * job.y.w;
-                                   });
+                        store_pixels(sink, sums + (panel - first) * PANEL, c_stride, m, c,
+                                     min(c + PANEL, l.c_out), [&](long i) {
+                                         return job.y.data + (u.rows.begin + i) * job.y.n +
+                                                pixel / l.kernel * job.y.h + pixel % l.kernel * job.y.w;
+                                     });
                     }
                 }
             });

@@ -1,4 +1,4 @@
-// Polyphase implicit GEMM for k4 s2 p1: rows are output pixels, gathered through pointers; nothing is copied.
+// Polyphase implicit GEMM for k4 s2 p1: a row of A is an output pixel's window, read in place by pointers.
 //
 //     up:   four products, one for each output parity, of 2×2 taps      M = N·H·W,     K = 4·C_in
 //     down: one product of 4×4 taps                                     M = N·H·W / 4, K = 16·C_in
@@ -20,7 +20,7 @@ struct Direct {
 
     static long packed_size(const dcgan_layer& l) { return groups(l) * shape(l).size(); }
 
-    // Weight row of tap row i in parity a, and the input row it reads for output row p of that parity.
+    // The kernel row of tap row i in parity a, and the input row that it reads for output row p.
     static long kernel_row(const dcgan_layer& l, long a, long i) {
         return l.transposed ? tap_row(true, a, i) : i;
     }
@@ -53,8 +53,8 @@ struct Direct {
 
     static long scratch_size(const Job& job, int threads) {
         const Split s = plan(job, threads);
-        return round_up(job.layer->c_in, 16) + round_up(2 * s.most_rows * shape(*job.layer).taps, 16) +
-               s.most_rows * odd_lines(s.panels * PANEL);
+        return round_up(job.layer->c_in, 16) + round_up(2 * s.max_rows * shape(*job.layer).taps, 16) +
+               s.max_rows * odd_lines(s.panels * PANEL);
     }
 
     static void run(const Job& job, int threads, float* scratch, long scratch_stride) {
@@ -65,13 +65,13 @@ struct Direct {
         const long side = l.transposed ? 2 : 4, step = l.transposed ? 2 : 1;
         const long c_stride = odd_lines(s.part_panels() * PANEL);
         with_epilogue(job, [&](const auto& epilogue) {
-            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
+            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch local) {
                 const Unit u = unit(s, index);
                 const auto& sink = epilogue.unit(index);
                 const long m = u.rows.size(), a = u.group / 2, b = u.group % 2;
-                float* const zeros = own.floats(l.c_in);
-                const float** const rows = own.pointers(m * g.taps);
-                float* const sums = own.floats(m * c_stride);
+                float* const zeros = local.floats(l.c_in);
+                const float** const rows = local.pointers(m * g.taps);
+                float* const sums = local.floats(m * c_stride);
                 for (long c = 0; c < l.c_in; ++c) zeros[c] = 0;
                 for (long i = 0; i < m; ++i) {
                     const long pixel = u.rows.begin + i, q = pixel % size.width,
@@ -86,8 +86,8 @@ struct Direct {
                 gemm(g, rows, m, l.weights + u.group * g.size(), u.panels.begin, u.panels.end, sums,
                      c_stride);
                 const Size present = parity_rows(job, u.group);
-                const long begin = u.panels.begin * PANEL, end = least(u.panels.end * PANEL, l.c_out);
-                put_pixels(sink, sums, c_stride, m, begin, end, [&](long i) -> float* {
+                const long begin = u.panels.begin * PANEL, end = min(u.panels.end * PANEL, l.c_out);
+                store_pixels(sink, sums, c_stride, m, begin, end, [&](long i) -> float* {
                     const long pixel = u.rows.begin + i, q = pixel % size.width,
                                p = pixel / size.width % size.height;
                     if (p >= present.height || q >= present.width) return nullptr;

@@ -1,4 +1,4 @@
-// One instruction set's engine: the algorithms, compiled with its flags (see vec.h), behind one table.
+// The engine of one instruction set: the algorithms, compiled with its flags (see vec.h), behind one table.
 #include "engine.h"
 
 #ifdef _OPENMP
@@ -70,9 +70,9 @@ static void scale_gradient(const dcgan_layer& l, const float* weight, const int6
     ScaleGradient(l, weight, strides, dweight, dweight_strides).run(threads, dscale);
 }
 
-// 12 independent chains hide an FMA's latency on every machine this is compiled for.
+// 12 independent dependency chains hide the latency of an FMA on every target.
 static double multiply_adds(double seconds) {
-    volatile float one = 1.0f, tiny = 1e-9f;  // not known to the compiler, which would fold the loop
+    volatile float one = 1.0f, tiny = 1e-9f;  // volatile, so that the compiler cannot fold the loop
     const vec factor = splat(one), term = splat(tiny);
     vec sums[12];
     for (long i = 0; i < 12; ++i) sums[i] = splat(static_cast<float>(i));

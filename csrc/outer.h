@@ -1,14 +1,14 @@
-// The matrix product of the weights' gradient: C[m][n] = Σ_k A[k][m]·B[k][n], a sum of outer products.
+// The GEMM micro-kernel of the weight gradient: C[m][n] = Σ_k A[k][m]·B[k][n], a sum of outer products.
 //
-// Both operands have k outermost: channels lie next to each other in a map, and the sum runs over its pixels.
-// So A is read by broadcasts of neighbours, and B by vectors.
+// Both operands have k outermost: channels are contiguous in a map, and the sum runs over its pixels. A is
+// therefore read by broadcasts of contiguous elements, and B by vectors.
 #pragma once
 
 #include "micro.h"
 
 namespace dcgan::DCGAN_ISA {
 
-// A row of an operand for each k, `step` floats apart.
+// An operand: one row per k, `step` floats apart.
 struct Operand {
     const float* from;
     long step;
@@ -27,15 +27,15 @@ DCGAN_INLINE void outer_step(vec (&acc)[R][2], const float* a, const float* b) {
     }
 }
 
-// R rows by one panel. `ahead`: what is used soon, of which every two k bring a step to L2.
+// Multiplies R rows with one panel, and prefetches one step of `prefetch` into L2 for every two k.
 template <long R>
 [[gnu::noinline]] void outer(Operand a, Operand b, long count, float* c, long c_stride, bool add,
-                             Operand ahead) {
+                             Operand prefetch) {
     vec acc[R][2] = {};
     long k = 0;
-    for (; k + 2 <= count; k += 2) {  // four at once are slower: GCC then runs out of registers
-        __builtin_prefetch(ahead.from, 0, 2);
-        ahead.from += ahead.step;
+    for (; k + 2 <= count; k += 2) {  // unrolling by four is slower: GCC runs out of registers
+        __builtin_prefetch(prefetch.from, 0, 2);
+        prefetch.from += prefetch.step;
         outer_step<R>(acc, a.from, b.from);
         outer_step<R>(acc, a.from + a.step, b.from + b.step);
         a.from += 2 * a.step;
@@ -55,11 +55,11 @@ template <long R>
 }
 
 DCGAN_INLINE void outer(long rows, Operand a, Operand b, long count, float* c, long c_stride, bool add,
-                        Operand ahead) {
+                        Operand prefetch) {
     switch (rows) {
 #define DCGAN_OUTER(R) \
     case R:            \
-        return outer<R>(a, b, count, c, c_stride, add, ahead);
+        return outer<R>(a, b, count, c, c_stride, add, prefetch);
         DCGAN_OUTER(1)
         DCGAN_OUTER(2)
         DCGAN_OUTER(3)
@@ -78,14 +78,14 @@ DCGAN_INLINE void outer(long rows, Operand a, Operand b, long count, float* c, l
     }
 }
 
-// `rows` rows, in tiles of nearly equal height, by one panel.
+// Multiplies `rows` rows, in tiles of nearly equal height, with one panel.
 DCGAN_INLINE void outer_panel(long rows, Operand a, Operand b, long count, float* c, long c_stride, bool add,
-                              Operand ahead) {
-    const long tiles = (rows + ROWS - 1) / ROWS, height = rows / tiles, higher = rows % tiles;
+                              Operand prefetch) {
+    const long tiles = (rows + ROWS - 1) / ROWS, height = rows / tiles, taller = rows % tiles;
     for (long t = 0, m = 0; t < tiles; ++t) {
-        const long here = height + (t < higher);
-        outer(here, a.at(0, m), b, count, c + m * c_stride, c_stride, add, ahead);
-        ahead.from += count / 2 * ahead.step;
+        const long here = height + (t < taller);
+        outer(here, a.at(0, m), b, count, c + m * c_stride, c_stride, add, prefetch);
+        prefetch.from += count / 2 * prefetch.step;
         m += here;
     }
 }

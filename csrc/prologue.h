@@ -1,8 +1,8 @@
-// What is done to a map as it is loaded: BatchNorm and activation to a layer's input, the gradients of
-// statistics, activation and affine map to that of its output.
+// Prologues, which transform a map before a product: BatchNorm and activation for a layer's input; the
+// gradients of statistics, activation and affine map for the gradient of its output.
 //
-// A prologue runs once for a block of pixels, from the tensor into scratch memory that stays in cache, and
-// the products read from there: in a product it would run again for every tap or tile that reads a pixel.
+// A prologue runs once per block of pixels, from the tensor into scratch memory that stays in cache, from
+// which the products read. Fused into a product, it would run again for every tap or tile that reads a pixel.
 #pragma once
 
 #include "epilogue.h"
@@ -10,20 +10,20 @@
 namespace dcgan::DCGAN_ISA {
 
 DCGAN_INLINE vec leaky(vec x, vec slope) {
-    return choose(x < 0.0f, scaled(x, slope), x);
+    return select(x < 0.0f, apply_slope(x, slope), x);
 }
 
-// act'(…)·dy, told from the output y of the activation; at the kink it is the left one, as aten's.
+// Returns act'(…)·dy, computed from the saved output y. At the kink it is the left derivative, as in aten.
 template <int ACT>
 DCGAN_INLINE vec derivative(vec dy, vec y, vec slope) {
-    if constexpr (ACT == DCGAN_RELU) return choose(y <= 0.0f, vec{}, dy);
-    if constexpr (ACT == DCGAN_LEAKY_RELU) return choose(y > 0.0f, dy, dy * slope);
+    if constexpr (ACT == DCGAN_RELU) return select(y <= 0.0f, vec{}, dy);
+    if constexpr (ACT == DCGAN_LEAKY_RELU) return select(y > 0.0f, dy, dy * slope);
     if constexpr (ACT == DCGAN_TANH) return dy * (1.0f - y * y);
     if constexpr (ACT == DCGAN_SIGMOID) return dy * (y * (1.0f - y));
     return dy;
 }
 
-// f(pixel, c, count) for every vector of channels of pixels [begin, end).
+// Calls f(pixel, c, count) for every vector of channels of pixels [begin, end).
 template <class F>
 DCGAN_INLINE void each_vector(long channels, long begin, long end, const F& f) {
     for (long pixel = begin; pixel < end; ++pixel) {
@@ -46,9 +46,9 @@ inline void fill_gradient(const Source& source, long begin, long end, float* to)
     });
 }
 
-// Pixels [begin, end) of the source, one after the other, to `to`.
+// Materializes the prologue's result for pixels [begin, end), contiguously at `to`.
 inline void fill(const Source& source, long begin, long end, float* to) {
-    const Source s = source;  // a copy, which the stores cannot alias
+    const Source s = source;  // a local copy, which the stores cannot alias
     const vec slope = splat(s.slope);
     const auto affine = [&](const float* t, long at, long c, long count) {
         return (load(t + at, count) - load(s.center + c, count)) * load(s.scale + c, count) +

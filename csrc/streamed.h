@@ -1,15 +1,16 @@
-// Polyphase Winograd F(4×4, 2×2) for weights that would be too many transformed: 25 products for 64, but the
-// weights take 6.25 times their size (52 MB of a 512→256 layer), and a training step uses each version of
-// them a few times only. So they are never written out: a unit of work transforms those of a few output
-// channels and a chunk of K into its own cache, and uses them at once for all tiles.
+// Polyphase Winograd F(4×4, 2×2) without materializing the transformed weights. F(4×4) needs 25 products
+// instead of 64, but its transformed weights take 6.25 times the size of the weights (52 MB for a 512→256
+// layer), and a training step uses each version of the weights only a few times. Here a unit of work
+// transforms the weights of a few output channels and one K block into its own cache and uses them at once
+// for all tiles.
 //
-// For a block of tiles, whose V stays in L3, one parity after the other:
+// For a block of tiles, whose V stays in L3, and for one parity after the other:
 //
-//     x̂ = prologue(x);  V[ξ][tile][K] = Bᵀ x̂ B              by all threads, tile by tile
-//     U[ξ][chunk][panels] = G g Gᵀ;  S[ξ][tile][panels] += V·U;  y = epilogue(Aᵀ S A)     by units of panels
+//     x̂ = prologue(x);  V[ξ][tile][K] = Bᵀ x̂ B              parallel over tiles
+//     U[ξ][k][panels] = G g Gᵀ;  S[ξ][tile][panels] += V·U;  y = epilogue(Aᵀ S A)     parallel over panels
 //
-// (winograd.h has the mathematics.) U costs about as much as the products of 8 tiles, so that a block should
-// hold many; below some 32 the direct form is faster.
+// (winograd.h has the mathematics.) Computing U costs about as much as the products of 8 tiles, so a block
+// should have many tiles; below about 32 the direct algorithm is faster.
 #pragma once
 
 #include "prologue.h"
@@ -23,13 +24,13 @@ struct Streamed {
     static constexpr long V_FLOATS = 2L << 20;  // 8 MB
 
     struct Plan {
-        long images;             // of a block
-        long tiles;              // of a block
+        long images;             // per block
+        long tiles;              // per block
         long depth, row, plane;  // of V
         long panels, groups_of_panels;
-        long units;  // of a block and parity
+        long units;  // per block and parity
         long s_row, s_plane, u_plane;
-        bool copy;  // whether x̂ is not x itself
+        bool has_prologue;
     };
 
     static Plan plan(const Job& job, const Source* x) {
@@ -39,7 +40,7 @@ struct Streamed {
         Plan p{};
         p.depth = (l.transposed ? 1L : 4L) * l.c_in;
         p.row = odd_lines((l.transposed ? 1L : 4L) * round_up(l.c_in, LANES));
-        const long fit = most(1, V_FLOATS / (POINTS * p.row * per_image));
+        const long fit = max(1, V_FLOATS / (POINTS * p.row * per_image));
         p.images = ceil_div(job.images, ceil_div(job.images, fit));  // blocks of nearly equal size
         p.tiles = p.images * per_image;
         p.plane = odd_lines(p.tiles * p.row);
@@ -47,8 +48,8 @@ struct Streamed {
         p.units = ceil_div(p.panels, PANELS);
         p.s_row = odd_lines(PANELS * PANEL);
         p.s_plane = odd_lines(p.tiles * p.s_row);
-        p.u_plane = odd_lines(least(CHUNK, p.depth) * PANEL);
-        p.copy = x != nullptr && x->prologue != Prologue::NONE;
+        p.u_plane = odd_lines(min(K_BLOCK, p.depth) * PANEL);
+        p.has_prologue = x != nullptr && x->prologue != Prologue::NONE;
         return p;
     }
 
@@ -58,16 +59,16 @@ struct Streamed {
     }
 
     static long taps_floats(const Plan& p, const dcgan_layer& l) { return p.panels * l.c_in * 16 * PANEL; }
-    static long own_floats(const Plan& p) {
+    static long thread_floats(const Plan& p) {
         return round_up(p.tiles * 2 * 2, 16) + POINTS * (PANELS * p.u_plane + p.s_plane);
     }
 
     static long memory(const Job& job, const Source& x, int threads) {
         const dcgan_layer& l = *job.layer;
         const Plan p = plan(job, &x);
-        const long copy = p.copy ? p.images * l.height * l.width * l.c_in + LANES : 0;
-        return round_up(l.c_in + LANES, 16) + round_up(copy, 16) + taps_floats(p, l) + POINTS * p.plane +
-               threads * round_up(own_floats(p), 16);
+        const long x_hat = p.has_prologue ? p.images * l.height * l.width * l.c_in + LANES : 0;
+        return round_up(l.c_in + LANES, 16) + round_up(x_hat, 16) + taps_floats(p, l) + POINTS * p.plane +
+               threads * round_up(thread_floats(p), 16);
     }
 
     static void run(const Job& job, const Source& x, const float* weight, const int64_t strides[4],
@@ -77,16 +78,17 @@ struct Streamed {
         const Weights w(l, weight, strides);
         Scratch shared{memory};
         float* const zeros = shared.floats(l.c_in + LANES);
-        float* const copy = shared.floats(p.copy ? p.images * l.height * l.width * l.c_in + LANES : 0);
+        float* const x_hat =
+            shared.floats(p.has_prologue ? p.images * l.height * l.width * l.c_in + LANES : 0);
         float* const taps = shared.floats(taps_floats(p, l));
         float* const v = shared.floats(POINTS * p.plane);
         for (long c = 0; c < l.c_in; ++c) zeros[c] = 0;
 
-        // [panel][c_in][16 taps][PANEL]: a unit reads its channels' taps one after the other.
+        // [panel][c_in][16 taps][PANEL], so that a unit reads the taps of its channels contiguously.
         const long slabs = ceil_div(l.c_in, 64);
         parallel(p.panels * slabs, threads, nullptr, 0, [&](long index, Scratch) {
             const long panel = index / slabs, first = index % slabs * 64;
-            for (long c = first; c < least(first + 64, l.c_in); ++c)
+            for (long c = first; c < min(first + 64, l.c_in); ++c)
                 w.panel(c, panel * PANEL, l.c_out,
                         *reinterpret_cast<float (*)[4][4][PANEL]>(taps + (panel * l.c_in + c) * 16 * PANEL));
         });
@@ -94,29 +96,29 @@ struct Streamed {
         with_epilogue(job, [&](const auto& epilogue) {
             long unit_base = 0;
             for (long begin = 0; begin < job.images; begin += p.images) {
-                const long images = least(p.images, job.images - begin);
+                const long images = min(p.images, job.images - begin);
                 Job block = job;
                 block.images = images;
                 block.y.data += begin * job.y.n;
                 const long pixels = l.height * l.width;
                 const float* from = x.t + begin * pixels * l.c_in;
-                if (p.copy) {
+                if (p.has_prologue) {
                     const long rows = images * l.height;
                     parallel(rows, threads, nullptr, 0, [&](long row, Scratch) {
                         fill(x, begin * pixels + row * l.width, begin * pixels + (row + 1) * l.width,
-                             copy + row * l.width * l.c_in);
+                             x_hat + row * l.width * l.c_in);
                     });
-                    from = copy;
+                    from = x_hat;
                 }
                 const Base::Tiles grid = Base::tiles(block);
                 for (long group = 0; group < Base::groups(l); ++group) {
                     parallel(grid.total, threads, nullptr, 0, [&](long tile, Scratch) {
                         input(l, grid, from, zeros, tile, group, v + tile * p.row, p.plane);
                     });
-                    parallel(p.units, threads, shared.at, round_up(own_floats(p), 16),
-                             [&](long index, Scratch own) {
+                    parallel(p.units, threads, shared.at, round_up(thread_floats(p), 16),
+                             [&](long index, Scratch local) {
                                  const auto& sink = epilogue.unit(unit_base + group * p.units + index);
-                                 products(block, p, grid, v, taps, group, index, sink, own);
+                                 products(block, p, grid, v, taps, group, index, sink, local);
                              });
                 }
                 unit_base += Base::groups(l) * p.units;
@@ -124,7 +126,7 @@ struct Streamed {
         });
     }
 
-    // V of one tile, all parities of it that the products sum.
+    // Computes V of one tile, for all parities that the products sum over.
     static void input(const dcgan_layer& l, const Base::Tiles& grid, const float* x, const float* zeros,
                       long tile, long group, float* v, long plane) {
         const long q = tile % grid.across * F4::OUT, p = tile / grid.across % grid.down * F4::OUT;
@@ -144,22 +146,22 @@ struct Streamed {
         }
     }
 
-    // One unit: all tiles of the block times PANELS panels of output channels, in one parity.
+    // Runs one unit of work: all tiles of the block times PANELS panels of output channels, for one parity.
     template <class E>
     static void products(const Job& job, const Plan& p, const Base::Tiles& grid, const float* v,
-                         const float* taps, long group, long index, const E& sink, Scratch own) {
+                         const float* taps, long group, long index, const E& sink, Scratch local) {
         const dcgan_layer& l = *job.layer;
-        const long m = grid.total, first = index * PANELS, panels = least(PANELS, p.panels - first);
+        const long m = grid.total, first = index * PANELS, panels = min(PANELS, p.panels - first);
         const long parities = l.transposed ? 1 : 4, parity_row = round_up(l.c_in, LANES);
-        const float** const rows = own.pointers(m);
-        float* const u = own.floats(POINTS * PANELS * p.u_plane);
-        float* const sums = own.floats(POINTS * p.s_plane);
-        const long tiles = ceil_div(m, ROWS), height = m / tiles, higher = m % tiles;
+        const float** const rows = local.pointers(m);
+        float* const u = local.floats(POINTS * PANELS * p.u_plane);
+        float* const sums = local.floats(POINTS * p.s_plane);
+        const long tiles = ceil_div(m, ROWS), height = m / tiles, taller = m % tiles;
         bool add = false;
         for (long parity = 0; parity < parities; ++parity) {
             const long at = l.transposed ? group : parity, a = at / 2, b = at % 2;
-            for (long begin = 0; begin < l.c_in; begin += CHUNK) {
-                const long count = least(CHUNK, l.c_in - begin);
+            for (long begin = 0; begin < l.c_in; begin += K_BLOCK) {
+                const long count = min(K_BLOCK, l.c_in - begin);
                 for (long panel = 0; panel < panels; ++panel)
                     for (long k = 0; k < count; ++k) {
                         const float* const g = taps + ((first + panel) * l.c_in + begin + k) * 16 * PANEL;
@@ -171,18 +173,18 @@ struct Streamed {
                                         u + panel * p.u_plane + k * PANEL, PANELS * p.u_plane);
                     }
                 const Gemm g{1, count, PANEL};
-                const Slice slice{0, 0, count, add};
+                const KBlock block{0, 0, count, add};
                 for (long point = 0; point < POINTS; ++point) {
                     for (long t = 0; t < m; ++t)
                         rows[t] = v + point * p.plane + t * p.row + parity * parity_row + begin;
                     for (long panel = 0; panel < panels; ++panel) {
                         const float* const from = u + (point * PANELS + panel) * p.u_plane;
                         float* to = sums + point * p.s_plane + panel * PANEL;
-                        const float* ahead = from + p.u_plane;
+                        const float* prefetch = from + p.u_plane;
                         for (long t = 0, done = 0; t < tiles; ++t) {
-                            const long here = height + (t < higher);
-                            tile(here, g, rows + done, m, slice, from, to, p.s_row, ahead);
-                            ahead += count * PANEL / tiles;
+                            const long here = height + (t < taller);
+                            tile(here, g, rows + done, m, block, from, to, p.s_row, prefetch);
+                            prefetch += count * PANEL / tiles;
                             to += here * p.s_row;
                             done += here;
                         }
@@ -193,17 +195,17 @@ struct Streamed {
         }
         const Size size = parity_rows(job, group);
         const long step = l.transposed ? 2 : 1, c_begin = first * PANEL;
-        const long c_end = least((first + panels) * PANEL, l.c_out);
+        const long c_end = min((first + panels) * PANEL, l.c_out);
         for (long t = 0; t < m; ++t) {
             const long q = t % grid.across * F4::OUT, row = t / grid.across % grid.down * F4::OUT;
             float* const y = job.y.data + t / (grid.across * grid.down) * job.y.n +
                              (row * step + group / 2) * job.y.h + (q * step + group % 2) * job.y.w;
             for (long c = c_begin; c < c_end; c += LANES) {
-                const long count = least(LANES, c_end - c);
+                const long count = min(LANES, c_end - c);
                 auto lanes = sink.at(c, count);
                 Base::output_channels(sums + t * p.s_row + c - c_begin, p.s_plane, lanes, size.height - row,
                                       size.width - q, y + c, step * job.y.h, step * job.y.w, count);
-                lanes.done();
+                lanes.flush();
             }
         }
     }

@@ -1,7 +1,7 @@
-// How a layer's work is cut into units that threads take one by one, and what the algorithms share to do one.
+// The partition of a layer's work into units, which are scheduled dynamically, and shared helpers.
 //
-// An output element is computed by one unit alone, in an order that no split changes: results do not depend
-// on the number of threads.
+// Each output element is computed by a single unit, in an order that does not depend on the partition:
+// results do not depend on the number of threads.
 #pragma once
 
 #include "engine.h"
@@ -9,10 +9,10 @@
 
 namespace dcgan::DCGAN_ISA {
 
-constexpr long least(long a, long b) {
+constexpr long min(long a, long b) {
     return a < b ? a : b;
 }
-constexpr long most(long a, long b) {
+constexpr long max(long a, long b) {
     return a > b ? a : b;
 }
 constexpr long ceil_div(long a, long b) {
@@ -22,8 +22,8 @@ constexpr long round_up(long a, long to) {
     return ceil_div(a, to) * to;
 }
 
-// A row's stride in scratch: a multiple of a cache line, but an odd one, so that rows (or planes) of a power
-// of two do not all fall into the same sets of L1.
+// The stride of a row in scratch: an odd multiple of the cache line, so that rows (or planes) whose size is a
+// power of two do not all map to the same L1 sets.
 constexpr long odd_lines(long floats) {
     return round_up(floats, 16) / 16 % 2 == 1 ? round_up(floats, 16) : round_up(floats, 16) + 16;
 }
@@ -33,11 +33,11 @@ inline long out_size(const dcgan_layer& l, long in) {
                         : (in + 2 * l.padding - l.kernel) / l.stride + 1;
 }
 
-// Rows (pixels, images, tiles) in `blocks`, output columns in `parts`, `groups` independent products
-// (parities).
+// A partition: rows (pixels, images, tiles) into `blocks`, output columns into `parts`, for each of `groups`
+// independent products (parities).
 struct Split {
     long rows, blocks, panels, parts, groups;
-    long most_rows;  // of a block, for this many rows or fewer: what scratch memory is made for
+    long max_rows;  // per block, for any smaller number of rows too: determines the size of scratch memory
 
     long units() const { return blocks * parts * groups; }
     long block_rows() const { return ceil_div(rows, blocks); }
@@ -49,20 +49,20 @@ struct Range {
     long size() const { return end - begin; }
 };
 
-// Pixels of a map.
+// The size of a map in pixels.
 struct Size {
     long height, width;
     long pixels() const { return height * width; }
 };
 
-// Output pixels of one parity: of `up` every input pixel has one, of `down` there is one parity.
+// Output pixels per parity: `up` has one per input pixel; `down` has only one parity.
 inline Size parity_map(const Job& job) {
     const dcgan_layer& l = *job.layer;
     if (l.transposed) return {l.height + job.extra_height, l.width + job.extra_width};
     return {out_size(l, l.height), out_size(l, l.width)};
 }
 
-// Those that y has: of an odd map the second parity has one row less.
+// The pixels of a parity that exist in y: in an odd map, the second parity has one row less.
 inline Size parity_rows(const Job& job, long group) {
     const Size size = parity_map(job);
     if (!job.layer->transposed) return size;
@@ -74,16 +74,16 @@ struct Unit {
     long group;
 };
 
-// Whether this many equal units keep the threads busy for three quarters of the time.
+// Whether `units` equal units of work keep the threads busy for at least three quarters of the time.
 inline bool balanced(long units, int threads) {
     return 4 * units >= 3 * round_up(units, threads);
 }
 
-// Blocks of at most `target` rows; where threads would wait, parts of the columns too, or smaller blocks.
-// Threads that split the columns share the weights between them, threads that split the rows what is done
-// with rows.
+// Splits rows into blocks of at most `target`; if that would leave threads idle, also splits the columns, or
+// makes the blocks smaller. Splitting columns divides the reads of weights among the threads, splitting rows
+// divides the work per row (such as input transforms).
 inline Split split(long rows, long target, long panels, long groups, int threads, bool columns_first) {
-    Split s{rows, most(1, ceil_div(rows, target)), panels, 1, groups, least(rows, target)};
+    Split s{rows, max(1, ceil_div(rows, target)), panels, 1, groups, min(rows, target)};
     const auto cut = [&](long& pieces, long limit) {
         while (!balanced(s.units(), threads) && pieces < limit) ++pieces;
     };
@@ -93,7 +93,7 @@ inline Split split(long rows, long target, long panels, long groups, int threads
     return s;
 }
 
-// Unit `index` of the split. Neighbours in time share their weights (group and part), not their rows.
+// Unit `index` of the split. Consecutive units share their weights (group and part), not their rows.
 inline Unit unit(const Split& s, long index) {
     const long block = index % s.blocks, part = index / s.blocks % s.parts,
                group = index / (s.blocks * s.parts);
@@ -102,7 +102,7 @@ inline Unit unit(const Split& s, long index) {
             group};
 }
 
-// A thread's scratch memory, handed out from the front; every piece starts on a cache line.
+// A bump allocator for a thread's scratch memory; every allocation is aligned to a cache line.
 struct Scratch {
     float* at;
 
@@ -114,7 +114,7 @@ struct Scratch {
     const float** pointers(long count) { return reinterpret_cast<const float**>(floats(2 * count)); }
 };
 
-// Weights as the layer names them, whatever their strides.
+// A layer's weights, with arbitrary strides.
 struct Weights {
     const float* data;
     long in, out, row, column;
@@ -131,9 +131,9 @@ struct Weights {
     }
     float operator()(long c_in, long c_out, long y, long x) const { return data[at(c_in, c_out, y, x)]; }
 
-    // All taps of a 4×4 kernel for PANEL output channels from c_out on, of which those below `end` exist.
+    // Loads all taps of a 4×4 kernel for the PANEL output channels from c_out; those beyond `end` are zero.
     void panel(long c_in, long c_out, long end, float (&taps)[4][4][PANEL]) const {
-        if (row == 4 && column == 1 && c_out + PANEL <= end) {  // 16 taps next to each other
+        if (row == 4 && column == 1 && c_out + PANEL <= end) {  // 16 contiguous taps
             const float* const from = data + c_in * in + c_out * out;
             for (long lane = 0; lane < PANEL; lane += LANES)
                 for (long tap = 0; tap < 16; tap += LANES) {
@@ -156,23 +156,23 @@ struct Weights {
     }
 };
 
-// The row of weights that parity `a` of a k4 s2 p1 convolution applies at tap i (0 or 1).
+// The row of the kernel that parity `a` of a k4 s2 p1 convolution applies at tap i (0 or 1).
 //     up:   y[2p+a] = Σ_i x[p-1+a+i]·w[3-a-2i]          down: y[p] = Σ_a Σ_i x[2(p+i)-1+a]·w[a+2i]
 inline long tap_row(bool transposed, long a, long i) {
     return transposed ? 3 - a - 2 * i : a + 2 * i;
 }
 
-// Runs f(index, scratch) for every index below `count`, on the threads of the pool.
+// Runs f(index, scratch) for every index below `count` on OpenMP threads.
 template <class F>
 inline void parallel(long count, int threads, float* scratch, long scratch_stride, const F& f) {
 #ifdef _OPENMP
-    if (running(threads) > 1 && count > 1) {
-        const int useful = static_cast<int>(least(running(threads), count));
+    if (effective_threads(threads) > 1 && count > 1) {
+        const int useful = static_cast<int>(min(effective_threads(threads), count));
 #pragma omp parallel num_threads(useful)
         {
-            float* const own = scratch + omp_get_thread_num() * scratch_stride;
+            float* const local = scratch + omp_get_thread_num() * scratch_stride;
 #pragma omp for schedule(dynamic)
-            for (long i = 0; i < count; ++i) f(i, Scratch{own});
+            for (long i = 0; i < count; ++i) f(i, Scratch{local});
         }
         return;
     }

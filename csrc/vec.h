@@ -1,9 +1,9 @@
-// Vectors of float as GCC and Clang have them: one source, compiled once per instruction set.
+// Float vectors with the vector extensions of GCC and Clang: one source, compiled once per instruction set.
 //
-// DCGAN_LANES is the number of floats in a register and DCGAN_ISA the namespace of this build; setup.py gives
-// both on the command line, with the flags of the instruction set. Nothing here or in what includes it uses a
-// template of the standard library: the linker keeps one copy of an inline function, and it could be the one
-// compiled for a machine that this is not.
+// DCGAN_LANES is the number of floats in a register and DCGAN_ISA the namespace of this build; setup.py
+// defines both on the command line, with the flags of the instruction set. Neither this file nor any file
+// that includes it may use templates of the standard library: the linker keeps one copy of an inline
+// function, possibly one compiled for an instruction set that this machine does not support.
 #pragma once
 
 #include <cstdint>
@@ -15,21 +15,22 @@ constexpr long LANES = DCGAN_LANES;
 
 using vec = float __attribute__((vector_size(DCGAN_LANES * 4)));
 using ivec = int32_t __attribute__((vector_size(DCGAN_LANES * 4)));
-using loose = float __attribute__((vector_size(DCGAN_LANES * 4), aligned(4), may_alias));
+using unaligned_vec = float __attribute__((vector_size(DCGAN_LANES * 4), aligned(4), may_alias));
 
 #define DCGAN_INLINE inline __attribute__((always_inline))
 
 DCGAN_INLINE vec load(const float* p) {
-    return *reinterpret_cast<const loose*>(p);
+    return *reinterpret_cast<const unaligned_vec*>(p);
 }
 DCGAN_INLINE void store(float* p, vec v) {
-    *reinterpret_cast<loose*>(p) = v;
+    *reinterpret_cast<unaligned_vec*>(p) = v;
 }
 DCGAN_INLINE vec splat(float x) {
     return x - vec{};
 }
 
-// The first `count` floats of a vector; the rest is zero, and memory beyond them is not touched.
+// Loads or stores the first `count` floats of a vector without accessing memory beyond them. Lanes that are
+// not loaded are zero.
 DCGAN_INLINE vec load(const float* p, long count) {
     if (count >= LANES) return load(p);
     vec v{};
@@ -41,7 +42,7 @@ DCGAN_INLINE void store(float* p, vec v, long count) {
     std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(float));
 }
 
-// The halves of a and b, one lane of each in turn.
+// Interleaves the lanes of the low (high) halves of a and b.
 DCGAN_INLINE vec interleave_low(vec a, vec b) {
 #if DCGAN_LANES == 4
     return __builtin_shufflevector(a, b, 0, 4, 1, 5);
@@ -61,7 +62,7 @@ DCGAN_INLINE vec interleave_high(vec a, vec b) {
 #endif
 }
 
-// The transpose of LANES×LANES floats: log2(LANES) perfect shuffles of the whole.
+// Transposes a LANES×LANES matrix by log2(LANES) perfect shuffles.
 DCGAN_INLINE void transpose(vec (&rows)[LANES]) {
     for (long step = 1; step < LANES; step *= 2) {
         vec next[LANES];
@@ -75,7 +76,7 @@ DCGAN_INLINE void transpose(vec (&rows)[LANES]) {
     }
 }
 
-DCGAN_INLINE vec choose(ivec mask, vec yes, vec no) {
+DCGAN_INLINE vec select(ivec mask, vec yes, vec no) {
     return reinterpret_cast<vec>((mask & reinterpret_cast<ivec>(yes)) | (~mask & reinterpret_cast<ivec>(no)));
 }
 

@@ -1,23 +1,23 @@
-// The gradient of a layer's weights.
+// The weight gradient of a layer.
 //
-// A tap joins pixel p of a small map with pixel p·stride - padding + k of a large one. A convolution goes
-// from large to small, its transpose from small to large, and both have weights [C_small, C_large, k, k]: so
-// one correlation is the gradient of either.
+// A tap connects pixel p of a small map with pixel p·stride - padding + k of a large one. A convolution maps
+// large to small, a transposed convolution small to large, and both have weights [C_small, C_large, k, k].
+// Hence the weight gradient of either is the same correlation:
 //
 //     dw[s][l][ky][kx] = Σ_p small[p][s]·large[p·stride - padding + k][l]
 //
-// where x̂ is one of the maps and du the other.
+// where one of the maps is x̂ and the other du.
 //
-// Images go through it in chunks, in two steps:
+// The reduction over tiles is split into K blocks, each of which takes two steps:
 //
-//     operands   in parallel over tiles: both maps through their prologues into scratch with a margin of
-//                zeros, and from there, transformed, to shared memory: V of large, W of small, in panels of
-//                channels [panel][point][tile][PANEL]
-//     products   in parallel over blocks of dw: C[point] = Σ_tile W[point][tile]·V[point][tile] in the
-//                thread's L2, and from the points to the taps
+//     operands   parallel over tiles: materialize the prologues of both maps in scratch, padded with zeros,
+//                and write their transforms to shared memory: V of the large map, W of the small one, in
+//                panels of channels [panel][point][tile][PANEL]
+//     products   parallel over blocks of dw: C[point] = Σ_tile W[point][tile]·V[point][tile] in the thread's
+//                L2, then the output transform from points to taps
 //
-// Taps of a block are added up from chunk to chunk, and put into dweight after the last: sums have an order
-// that no number of threads changes.
+// The taps of a block are accumulated over the K blocks and stored to dweight after the last one: the order
+// of summation does not depend on the number of threads.
 #pragma once
 
 #include "outer.h"
@@ -68,17 +68,17 @@ struct Correlation {
     }
 };
 
-// Part of a map in scratch, where what is outside of the map is zero.
+// A window of a map in scratch, zero outside the map.
 struct Window {
     long rows, columns, channels;
 
-    // Rows are an odd number of cache lines apart: those of a tile would else share their sets of L1.
+    // Rows are an odd number of cache lines apart: otherwise the rows of a tile would share their L1 sets.
     long row_stride() const { return odd_lines(columns * channels); }
     long size() const { return rows * row_stride(); }
 
-    // From pixel (top, left) of the image on.
+    // Fills the window, whose first pixel is (top, left) of the image.
     void fill(const Source& source, Size map, long image, long top, long left, float* to) const {
-        const long first = most(0, -left), last = most(first, least(columns, map.width - left));
+        const long first = max(0, -left), last = max(first, min(columns, map.width - left));
         for (long i = 0; i < rows; ++i) {
             float* const line = to + i * row_stride();
             const bool inside = top + i >= 0 && top + i < map.height;
@@ -95,14 +95,14 @@ struct Window {
     }
 };
 
-// A tile is a pixel of the small map, and every tap a product of its own: a group of one point.
+// The direct form: a tile is one pixel of the small map, and each tap is a group with a single point.
 struct Taps {
     static constexpr long OUT = 1, POINTS = 1;
 
-    // Groups in a row: a group's pixels start that many rows and columns into the window.
+    // Groups form a side×side grid; the pixels of group (i, j) start at row i and column j of the window.
     static long side(const Correlation& c) { return c.kernel; }
 
-    // `count` channels of the tile whose first pixel is at `from`, to its points.
+    // Transforms `count` channels of the tile whose first pixel is at `from`, to its points.
     static DCGAN_INLINE void large(const float* from, long, long, long count, float* to, long) {
         store(to, load(from, count));
     }
@@ -111,11 +111,11 @@ struct Taps {
     }
 };
 
-// Each parity's 2×2 taps over 4×4 tiles by the transpose of F(4×4, 2×2):
+// The 2×2 taps of each parity, over 4×4 tiles, by the transpose of F(4×4, 2×2):
 //
 //     dw = Gᵀ [ Σ_tiles (Bᵀ d B) ⊙ (A e Aᵀ) ] G
 //
-// where d is 5×5 pixels of a parity of the large map, e 4×4 of the small one.
+// where d is 5×5 pixels of one parity of the large map, and e 4×4 pixels of the small one.
 struct Polyphase {
     static constexpr long OUT = F4::OUT, IN = F4::IN, POINTS = IN * IN;
 
@@ -176,7 +176,7 @@ struct Polyphase {
         g[1] = (F4::G[1][1] * c[1] + c[4]) + (F4::G[2][1] * c[2] + F4::G[3][1] * c[3]);
     }
 
-    // The parity's four taps, from the points `plane` apart to the taps `plane` apart.
+    // Computes the four taps of a parity. Points and taps are both `plane` floats apart.
     static DCGAN_INLINE void taps(const float* sums, long plane, long group, bool add, float* to) {
         vec half[IN][2];
 #pragma GCC unroll 5
@@ -200,26 +200,26 @@ struct Polyphase {
 };
 
 template <class T>
-struct Products {
-    static constexpr long BUDGET = (10L << 20) / 4;  // floats of V and W: a third of a common L3
-    static constexpr long DEPTH = 256;               // tiles of a chunk, if the budget allows
-    static constexpr long MAPS = (256L << 10) / 4;   // floats of the maps in a thread's scratch, about
+struct TiledGradient {
+    static constexpr long BUDGET = (10L << 20) / 4;  // floats of V and W: a third of a typical L3
+    static constexpr long DEPTH = 256;               // tiles per K block, if the budget allows
+    static constexpr long MAPS = (256L << 10) / 4;   // approximate floats of the maps in a thread's scratch
 
-    // W lies half a way of L1 off V: rows of both at one place of their ways would evict each other.
+    // W is offset against V by half an L1 way: otherwise rows at the same offset would conflict.
     static constexpr long SHIFT = 2048 / 4;
 
     const Correlation& c;
-    long down, across;        // tiles of an image
-    long height, per_image;   // rows of tiles in a strip, strips of an image
-    long chunk, chunks;       // strips of a chunk
-    long s_panels, l_panels;  // all of them
-    long s_block, l_block;    // those of a block of dw
+    long down, across;        // tiles per image
+    long height, per_image;   // rows of tiles per strip, strips per image
+    long k_block, k_blocks;   // strips per K block, number of K blocks
+    long s_panels, l_panels;  // of the small and the large map
+    long s_block, l_block;    // panels per block of dw
     long groups;
-    long plane, panel;       // floats of a point's tiles in a panel, and of a panel
+    long plane, panel;       // floats of one point's tiles in a panel, and of a whole panel
     long c_stride, c_plane;  // of a block's sums
     Window large, small;
 
-    Products(const Correlation& correlation, int threads) : c(correlation) {
+    TiledGradient(const Correlation& correlation, int threads) : c(correlation) {
         down = ceil_div(c.small_map.height, T::OUT);
         across = ceil_div(c.small_map.width, T::OUT);
         large = {0, (across * T::OUT - 1) * c.stride + c.kernel, c.large->channels};
@@ -233,15 +233,15 @@ struct Products {
         s_panels = ceil_div(c.small->channels, PANEL);
         l_panels = ceil_div(c.large->channels, PANEL);
         const long floats = T::POINTS * (s_panels + groups * l_panels) * PANEL;
-        const long tiles = least(DEPTH, BUDGET / floats), strips = c.images * per_image;
-        chunk = least(most(1, tiles / (height * across)), strips);
-        chunks = ceil_div(strips, chunk);
-        chunk = ceil_div(strips, chunks);
-        plane = odd_lines(chunk * height * across * PANEL);
+        const long tiles = min(DEPTH, BUDGET / floats), strips = c.images * per_image;
+        k_block = min(max(1, tiles / (height * across)), strips);
+        k_blocks = ceil_div(strips, k_block);
+        k_block = ceil_div(strips, k_blocks);
+        plane = odd_lines(k_block * height * across * PANEL);
         panel = round_up(T::POINTS * plane, 2 * SHIFT);
 
-        s_block = least(s_panels, most(1, 32 / PANEL));
-        l_block = least(l_panels, most(1, 64 / PANEL));
+        s_block = min(s_panels, max(1, 32 / PANEL));
+        l_block = min(l_panels, max(1, 64 / PANEL));
         while (blocks() < 2 * threads && s_block > 1) s_block = ceil_div(s_block, 2);
         while (blocks() < 2 * threads && l_block > 1) l_block = ceil_div(l_block, 2);
         c_stride = odd_lines(l_block * PANEL);
@@ -265,28 +265,28 @@ struct Products {
     long taps_size() const { return round_up(c.taps() * c_plane, 16); }
     long scratch_size() const {
         const long maps_size = round_up(large.size(), 16) + round_up(small.size(), 16);
-        return most(maps_size, T::POINTS * c_plane + taps_size());
+        return max(maps_size, T::POINTS * c_plane + taps_size());
     }
     long memory(int threads) const {
-        return v_size() + w_size() + (chunks > 1 ? blocks() * taps_size() : 0) + threads * scratch_size();
+        return v_size() + w_size() + (k_blocks > 1 ? blocks() * taps_size() : 0) + threads * scratch_size();
     }
 
     void run(int threads, float* memory) const {
         Scratch all{memory};
         float* const v = all.floats(v_size());
         float* const w = all.floats(w_size());
-        float* const taps = chunks > 1 ? all.floats(blocks() * taps_size()) : nullptr;
+        float* const taps = k_blocks > 1 ? all.floats(blocks() * taps_size()) : nullptr;
         const long strips = c.images * per_image;
-        for (long i = 0; i < chunks; ++i) {
-            const long begin = i * strips / chunks, end = (i + 1) * strips / chunks;
+        for (long i = 0; i < k_blocks; ++i) {
+            const long begin = i * strips / k_blocks, end = (i + 1) * strips / k_blocks;
             parallel(end - begin, threads, all.at, scratch_size(),
-                     [&](long index, Scratch own) { operands(begin, begin + index, v, w, own); });
+                     [&](long index, Scratch local) { operands(begin, begin + index, v, w, local); });
             const long tiles = first_tile(end) - first_tile(begin);
-            parallel(blocks(), threads, all.at, scratch_size(), [&](long index, Scratch own) {
-                float* const sums = own.floats(T::POINTS * c_plane);
-                float* const to = chunks > 1 ? taps + index * taps_size() : own.floats(taps_size());
+            parallel(blocks(), threads, all.at, scratch_size(), [&](long index, Scratch local) {
+                float* const sums = local.floats(T::POINTS * c_plane);
+                float* const to = k_blocks > 1 ? taps + index * taps_size() : local.floats(taps_size());
                 products(index, tiles, v, w, i > 0, sums, to);
-                if (i + 1 == chunks) put(index, to);
+                if (i + 1 == k_blocks) store_block(index, to);
             });
         }
     }
@@ -295,13 +295,13 @@ struct Products {
         return (strip / per_image * down + strip % per_image * height) * across;
     }
 
-    // A strip's tiles of V and W.
-    void operands(long first, long strip, float* v, float* w, Scratch own) const {
+    // Computes V and W of the tiles of a strip.
+    void operands(long first, long strip, float* v, float* w, Scratch local) const {
         const long image = strip / per_image, top = strip % per_image * height;
-        const long rows = least(height, down - top);
+        const long rows = min(height, down - top);
         const long tile = first_tile(strip) - first_tile(first);
-        float* const l = own.floats(large.size());
-        float* const s = own.floats(small.size());
+        float* const l = local.floats(large.size());
+        float* const s = local.floats(small.size());
         Window l_window = large, s_window = small;
         l_window.rows = (rows * T::OUT - 1) * c.stride + c.kernel;
         s_window.rows = rows * T::OUT;
@@ -316,7 +316,7 @@ struct Products {
         panels<false>(small, s, T::OUT, rows, w + tile * PANEL);
     }
 
-    // Rows of tiles, `step` pixels apart, to all panels of one group of V, or of W.
+    // Transforms rows of tiles, `step` pixels apart, to all panels of one group of V, or of W.
     template <bool LARGE>
     void panels(const Window& window, const float* map, long step, long rows, float* to) const {
         const long row = window.row_stride(), column = window.channels;
@@ -324,15 +324,16 @@ struct Products {
             for (long i = 0; i < rows; ++i)
                 for (long j = 0; j < across; ++j)
                     line<LARGE>(map + step * (i * row + j * column) + index * PANEL, row, column,
-                                least(PANEL, window.channels - index * PANEL),
+                                min(PANEL, window.channels - index * PANEL),
                                 to + index * panel + (i * across + j) * PANEL, plane);
     }
 
-    // A tile's channels of a panel. Inlined, GCC runs out of registers for addresses and takes twice as long.
+    // Transforms the channels of one panel of one tile. If this is inlined, GCC runs out of registers for the
+    // addresses and the code takes twice as long.
     template <bool LARGE>
     [[gnu::noinline]] static void line(const float* from, long row, long column, long channels, float* to,
                                        long plane) {
-        // What is written soon, to more streams than the hardware's prefetcher follows.
+        // Prefetch the next tile's destination: the hardware prefetcher cannot track that many streams.
         for (long point = 0; point < T::POINTS; ++point)
             __builtin_prefetch(to + point * plane + 2 * PANEL, 1);
         const auto transform = [&](long lane, long count) __attribute__((always_inline)) {
@@ -345,7 +346,7 @@ struct Products {
             for (long lane = 0; lane < PANEL; lane += LANES) transform(lane, LANES);
         else
             for (long lane = 0; lane < PANEL; lane += LANES)
-                transform(lane, most(0, least(LANES, channels - lane)));
+                transform(lane, max(0, min(LANES, channels - lane)));
     }
 
     struct Block {
@@ -366,11 +367,11 @@ struct Products {
         for (long group = 0; group < groups; ++group) {
             const float* const v_block = v + (group * l_panels + b.l.begin) * panel;
             for (long point = 0; point < T::POINTS; ++point) {
-                // The next point's panels, brought to L2 a share with each product.
+                // Each product prefetches its share of the next point's panels into L2.
                 const bool last = point + 1 == T::POINTS;
                 const float* const w_next = last ? w_block : w_block + (point + 1) * plane;
                 const float* const v_next = last ? v_block + l_panels * panel : v_block + (point + 1) * plane;
-                const auto ahead = [&](long product) {
+                const auto prefetch = [&](long product) {
                     const long at = product * (s_count + l_count) * tiles / (s_count * l_count);
                     const long next = at / tiles, line = at % tiles * PANEL;
                     const float* const from =
@@ -380,14 +381,14 @@ struct Products {
                 float* const to = direct ? taps + group * c_plane : sums + point * c_plane;
                 for (long l = 0; l < l_count; ++l)
                     for (long s = 0; s < s_count; ++s)
-                        outer_panel(least(PANEL, c.small->channels - (b.s.begin + s) * PANEL),
+                        outer_panel(min(PANEL, c.small->channels - (b.s.begin + s) * PANEL),
                                     {w_block + s * panel + point * plane, PANEL},
                                     {v_block + l * panel + point * plane, PANEL}, tiles,
                                     to + (s * c_stride + l) * PANEL, c_stride, direct && add,
-                                    ahead(l * s_count + s));
+                                    prefetch(l * s_count + s));
             }
             if constexpr (T::POINTS > 1) {
-                const long rows = least(b.s.size() * PANEL, c.small->channels - b.s.begin * PANEL);
+                const long rows = min(b.s.size() * PANEL, c.small->channels - b.s.begin * PANEL);
                 for (long row = 0; row < rows; ++row)
                     for (long lane = 0; lane < b.l.size() * PANEL; lane += LANES)
                         T::taps(sums + row * c_stride + lane, c_plane, group, add,
@@ -396,20 +397,20 @@ struct Products {
         }
     }
 
-    // A block's taps to where dweight has them.
-    void put(long index, const float* taps) const {
+    // Stores the taps of a block to dweight.
+    void store_block(long index, const float* taps) const {
         const Block b = block(index);
-        const long s_end = least(b.s.end * PANEL, c.small->channels);
-        const long l_begin = b.l.begin * PANEL, l_end = least(b.l.end * PANEL, c.large->channels);
+        const long s_end = min(b.s.end * PANEL, c.small->channels);
+        const long l_begin = b.l.begin * PANEL, l_end = min(b.l.end * PANEL, c.large->channels);
         for (long s = b.s.begin * PANEL; s < s_end; ++s) {
             const float* const from = taps + (s - b.s.begin * PANEL) * c_stride - l_begin;
             if (c.l == 1) {
                 for (long tap = 0; tap < c.taps(); ++tap)
                     for (long l = l_begin; l < l_end; l += LANES)
-                        store(c.tap(s, l, tap), load(from + tap * c_plane + l), least(LANES, l_end - l));
+                        store(c.tap(s, l, tap), load(from + tap * c_plane + l), min(LANES, l_end - l));
             } else {
                 long l = l_begin;
-                if (c.kernel == 4 && c.column == 1 && c.row == 4)  // 16 taps next to each other
+                if (c.kernel == 4 && c.column == 1 && c.row == 4)  // 16 contiguous taps
                     for (; l + LANES <= l_end; l += LANES)
                         for (long tap = 0; tap < 16; tap += LANES) {
                             vec block[LANES];
@@ -426,25 +427,25 @@ struct Products {
     }
 };
 
-// k4 s2 p1 with few channels in the large map, the image: all taps of all of them are the rows of one product
-// [16·C_large, pixels]·[pixels, C_small], which reads the small map once.
+// The weight gradient for k4 s2 p1 with few channels in the large map, the image: one product
+// [16·C_large, pixels]·[pixels, C_small] computes all taps of all channels and reads the small map once.
 struct NarrowGradient {
-    static constexpr long DEPTH = 128;  // pixels of a block, about
+    static constexpr long DEPTH = 128;  // approximate pixels per block
 
     const Correlation& c;
-    long rows, per_image;  // rows of the small map in a block, blocks of an image
-    long parts;            // sums of their own, whatever the number of threads
+    long rows, per_image;  // rows of the small map per block, blocks per image
+    long parts;            // number of partial sums, independent of the number of threads
     long taps, columns;
     Window large, small;
 
     explicit NarrowGradient(const Correlation& correlation) : c(correlation) {
         const Size map = c.small_map;
-        rows = least(map.height, most(1, DEPTH / map.width));
+        rows = min(map.height, max(1, DEPTH / map.width));
         per_image = ceil_div(map.height, rows);
         taps = 16 * c.large->channels;
         columns = round_up(c.small->channels, PANEL);
-        parts = most(1, least(c.images * per_image, least(32, (1L << 21) / (taps * columns))));
-        // A row of the image as one pixel, since a prologue is slow on short ones.
+        parts = max(1, min(c.images * per_image, min(32, (1L << 21) / (taps * columns))));
+        // The prologue treats a row of the image as one wide pixel, since it is slow on few channels.
         large = {2 * rows + 2, 2 * map.width + 2, c.large->channels};
         small = {rows, map.width, c.small->channels};
     }
@@ -474,10 +475,10 @@ struct NarrowGradient {
         image.channels = image_row();
         float* const sums = all.floats(parts * taps * columns);
         const long blocks = c.images * per_image;
-        parallel(parts, threads, all.at, scratch_size(), [&](long part, Scratch own) {
-            float* const l = own.floats(large.size());
-            float* const s = own.floats(rows * small.columns * columns);
-            float* const a = own.floats(rows * small.columns * taps);
+        parallel(parts, threads, all.at, scratch_size(), [&](long part, Scratch local) {
+            float* const l = local.floats(large.size());
+            float* const s = local.floats(rows * small.columns * columns);
+            float* const a = local.floats(rows * small.columns * taps);
             const long begin = part * blocks / parts, end = (part + 1) * blocks / parts;
             for (long block = begin; block < end; ++block)
                 add(image, block, block > begin, l, s, a, sums + part * taps * columns);
@@ -493,8 +494,8 @@ struct NarrowGradient {
 
     void add(const Source& image, long block, bool more, float* l, float* s, float* a, float* sums) const {
         const long n = block / per_image, top = block % per_image * rows, channels = c.large->channels;
-        const long here = least(rows, c.small_map.height - top), width = c.small_map.width;
-        // The image's rows 2·top - 1 … 2·(top + here), with a margin.
+        const long here = min(rows, c.small_map.height - top), width = c.small_map.width;
+        // Rows 2·top - 1 to 2·(top + here) of the image, with padding.
         for (long i = 0; i < 2 * here + 2; ++i) {
             float* const line = l + i * large.row_stride();
             const long row = 2 * top - 1 + i;
@@ -517,29 +518,29 @@ struct NarrowGradient {
                     for (long i = 0; i < 4 * channels; i += 4)
                         std::memcpy(to + q * taps + i, from + q * 2 * channels + i, 4 * sizeof(float));
             }
-        // The next block's small map comes from memory meanwhile: a share with each panel.
+        // Each panel prefetches its share of the next block's small map.
         const long panels = columns / PANEL, share = pixels * c.small->channels / panels;
         for (long panel = 0; panel < panels; ++panel) {
             const bool other = c.small->y != nullptr && panel % 2 == 1;
             const float* const map = other ? c.small->y : c.small->t;
-            const Operand ahead{map + (pixel + pixels) * c.small->channels + panel * share, 8};
+            const Operand prefetch{map + (pixel + pixels) * c.small->channels + panel * share, 8};
             outer_panel(taps, {a, taps}, right.at(0, panel * PANEL), pixels, sums + panel * PANEL, columns,
-                        more, ahead);
+                        more, prefetch);
         }
     }
 };
 
 struct WeightGradient {
-    // Floats of workspace, no more for 1,000 images than for a chunk of them.
+    // Workspace in floats; its size is bounded by a K block, however many images there are.
     static long memory(const GradientJob& job, int threads) {
         const Correlation c(job);
         switch (job.layer->algorithm) {
             case DCGAN_F4:
-                return Products<Polyphase>(c, threads).memory(threads);
+                return TiledGradient<Polyphase>(c, threads).memory(threads);
             case DCGAN_NARROW:
                 return NarrowGradient(c).memory(threads);
             default:
-                return Products<Taps>(c, threads).memory(threads);
+                return TiledGradient<Taps>(c, threads).memory(threads);
         }
     }
 
@@ -547,11 +548,11 @@ struct WeightGradient {
         const Correlation c(job);
         switch (job.layer->algorithm) {
             case DCGAN_F4:
-                return Products<Polyphase>(c, threads).run(threads, memory);
+                return TiledGradient<Polyphase>(c, threads).run(threads, memory);
             case DCGAN_NARROW:
                 return NarrowGradient(c).run(threads, memory);
             default:
-                return Products<Taps>(c, threads).run(threads, memory);
+                return TiledGradient<Taps>(c, threads).run(threads, memory);
         }
     }
 };

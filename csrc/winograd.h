@@ -1,22 +1,23 @@
-// Polyphase Winograd for k4 s2 p1: each parity's 2×2 convolution by F(M×M, 2×2), (M+1)² products for 4·M².
+// Polyphase Winograd for k4 s2 p1: each parity's 2×2 convolution by F(M×M, 2×2), which needs (M+1)² products
+// instead of 4·M².
 //
 //     Y = Aᵀ [ Σ_c (G g Gᵀ) ⊙ (Bᵀ d B) ] A          (Lavin & Gray, 2016; Toom-Cook in each dimension)
 //
-// A unit of work takes a block of M×M output tiles of one parity through three steps, each in its own
-// scratch:
+// A unit of work takes a block of M×M output tiles of one parity through three steps in its own scratch:
 //
 //     V[ξ][tile][C_in] = Bᵀ d B                     input transform, ξ one of the (M+1)² points
 //     S[ξ][tile][C_out] = V[ξ]·U[ξ]                 (M+1)² matrix products
 //     y = act(Aᵀ S A·scale + shift)                 output transform with the layer's epilogue
 //
-//     up:   four parities, each its own output; K = C_in
-//     down: the parities of the input are summed in the products (K = 4·C_in), before one output transform
+//     up:   four parities of the output, with K = C_in
+//     down: the products sum over the parities of the input (K = 4·C_in), before a single output transform
 //
-// A tile's window reaches over the map's edge: what is outside is zero. A NaN or Inf in it may reach the
-// whole tile, and so does the rounding of its largest pixel: beside one that is 1e6 times larger, a small one
-// keeps few digits.
+// A tile's window may extend beyond the map, where it is zero. A NaN or Inf in the window may spread to the
+// whole tile, and so does the rounding error of its largest pixel: next to a pixel that is 1e6 times larger,
+// a small one loses most of its digits.
 //
-// Tried, and no faster: a row of points at a time, so that V stays in L2; prefetching V for the next product.
+// Two variants were tried and are no faster: computing one row of points at a time, so that V stays in L2,
+// and prefetching V for the next product.
 #pragma once
 
 #include "epilogue.h"
@@ -40,8 +41,8 @@ struct F2 {
     }
 };
 
-// Points 0, -1/2, 1, -2, ∞: closed under p → -1/p up to sign, which keeps the matrices' entries near 1.
-// Errors are 0.6 times those of the usual 0, ±1, 2, ∞ for three more additions.
+// Points 0, -1/2, 1, -2, ∞: the set is closed under p → -1/p up to sign, which keeps the entries of the
+// matrices near 1. Errors are 0.6 times those of the usual points 0, ±1, 2, ∞, for three more additions.
 struct F4 {
     static constexpr long OUT = 4, IN = 5;
     static constexpr float G[IN][2] = {
@@ -72,15 +73,16 @@ struct Winograd {
         return {l.transposed ? 1 : 4, l.c_in, round_up(l.c_out, PANEL)};
     }
 
-    // From one point's matrix to the next: an odd number of cache lines, since packing writes all at once.
+    // The distance between the matrices of two points: an odd number of cache lines, since packing writes to
+    // all of them at the same offset.
     static long plane(const dcgan_layer& l) { return odd_lines(shape(l).size()); }
 
     static long packed_size(const dcgan_layer& l) { return groups(l) * POINTS * plane(l); }
 
-    // U[parity][ξ] = G g Gᵀ.
+    // Packs U[parity][ξ] = G g Gᵀ.
     static void pack(const dcgan_layer& l, const Weights& w, float* packed, int threads) {
         const Gemm g = shape(l);
-        for (long i = 0; i < groups(l) * POINTS; ++i)  // between two matrices: read by nothing
+        for (long i = 0; i < groups(l) * POINTS; ++i)  // zero the gap between matrices, which is never read
             std::memset(packed + i * plane(l) + g.size(), 0,
                         static_cast<size_t>(plane(l) - g.size()) * sizeof(float));
         parallel(g.panels(), threads, nullptr, 0, [&](long panel, Scratch) {
@@ -92,7 +94,7 @@ struct Winograd {
                     const auto tap = [&](long i, long j) -> const float* {
                         return taps[tap_row(l.transposed, a, i)][tap_row(l.transposed, b, j)];
                     };
-                    // `down` has the parities one after the other in K, `up` as matrices of their own.
+                    // `down` concatenates the parities along K, `up` has a separate matrix for each.
                     transform(tap(0, 0), tap(0, 1), tap(1, 0), tap(1, 1),
                               packed + (l.transposed ? parity * POINTS * plane(l) : 0) +
                                   g.offset((l.transposed ? 0 : parity * l.c_in) + c_in, panel),
@@ -102,7 +104,7 @@ struct Winograd {
         });
     }
 
-    // G g Gᵀ of PANEL channels, to one place in each of the points' matrices.
+    // Computes G g Gᵀ for PANEL channels, and stores it at the same offset in the matrix of each point.
     static DCGAN_INLINE void transform(const float* g00, const float* g01, const float* g10, const float* g11,
                                        float* to, long stride) {
         const vec a00 = load(g00), a01 = load(g01), a10 = load(g10), a11 = load(g11);
@@ -133,14 +135,14 @@ struct Winograd {
     }
 
     static Split plan(const Job& job, int threads) {
-        // Four columns' weights take as long to read as about one tile's transforms.
+        // Reading the weights of four columns takes about as long as the transforms of one tile.
         const long total = tiles(job).total;
         const Gemm g = shape(*job.layer);
         return split(total, block_target(*job.layer), g.panels(), groups(*job.layer), threads,
                      4 * total < g.columns);
     }
 
-    // Tiles of a block. Few leave more of L2 to V; many read the weights, from L3 or memory, less often.
+    // Tiles per block. Small blocks keep V in L2; large blocks read the weights less often from L3 or memory.
     static long block_target(const dcgan_layer& l) {
         const bool beyond_l3 = packed_size(l) > (4L << 20);
         return F::OUT == 2 ? (beyond_l3 ? 96 : 64) : 32;
@@ -159,12 +161,12 @@ struct Winograd {
     static long scratch_size(const Job& job, int threads) {
         const dcgan_layer& l = *job.layer;
         const Split s = plan(job, threads);
-        const Strides st = strides(l, s.most_rows, s.panels);
-        return round_up(l.c_in + LANES, 16) + round_up(2 * s.most_rows * shape(l).taps, 16) +
+        const Strides st = strides(l, s.max_rows, s.panels);
+        return round_up(l.c_in + LANES, 16) + round_up(2 * s.max_rows * shape(l).taps, 16) +
                round_up(POINTS * st.v_plane, 16) + round_up(POINTS * st.s_plane, 16);
     }
 
-    // V of one tile and parity: window[i][j] points to the channels of its pixel (i, j).
+    // Computes V of one tile and parity: window[i][j] points to the channels of its pixel (i, j).
     static DCGAN_INLINE void input_channels(const float* const (&window)[F::IN][F::IN], long c, long count,
                                             float* v, long plane) {
         vec half[F::IN][F::IN];
@@ -214,7 +216,7 @@ struct Winograd {
                 if (i >= rows || j >= columns) continue;
                 float* const to = y + i * y_row + j * y_column;
                 __builtin_prefetch(to + F::OUT * y_column, 1);  // the next tile's
-                lanes.put(out[i], to, count);
+                lanes.write(out[i], to, count);
             }
         }
     }
@@ -228,14 +230,14 @@ struct Winograd {
         const long parities = l.transposed ? 1 : 4, step = l.transposed ? 2 : 1;
         const long parity_row = round_up(l.c_in, LANES);
         with_epilogue(job, [&](const auto& epilogue) {
-            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch own) {
+            parallel(s.units(), threads, scratch, scratch_stride, [&](long index, Scratch local) {
                 const Unit u = unit(s, index);
                 const auto& sink = epilogue.unit(index);
                 const long m = u.rows.size();
-                float* const zeros = own.floats(l.c_in + LANES);
-                const float** const rows = own.pointers(m * g.taps);
-                float* const v = own.floats(POINTS * st.v_plane);
-                float* const sums = own.floats(POINTS * st.s_plane);
+                float* const zeros = local.floats(l.c_in + LANES);
+                const float** const rows = local.pointers(m * g.taps);
+                float* const v = local.floats(POINTS * st.v_plane);
+                float* const sums = local.floats(POINTS * st.s_plane);
                 for (long c = 0; c < l.c_in; ++c) zeros[c] = 0;
 
                 const auto position = [&](long tile, long& image, long& p, long& q) {
@@ -269,18 +271,18 @@ struct Winograd {
                          u.panels.end, sums + point * st.s_plane, st.s_row);
                 }
                 const Size size = parity_rows(job, u.group);
-                const long begin = u.panels.begin * PANEL, end = least(u.panels.end * PANEL, l.c_out);
+                const long begin = u.panels.begin * PANEL, end = min(u.panels.end * PANEL, l.c_out);
                 for (long t = 0; t < m; ++t) {
                     long image, p, q;
                     position(u.rows.begin + t, image, p, q);
                     float* const y = job.y.data + image * job.y.n + (p * step + u.group / 2) * job.y.h +
                                      (q * step + u.group % 2) * job.y.w;
                     for (long c = begin; c < end; c += LANES) {
-                        const long count = least(LANES, end - c);
+                        const long count = min(LANES, end - c);
                         auto lanes = sink.at(c, count);
                         output_channels(sums + t * st.s_row + c - begin, st.s_plane, lanes, size.height - p,
                                         size.width - q, y + c, step * job.y.h, step * job.y.w, count);
-                        lanes.done();
+                        lanes.flush();
                     }
                 }
             });

@@ -1,4 +1,4 @@
-// Memory for a thread's calls, kept between them.
+// The workspace of a thread, kept between calls.
 #pragma once
 
 #include <sys/mman.h>
@@ -11,8 +11,8 @@ namespace dcgan {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
 
-// Asks for huge pages where whole ones lie in [data, data + bytes): megabytes that are read from end to end
-// miss the TLB every 4 KB otherwise.
+// Requests huge pages where whole ones fit into [data, data + bytes): with 4 KB pages, sequential reads of
+// megabytes would miss the TLB on every page.
 inline void huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -23,8 +23,7 @@ inline void huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Memory of the calling thread, kept from call to call: fresh pages cost more than the arithmetic of a small
-// layer.
+// Memory kept between calls: page faults on fresh memory cost more than the arithmetic of a small layer.
 class Workspace {
  public:
     ~Workspace() { release(); }

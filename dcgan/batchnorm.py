@@ -1,4 +1,4 @@
-"""BatchNorm besides its arithmetic: running statistics, and one over several processes."""
+"""BatchNorm without its arithmetic: running statistics, and statistics over several processes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .kernels.reference import accumulator_dtype
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` whose batch is that of all processes of torch.distributed, on GPUs and on CPUs.
+    """``nn.BatchNorm2d`` over the batches of all torch.distributed processes, on GPUs and CPUs.
 
-    ``nn.SyncBatchNorm`` and DistributedDataParallel refuse CPUs. Without a process group, and in eval mode,
-    it is ``nn.BatchNorm2d``.
+    ``nn.SyncBatchNorm`` supports only GPUs, and DistributedDataParallel rejects it on CPUs. Without a process
+    group, and in eval mode, this class is ``nn.BatchNorm2d``.
     """
 
     process_group: Any = None
 
     @staticmethod
     def convert(network: nn.Module) -> nn.Module:
-        """Make every ``nn.BatchNorm2d`` inside one of these, in place; parameters and names stay."""
+        """Convert every ``nn.BatchNorm2d`` of ``network`` in place; parameters and names are unchanged."""
         for module in network.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SyncBatchNorm2d
@@ -33,8 +33,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         x = input.to(accumulator_dtype(input.dtype))
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        mean, var, count = synchronised(mean, var, x.numel() // x.shape[1], self.process_group)
-        track(self, mean, var, count)
+        mean, var, count = merge_statistics(mean, var, x.numel() // x.shape[1], self.process_group)
+        update_running_stats(self, mean, var, count)
         y = (x - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
         if self.affine:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
@@ -42,11 +42,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
-SYNCHRONISED = (SyncBatchNorm2d, nn.SyncBatchNorm)
+SYNC_BATCHNORMS = (SyncBatchNorm2d, nn.SyncBatchNorm)
 
 
-def track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """Running statistics as ``nn.BatchNorm2d``: unbiased variance; momentum None for the cumulative mean."""
+def update_running_stats(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Update the running statistics as ``nn.BatchNorm2d`` does, from the biased variance of ``count`` values.
+
+    The running variance is unbiased; a momentum of None stands for the cumulative average.
+    """
     if not (norm.training and norm.track_running_stats):
         return
     running_mean, running_var = norm.running_mean, norm.running_var
@@ -65,16 +68,16 @@ def track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
         running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
-def synchronised(mean: Tensor, var: Tensor, count: int, group: Any = None) -> tuple[Tensor, Tensor, int]:
-    """Mean and variance over the values of all processes, from each one's own.
+def merge_statistics(mean: Tensor, var: Tensor, count: int, group: Any = None) -> tuple[Tensor, Tensor, int]:
+    """Merge each process's mean and variance into those over the values of all processes.
 
     With n_r values on process r, N = Σ n_r and w_r = n_r / N (Chan, Golub, LeVeque, 1983)::
 
         mean = Σ w_r·mean_r
         var  = Σ w_r·(var_r + (mean_r - mean)²)
 
-    The gradients that come back to the processes are added up before they are handed on, as every process's
-    loss depends on every process's statistics::
+    The backward sums the incoming gradients over the processes first, since every process's loss depends on
+    every process's statistics::
 
         dmean_r = w_r·(Σ dmean + 2·(mean_r - mean)·Σ dvar)
         dvar_r  = w_r·Σ dvar
@@ -82,11 +85,12 @@ def synchronised(mean: Tensor, var: Tensor, count: int, group: Any = None) -> tu
     Args:
         mean: [C], float32 or float64.
         var: [C], biased.
-        count: how many values each is of; it may be 0.
-        group: the processes; None for all. Each calls, forward and backward, in the same order.
+        count: number of values per channel in this process; may be 0.
+        group: the process group; None for all processes. Each of them must call this function, and its
+            backward, in the same order.
 
     Returns:
-        mean, var and N.
+        The merged mean and (biased) variance, and N.
     """
     merged, variance, total = _Merge.apply(mean, var, count, group)
     return merged, variance, int(total)
@@ -100,7 +104,7 @@ class _Merge(torch.autograd.Function):
         distributed.all_gather(parts, own, group=group)
         means, variances, counts = torch.stack(parts).split([len(mean), len(var), 1], dim=1)
         total = int(counts.sum())
-        present = counts > 0  # the statistics of nothing are NaN
+        present = counts > 0  # the statistics of an empty batch are NaN
         weights = counts / max(1, total)
         merged = (weights * means.where(present, 0)).sum(0)
         offsets = (means - merged).where(present, 0)

@@ -1,4 +1,4 @@
-"""Capturing a CUDA graph, after which the process is as it was, whether the capture succeeds or not."""
+"""CUDA graph capture that restores the process's CUDA state if the capture fails."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import torch
 
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Of captures that failed: torch's allocators may still refer to them."""
+"""The graphs of failed captures, kept alive because torch's allocators may still refer to them."""
 
 
 @contextlib.contextmanager
 def capturing(
     graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None, error_mode: str = "global"
 ) -> Iterator[None]:
-    """:class:`torch.cuda.graph` that leaves nothing behind where it fails.
+    """Capture into ``graph`` as :class:`torch.cuda.graph` does, but clean up if the capture fails.
 
-    Where CUDA gives a capture up, torch's own end of it raises before it has ended anything: the stream that
-    was captured stays the current one, memory is still allocated as if for the graph, and the generator of
-    random numbers refuses to draw any outside of a capture.
+    When CUDA invalidates a capture, ``torch.cuda.graph.__exit__`` raises before it has cleaned up: the
+    captured stream stays the current one, allocations still go to the graph's memory pool, and the random
+    number generator refuses to draw outside of a capture.
 
     Args:
-        graph: a new one.
-        stream: what is captured, on the current device.
-        pool: of memory, to be shared with other graphs; its own by default.
-        error_mode: of :class:`torch.cuda.graph`.
+        graph: a new graph.
+        stream: the stream to capture, on the current device.
+        pool: the memory pool, if shared with other graphs; a new one by default.
+        error_mode: ``capture_error_mode`` of :class:`torch.cuda.graph`.
     """
     outside = torch.cuda.current_stream()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
@@ -38,7 +38,7 @@ def capturing(
             yield
     except BaseException:
         torch.cuda.set_stream(outside)
-        with contextlib.suppress(RuntimeError):  # what was captured raised, and torch has ended it
+        with contextlib.suppress(RuntimeError):  # torch has already ended it if the captured code raised
             torch._C._cuda_endAllocateToPool(index, pool)
         random.graphsafe_set_state(before)
         _failed.append(graph)

@@ -1,12 +1,13 @@
-"""Checkpoints of a run: one file holds all that resuming takes, a folder keeps the last few and the best.
+"""Checkpoints of a run: a file holds everything needed to resume; a folder keeps the last few and the best.
 
-A file is what ``torch.save`` writes of a dict of tensors and plain values, so that
-``torch.load(path, weights_only=True)`` reads it; nothing in it is ever executed. It is written beside its
-name, synchronised and moved there, so that a name always stands for a whole checkpoint.
+A file is a dict of tensors and plain values written by ``torch.save``, so ``torch.load(path,
+weights_only=True)`` reads it; nothing in it is ever executed. It is written under a temporary name,
+synchronised to disk and renamed, so a checkpoint's name never refers to a partial file.
 
-``last.pt`` and ``best.pt`` are marks: symbolic links, or where there can be none, text files that hold the
-checkpoint's name. A folder that was copied with links followed has whole checkpoints in their places, which
-are read as they are, and become marks again when the run is resumed.
+``last.pt`` and ``best.pt`` are pointer files: symlinks, or where symlinks are not supported, one-line text
+files that contain the checkpoint's name. In a folder that was copied with symlinks followed they are full
+copies of the checkpoints. Such copies are read directly and become pointer files again when the run is
+resumed.
 """
 
 from __future__ import annotations
@@ -25,40 +26,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcgan import foreign
+from dcgan import file_diagnosis
 from dcgan.errors import InputError, RunError
-from dcgan.files import point, pointed, replacing, sweep, sync_folder
+from dcgan.files import point, read_pointer, replacing, sweep, sync_folder
 from dcgan.networks import Architecture
 
 FORMAT = "dcgan-kernels checkpoint"
 VERSION = 1
 LAST, BEST = "last.pt", "best.pt"
-_NAME = re.compile(r"step-\d+\.pt")
+_STEP_NAME = re.compile(r"step-\d+\.pt")
 
 State = dict[str, Any]
 
 
 class CheckpointError(InputError):
-    """A file that is no checkpoint, a damaged one, or one of something else."""
+    """The file is not a checkpoint, is damaged, or is a checkpoint of something else."""
 
 
 @dataclass
 class Checkpoint:
-    """All of a run at one moment.
+    """The complete state of a run after a step.
 
     Args:
-        architecture: of both networks.
+        architecture: architecture of both networks.
         generator, discriminator: state dicts.
-        optimizer_g, optimizer_d: state dicts; empty where only the networks are of use.
+        optimizer_g, optimizer_d: state dicts; empty if only the networks are needed.
         ema: the state dict of the Generator's moving average.
         scaler: the GradScaler's state dict.
-        epoch: epochs that are complete.
-        batch: batches of the next one that are complete.
-        step: steps, all epochs together.
-        images: real images seen.
-        random: states of the random generators, by name.
-        config: the run's configuration, plain values.
-        score: of the Generator, lower is better; None where it was not measured.
+        epoch: number of completed epochs.
+        batch: number of completed batches of the current epoch.
+        step: total number of steps over all epochs.
+        images: number of real images seen.
+        random: RNG states, by name.
+        config: the run's configuration as plain values.
+        score: score of the Generator, lower is better; None if it was not measured.
     """
 
     architecture: Architecture
@@ -78,17 +79,17 @@ class Checkpoint:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write it, whole or not at all: what was at ``path`` stays until the new file is on the disk.
+    """Write the checkpoint atomically: an existing file at ``path`` stays until the new one is on disk.
 
     Raises:
-        RunError: it cannot be written (a full disk, a folder gone); says why.
+        RunError: the file cannot be written (disk full, folder missing); the message gives the reason.
     """
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content |= {"format": FORMAT, "version": VERSION, "architecture": asdict(checkpoint.architecture)}
     try:
         with replacing(path, durable=True) as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch.save turns some failures of a write into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns some write failures into a RuntimeError
         why = getattr(error, "strerror", None) or str(error)
         raise RunError(
             f"cannot write the checkpoint {path}: {why}. Earlier checkpoints are as they were."
@@ -96,21 +97,22 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read what :func:`write` wrote; tensors are on the CPU.
+    """Read a file written by :func:`write`; its tensors are on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, damaged, or no checkpoint of a run.
+        CheckpointError: the file is missing, unreadable, damaged, or not the checkpoint of a run.
     """
     return parse(load(path, whole=True), path)
 
 
 def parse(content: Any, path: Path) -> Checkpoint:
-    """What :func:`load` found in ``path`` as a checkpoint. Raises CheckpointError where it is none."""
+    """Convert the result of :func:`load` to a checkpoint. Raises CheckpointError if it is not one."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a dcgan run")
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} is a checkpoint of version {content.get('version')!r}; version {VERSION} can be read"
+            f"{path} is a checkpoint of version {content.get('version')!r}; "
+            f"only version {VERSION} can be read"
         )
     names = {f.name for f in fields(Checkpoint)}
     try:
@@ -122,49 +124,50 @@ def parse(content: Any, path: Path) -> Checkpoint:
 
 
 def load(path: Path, whole: bool = False) -> Any:
-    """``torch.load(path, weights_only=True)`` onto the CPU: tensors and plain values, nothing that runs.
+    """Load a file onto the CPU by ``torch.load(path, weights_only=True)``, so that no code in it is executed.
 
     Args:
-        path: any file that ``torch.save`` wrote, or a mark of one.
-        whole: check the file's own checksums first, which PyTorch does not.
+        path: any file written by ``torch.save``, or a pointer file to one.
+        whole: verify the archive's checksums first, which PyTorch does not do.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another kind, or holds more than tensors and plain
-            values; says which, and where there is one, the line that makes a file that can be loaded.
+        CheckpointError: the file is missing, damaged, of another format, or contains more than tensors and
+            plain values. The message says which and, if possible, gives a line of code that makes a loadable
+            file.
     """
-    path = followed(path)
+    path = resolve_pointer(path)
     try:
         if whole:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        with path.open("rb") as file:  # of a path, torch.load would go by the suffix
+        with path.open("rb") as file:  # given a path, torch.load would choose the format by the suffix
             return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever bytes that are no checkpoint make of zip's and pickle's parsers
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a seek beyond a truncated file
+    except Exception as error:  # the zip and pickle parsers may raise anything on bytes of another format
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek in a truncated file
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        raise CheckpointError(f"{path} {_why_not(path, error)}") from error
+        raise CheckpointError(f"{path} {_diagnosis(path, error)}") from error
 
 
-def _why_not(path: Path, error: Exception) -> str:
-    found = foreign.described(path)
+def _diagnosis(path: Path, error: Exception) -> str:
+    found = file_diagnosis.describe(path)
     if found is not None:
         return f"is {found}"
-    return foreign.refused(path, error) or (
-        "is not a checkpoint that can be loaded: it is truncated, damaged or of another kind"
+    return file_diagnosis.explain_refusal(path, error) or (
+        "is not a loadable checkpoint: it is truncated, damaged or of another format"
     )
 
 
-def followed(path: Path) -> Path:
-    """The checkpoint that a mark kept as text names; ``path`` itself where it is anything else."""
-    target = None if path.is_symlink() else pointed(path)
-    return path if target is None or _NAME.fullmatch(target.name) is None else target
+def resolve_pointer(path: Path) -> Path:
+    """Return the checkpoint named by ``path`` if that is a text pointer file, else ``path`` itself."""
+    target = None if path.is_symlink() else read_pointer(path)
+    return path if target is None or _STEP_NAME.fullmatch(target.name) is None else target
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         read(path)
     except CheckpointError:
@@ -172,91 +175,92 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _read_either(path: Path, copies: dict[Path, Path]) -> Checkpoint:
-    """The checkpoint of that name, or where it is missing or damaged, a copy of it."""
+def _read_with_copies(path: Path, copies: dict[Path, Path]) -> Checkpoint:
+    """Read the checkpoint at ``path``, or a copy of it if that file is missing or damaged."""
     try:
         return read(path)
     except CheckpointError:
-        for copy, own in copies.items():
-            if own == path:
+        for copy, original in copies.items():
+            if original == path:
                 return read(copy)
         raise
 
 
 class Folder:
-    """One run's checkpoints: the last ``keep`` and the best; ``last.pt`` and ``best.pt`` are marks of them.
+    """The checkpoints of a run: the last ``keep``, the best, and pointers ``last.pt`` and ``best.pt``.
 
     Args:
-        path: the folder; made when the first checkpoint is written.
-        keep: how many of the last stay, at least 1.
+        path: the folder; it is created when the first checkpoint is written.
+        keep: number of most recent checkpoints to keep, at least 1.
 
     Raises:
-        InputError: ``keep`` is no positive integer.
+        InputError: ``keep`` is not a positive integer.
     """
 
     def __init__(self, path: Path, keep: int = 3) -> None:
         if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
             raise InputError(f"keep must be an integer of at least 1, got {keep!r}")
         self.path, self.keep = path, keep
-        self._best: float | None = None
+        self._best_score: float | None = None
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write the checkpoint, mark it last (and best, if its score is), then forget the oldest.
+        """Write the checkpoint, update ``last.pt`` and, for a new best score, ``best.pt``; delete old ones.
 
         Raises:
-            RunError: it cannot be written; earlier checkpoints and both marks are as they were.
+            RunError: it cannot be written; earlier checkpoints and both pointer files are unchanged.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             sweep(self.path)
-        path = self._named(checkpoint.step)
+        path = self._step_path(checkpoint.step)
         write(checkpoint, path)
         with self._writing():
-            self._mark(path, checkpoint.score)
-            marked = {self._target(LAST), self._target(BEST)}
-            for old in self._all()[self.keep :]:
-                if old not in marked:
+            self._update_pointers(path, checkpoint.score)
+            pointed_at = {self._target(LAST), self._target(BEST)}
+            for old in self._step_files()[self.keep :]:
+                if old not in pointed_at:
                     old.unlink(missing_ok=True)
             sync_folder(self.path)
         return path
 
     def last(self) -> Path | None:
-        """The file marked last, or without the mark, that of the highest step."""
-        marked = self._target(LAST)
-        return marked if marked is not None else next(iter(self._all()), None)
+        """Return the checkpoint that ``last.pt`` points at, or else the one with the highest step."""
+        target = self._target(LAST)
+        return target if target is not None else next(iter(self._step_files()), None)
 
     def best(self) -> Path | None:
-        """The file marked best."""
+        """Return the checkpoint that ``best.pt`` points at, if any."""
         return self._target(BEST)
 
     def resume(self, say: Callable[[str], None], mark: bool = True) -> tuple[Checkpoint, Path]:
-        """The newest checkpoint that is whole, marked as whoever wrote it may have been killed before doing.
+        """Return the newest intact checkpoint and its path.
 
         Args:
-            say: told of each damaged one that is newer.
-            mark: False in a process that is not to write.
+            say: receives a message about each newer checkpoint that is damaged.
+            mark: also update the pointer files, because the process that wrote the checkpoint may have been
+                killed before it did. Pass False in a process that must not write.
 
         Raises:
-            CheckpointError: there is none.
-            RunError: the marks can't be written.
+            CheckpointError: there is no intact checkpoint.
+            RunError: the pointer files cannot be written.
         """
         copies = self._copies()
         if mark:
             with self._writing():
                 for copy, path in copies.items():
-                    self._adopt(copy, path)
+                    self._replace_copy(copy, path)
         failures: list[str] = []
-        for path in sorted({*self._all(), *copies.values()}, reverse=True):
+        for path in sorted({*self._step_files(), *copies.values()}, reverse=True):
             try:
-                found = _read_either(path, copies)
+                found = _read_with_copies(path, copies)
             except CheckpointError as error:
                 failures.append(str(error))
                 continue
             for failure in failures:
-                say(f"{failure}; going back to {path.name}, the one before")
+                say(f"{failure}; going back to the previous checkpoint, {path.name}")
             if mark:
                 with self._writing():
-                    self._mark(path, found.score)
+                    self._update_pointers(path, found.score)
             return found, path
         raise CheckpointError(
             f"no checkpoint to resume from in {self.path}" + "".join(f"; {failure}" for failure in failures)
@@ -269,49 +273,52 @@ class Folder:
         except OSError as error:
             raise RunError(f"cannot write into {self.path}: {error.strerror or error}") from error
 
-    def _named(self, step: int) -> Path:
+    def _step_path(self, step: int) -> Path:
         return self.path / f"step-{step:09d}.pt"
 
-    def _all(self) -> list[Path]:
-        """The highest step first."""
+    def _step_files(self) -> list[Path]:
+        """Return all checkpoints, highest step first."""
         return sorted(self.path.glob("step-*.pt"), reverse=True)
 
     def _copies(self) -> dict[Path, Path]:
-        """Whole checkpoints in the places of marks, each with the name that is its own."""
+        """Return the full checkpoints found in place of pointer files, each with its regular path."""
         found = {}
         for copy in (self.path / LAST, self.path / BEST):
             if self._target(copy.name) == copy:
                 with suppress(CheckpointError):
-                    found[copy] = self._named(read(copy).step)
+                    found[copy] = self._step_path(read(copy).step)
         return found
 
-    def _adopt(self, copy: Path, path: Path) -> None:
-        """Make ``copy`` a mark of ``path``, and ``path`` its content, unless it is another checkpoint."""
-        if path.exists() and not filecmp.cmp(copy, path, shallow=False) and _is_whole(path):
+    def _replace_copy(self, copy: Path, path: Path) -> None:
+        """Move the content of ``copy`` to ``path`` and make ``copy`` a pointer file.
+
+        Does nothing if ``path`` is already a different, intact checkpoint.
+        """
+        if path.exists() and not filecmp.cmp(copy, path, shallow=False) and _is_intact(path):
             return
         with replacing(path, durable=True) as file, copy.open("rb") as content:
             shutil.copyfileobj(content, file)
         point(copy, path.name)
 
-    def _target(self, mark: str) -> Path | None:
-        """What is marked: the checkpoint in the mark's own place, where one is there; None for nothing."""
-        link = self.path / mark
+    def _target(self, pointer: str) -> Path | None:
+        """Return what the pointer file refers to: itself if it is a full copy, None if nothing is there."""
+        link = self.path / pointer
         if not link.is_symlink() and zipfile.is_zipfile(link):
             return link
-        target = pointed(link) if link.is_symlink() else followed(link)
+        target = read_pointer(link) if link.is_symlink() else resolve_pointer(link)
         return target if target is not None and target != link and target.exists() else None
 
-    def _mark(self, path: Path, score: float | None) -> None:
+    def _update_pointers(self, path: Path, score: float | None) -> None:
         point(self.path / LAST, path.name)
         if score is not None and self._is_best(score):
             point(self.path / BEST, path.name)
-            self._best = score
+            self._best_score = score
 
     def _is_best(self, score: float) -> bool:
-        if self._best is None:
-            marked = self.best()
+        if self._best_score is None:
+            best = self.best()
             try:
-                self._best = None if marked is None else read(marked).score
+                self._best_score = None if best is None else read(best).score
             except CheckpointError:
-                self._best = None
-        return self._best is None or score <= self._best
+                self._best_score = None
+        return self._best_score is None or score <= self._best_score

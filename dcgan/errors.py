@@ -1,17 +1,17 @@
-"""What is wrong with what the user gave, as one kind of error."""
+"""Errors that the command line reports without a traceback."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave can't be used: its message names it, what was given and what is allowed.
+    """An argument or input is not allowed; the message names it, what was given and what is allowed.
 
-    The command line prints the message alone and exits with 2; from the library it is a ValueError.
+    The command line prints only the message and exits with 2.
     """
 
 
 class RunError(RuntimeError):
-    """A run that can't go on, through no fault of its arguments: a NaN loss, a full disk.
+    """A run cannot continue although its arguments are valid: for example a NaN loss or a full disk.
 
-    The command line prints the message alone and exits with 1.
+    The command line prints only the message and exits with 1.
     """

@@ -1,17 +1,17 @@
-"""Trained networks in formats that other programs read.
+"""Export of trained networks to formats that other programs read.
 
 * :func:`safetensors`: the weights and the network's sizes; :mod:`dcgan.pretrained` reads it back.
 * :func:`onnx`: for ONNX Runtime, OpenVINO, TensorRT and others.
-* :func:`torch_export`: ``torch.export``'s program, which runs without this package.
+* :func:`torch_export`: a ``torch.export`` program, which runs without this package.
 
-The last two hold what ``network(x)`` computes in eval mode, in float32, with whatever has been changed in the
-network: layers, hooks, a forward of its own. A Generator's is z [N, latent_dim] → images [N, C, H, W] in
-[-1, 1], a Discriminator's images → probability [N]. The first holds the weights alone, so that a network that
-computes something else with them than the default one is refused.
+The last two hold what ``network(x)`` computes in eval mode and float32, including changed layers, hooks or a
+replaced forward: z [N, latent_dim] → images [N, C, H, W] in [-1, 1] for a Generator, images → probability [N]
+for a Discriminator. The first holds only the weights, so a network that computes anything else with them than
+the default network does is rejected.
 
-What is written has first been loaded back and compared with ``network(x)``, on inputs for which the outputs
-differ from each other: a Discriminator that has learned much calls nearly every random image a fake, with a
-probability that no error in the exported weights would move.
+Every export is loaded back and compared with ``network(x)`` before it is written, on inputs whose outputs
+differ from each other: a well-trained Discriminator calls nearly every random image a fake, with a saturated
+probability that no error in the exported weights would change.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from dcgan import fast, models, pretrained
+from dcgan import extras, fast, models, pretrained
 from dcgan.errors import InputError, RunError
 from dcgan.files import replacing
 
-INSTALL = "pip install 'dcgan-kernels[export]'"
+INSTALL = extras.install("export")
 
 TOLERANCE = 1e-4
-"""Largest difference allowed between the outputs of the exported and the given network, to their spread.
+"""Maximum difference between the outputs of the exported and the given network, relative to their spread.
 
-The spread is the range of the outputs over the inputs of the check, of that output element where it is
-largest: up to 2 for an image's values, up to 1 for a probability.
+The spread is the range over the check's inputs of the output element that varies most: up to 2 for an image's
+values, up to 1 for a probability.
 """
 
 BATCHES = (1, 3, 5)
-"""Sizes of the batches that a program for any batch size is checked with."""
+"""Batch sizes that a program with a dynamic batch size is checked with."""
 
 Exportable = models.Generator | models.Discriminator | models.MLPGenerator | models.MLPDiscriminator
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """Description of a written file.
 
     Args:
-        size: of the file, bytes.
-        inputs, outputs: their shapes as words, such as ``[batch, 100]``; '' for weights alone.
-        difference: the largest from ``network(x)``, as a part of the outputs' spread (see TOLERANCE); None
-            for weights alone, and where no program to run it is installed.
-        checked: by what it was run, or why it was not; '' for weights alone.
+        size: file size in bytes.
+        inputs, outputs: their shapes as text, such as ``[batch, 100]``; '' for safetensors.
+        difference: largest difference from ``network(x)``, relative to the outputs' spread (see TOLERANCE);
+            None for safetensors, and if no runtime for the format is installed.
+        checked: the runtime that ran it, or why it was not run; '' for safetensors.
     """
 
     size: int
@@ -69,17 +69,17 @@ class Exported(NamedTuple):
 
 
 def safetensors(network: nn.Module, path: Path) -> Exported:
-    """The state dict as it is, with ``network``, ``model`` and sizes as the file's metadata.
+    """Write the state dict, with ``network``, ``model`` and the sizes in the file's metadata.
 
     Args:
-        network: a Generator or Discriminator of :mod:`dcgan.models` or :mod:`dcgan.fast` that computes what
-            :mod:`dcgan.pretrained` makes of its weights; it stays as it is.
-        path: the file, replaced whole, in a folder that exists.
+        network: a Generator or Discriminator of :mod:`dcgan.models` or :mod:`dcgan.fast` that computes the
+            same as the network that :mod:`dcgan.pretrained` builds from its weights; it is left unchanged.
+        path: the file, replaced atomically, in an existing folder.
 
     Raises:
-        InputError: the network is another; says what has been changed in it.
-        RunError: its outputs are not finite or are all the same, so that they show nothing, or ``path``
-            can't be written; what was at ``path`` is as it was.
+        InputError: the network computes something else; the message says what has been changed in it.
+        RunError: its outputs are not finite or do not depend on the input, or ``path`` cannot be written;
+            an existing file at ``path`` is unchanged.
     """
     from safetensors.torch import save
 
@@ -96,37 +96,38 @@ def safetensors(network: nn.Module, path: Path) -> Exported:
             state = {key: value.contiguous() for key, value in network.state_dict().items()}
             content = save(state, metadata)
             check.difference(_read_back(content, kind), "the default network with these weights")
-        except Exception as error:  # it cannot be saved, does not fit, or computes something else
+        except Exception as error:  # the state cannot be saved, does not fit, or computes something else
             raise InputError(
-                "network cannot be read back from safetensors, which hold the weights of a default network "
-                f"alone: {_changes(network) or _first_line(error.__cause__ or error)}. Export it to onnx or "
+                "network cannot be exported to safetensors, which hold only a default network's weights: "
+                f"{_changes(network) or _first_line(error.__cause__ or error)}. Export it to onnx or "
                 "torch-export instead"
             ) from error
     return _write(content, path, Exported(len(content), "", "", None, ""))
 
 
 def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exported:
-    """An ONNX model with its weights inside, from ``torch.onnx.export``.
+    """Write an ONNX model that includes its weights, by ``torch.onnx.export``.
 
-    Its input is ``z`` or ``image``, its output ``image`` or ``probability``.
+    Its input is named ``z`` or ``image``, its output ``image`` or ``probability``.
 
     Args:
         network: a Generator or Discriminator of :mod:`dcgan.models` or :mod:`dcgan.fast`, or of a subclass,
-            with any changes that ``torch.export`` can trace; it stays as it is.
-        path: the file, replaced whole, in a folder that exists.
-        batch: the one batch size that it takes; None for any.
+            with any changes that ``torch.export`` can trace; it is left unchanged.
+        path: the file, replaced atomically, in an existing folder.
+        batch: the fixed batch size; None for a dynamic one.
 
     Raises:
-        InputError: the network is another, holds something that cannot be copied or traced, or a package is
-            missing, onnx or onnxscript.
-        RunError: the model's outputs differ from ``network(x)`` by more than TOLERANCE of their spread, they
-            are not finite or all the same, or ``path`` can't be written; what was at ``path`` is as it was.
+        InputError: ``network`` has another type or holds something that cannot be copied or traced, or the
+            package onnx or onnxscript is not installed.
+        RunError: the model's outputs differ from ``network(x)`` by more than TOLERANCE of their spread, are
+            not finite or do not depend on the input, or ``path`` cannot be written; an existing file at
+            ``path`` is unchanged.
     """
     try:
         for package in ("onnx", "onnxscript"):
             importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f"ONNX takes the package {error.name}, which is not installed: {INSTALL}") from error
+        raise InputError(f"ONNX export requires the package {error.name}: {INSTALL}") from error
     with _evaluated(network, batch) as (plain, check):
         name_in, name_out = ("z", "image") if len(check.shape) == 1 else ("image", "probability")
         with _exporting("ONNX", network):
@@ -144,7 +145,7 @@ def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exporte
     try:
         import onnxruntime
     except ImportError:
-        difference, checked = None, f"not verified, as ONNX Runtime is missing: {INSTALL}"
+        difference, checked = None, f"not verified because ONNX Runtime is not installed: {INSTALL}"
     else:
         with _exporting("ONNX", network):
             session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -156,9 +157,9 @@ def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exporte
 
 
 def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) -> Exported:
-    """A ``torch.export`` program: ``torch.export.load(path).module()(z)`` runs it.
+    """Write a ``torch.export`` program; run it with ``torch.export.load(path).module()(z)``.
 
-    Arguments and errors are :func:`onnx`'s; it needs no package but PyTorch.
+    Arguments and errors are as for :func:`onnx`; PyTorch is the only package that this needs.
     """
     file = io.BytesIO()
     with _evaluated(network, batch) as (plain, check), _exporting("torch.export", network):
@@ -170,7 +171,7 @@ def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) ->
     ours = sorted({target.name() for target in targets if getattr(target, "namespace", "") == "dcgan"})
     if ours:
         raise InputError(
-            f"network calls {', '.join(ours)}, without which its program would not run elsewhere"
+            f"network calls {', '.join(ours)}, so its program would not run without this package"
         )
     checked = f"PyTorch {torch.__version__}, loaded back"
     difference = check.difference(loaded, checked)
@@ -182,18 +183,18 @@ def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) ->
 
 @contextlib.contextmanager
 def _evaluated(network: nn.Module, batch: int | None = None) -> Iterator[tuple[Any, _Check]]:
-    """A copy on the CPU in eval mode and float32, made of plain modules, and what it is to be checked with.
+    """Yield a copy of ``network`` (plain modules, on the CPU, eval mode, float32) and the check for it.
 
-    ``network``'s own modules are in eval mode meanwhile: a hook or a forward that the user has put there may
-    refer to them, and in the copy still does.
+    Meanwhile ``network``'s own modules are in eval mode, since the copy of a user's hook or forward may still
+    refer to them.
 
     Raises:
-        InputError: it is no Generator or Discriminator, or cannot be copied or run like this.
-        RunError: as :class:`_Check`.
+        InputError: ``network`` is not a Generator or Discriminator, or cannot be copied or run in float32.
+        RunError: :class:`_Check` raises it.
     """
     if not isinstance(network, Exportable):
         inner = [n for n in ("_orig_mod", "module") if isinstance(getattr(network, n, None), nn.Module)]
-        hint = f"; give what it wraps, its attribute {inner[0]}" if inner else ""
+        hint = f"; pass the network that it wraps, its attribute {inner[0]}" if inner else ""
         raise InputError(
             f"network must be a Generator or a Discriminator, got {type(network).__qualname__}{hint}"
         )
@@ -207,11 +208,11 @@ def _evaluated(network: nn.Module, batch: int | None = None) -> Iterator[tuple[A
                 check = _Check(copied, _input_shape(copied), batch)
             except RunError:
                 raise
-            except Exception as error:  # whatever the user's own hooks, forwards and modules raise
+            except Exception as error:  # the user's hooks, forwards and modules may raise anything
                 raise InputError(
                     f"network cannot be copied to the CPU and run in float32: {_reason(error, network)}"
                 ) from error
-            # What the check has run is the network's own class; exported is the same in plain modules.
+            # The check has run the network's own class; a fast network is exported as the reference class.
             plain = copied
             for kind, reference in _REFERENCES.items():
                 if type(copied) is kind:
@@ -232,7 +233,7 @@ _REFERENCES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _copy(network: nn.Module) -> Any:
-    """A deep copy. Tensors that a hook has computed, as pruning's does, lose their graph, which cannot be."""
+    """Return a deep copy. Tensors that a hook has computed, as in pruning, are detached to be copyable."""
     computed = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor)]
     return copy.deepcopy(network, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
 
@@ -257,7 +258,7 @@ def _read_back(content: bytes, kind: Any) -> nn.Module:
 
 
 def _changes(network: nn.Module) -> str:
-    """What there is in the network that is not in the default one of its sizes, in words; '' for nothing."""
+    """Describe how the network differs from the default one of its sizes; '' if it does not."""
     kind = next(kind for kind in get_args(Exportable) if isinstance(network, kind))
     try:
         with torch.device("meta"):
@@ -266,28 +267,28 @@ def _changes(network: nn.Module) -> str:
         return str(error)
     found = []
     if type(network) not in (kind, *(fast_kind for fast_kind, k in _REFERENCES.items() if k is kind)):
-        found.append(f"it is a {type(network).__qualname__}")
+        found.append(f"the network is a {type(network).__qualname__}")
     expected = {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in default.named_modules()}
     changed: list[str] = []
     for name, module in network.named_modules():
         if any(name.startswith(f"{parent}.") for parent in changed):
             continue
-        where = name or "it"
+        where = name or "the network"
         if any(vars(module)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks")):
             found.append(f"{where} has hooks")
         if "forward" in vars(module):
-            found.append(f"{where} has a forward of its own")
+            found.append(f"{where} has a replaced forward")
         is_now = f"{type(module).__name__}({module.extra_repr()})"
         if name and is_now != expected.get(name):
-            found.append(f"{name} is {is_now}, by default {expected.get(name, 'there is none')}")
+            found.append(f"{name} is {is_now} (default: {expected.get(name, 'absent')})")
             changed.append(name)
-    kept = dict(network.named_modules())
-    found += [f"{name} is missing" for name in expected if name not in kept]
+    present = dict(network.named_modules())
+    found += [f"{name} is missing" for name in expected if name not in present]
     return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
 def _reason(error: BaseException, network: nn.Module) -> str:
-    """The innermost error's first line, and what of the network may be its cause."""
+    """Return the innermost error's first line, and the changes in the network that may be its cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     changes = _changes(network)
@@ -306,15 +307,15 @@ _CONTRASTS = (1.0, 0.25, 4.0, 16.0, 64.0, 256.0, 1024.0)
 
 
 class _Check:
-    """Batches of inputs with what ``network`` gives for them, to hold another's outputs against.
+    """Batches of inputs with ``network``'s outputs for them, to compare an exported network with.
 
     Args:
         network: on the CPU, in eval mode, float32.
-        shape: of one input.
-        batch: the one size of the batches; None for BATCHES.
+        shape: shape of one input.
+        batch: the fixed batch size; None for BATCHES.
 
     Raises:
-        RunError: its outputs are not finite, or the same for all inputs, so that nothing could be compared.
+        RunError: the outputs are not finite, or do not depend on the input, so that nothing can be compared.
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], batch: int | None) -> None:
@@ -328,10 +329,10 @@ class _Check:
         self.spread = _spread(torch.cat(self.outputs))
 
     def difference(self, run: Callable[[Tensor], Tensor], name: str) -> float:
-        """The largest difference of ``run``'s outputs, as a part of the spread of the network's.
+        """Return the largest difference of ``run``'s outputs, relative to the spread of the network's.
 
         Raises:
-            RunError: it is above TOLERANCE, shapes differ, or ``run`` fails.
+            RunError: the difference exceeds TOLERANCE, shapes differ, or ``run`` fails.
         """
         worst = 0.0
         for x, expected in zip(self.inputs, self.outputs, strict=True):
@@ -344,7 +345,7 @@ class _Check:
                 ) from error
             if found.shape != expected.shape:
                 raise RunError(
-                    f"not written: {name} gives {list(found.shape)} where network(x) is "
+                    f"not written: {name} returns {list(found.shape)}, network(x) returns "
                     f"{list(expected.shape)}"
                 )
             difference = float((found - expected).abs().max()) / self.spread
@@ -360,7 +361,7 @@ class _Check:
         return ({0: torch.export.Dim("batch", min=1)},) if self.batch is None else None
 
     def shapes(self) -> tuple[str, str]:
-        """Of inputs and outputs, as words."""
+        """Return the shapes of the inputs and of the outputs as text."""
         n = "batch" if self.batch is None else self.batch
         shapes = self.shape, self.outputs[0].shape[1:]
         inputs, outputs = (f"[{', '.join(map(str, (n, *shape)))}]" for shape in shapes)
@@ -368,71 +369,73 @@ class _Check:
 
 
 def _example(shape: tuple[int, ...], batch: int | None) -> Tensor:
-    """An input to trace with: not of one where any size is meant, which torch.export takes for a constant."""
+    """Return an input to trace with; torch.export would specialize a dynamic batch size if it were 1 here."""
     return torch.zeros(2 if batch is None else batch, *shape, dtype=torch.float32)
 
 
 def _spread(outputs: Tensor) -> float:
-    """The range over the batch, of that output element where it is largest."""
+    """Return the range over the batch of the output element that varies most."""
     return float((outputs.amax(0) - outputs.amin(0)).max())
 
 
 def _outputs(network: nn.Module, x: Tensor) -> Tensor:
     outputs = network(x)
     if not isinstance(outputs, Tensor) or outputs.shape[:1] != x.shape[:1]:
-        raise TypeError("what it returns is no tensor with a row for each input")
+        raise TypeError("its output is not a tensor with one row per input")
     if not outputs.isfinite().all():
         raise RunError("not written: network(x) is not finite")
     return outputs
 
 
 def _probes(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Inputs [_PROBES, *shape] whose outputs differ, and that no Sigmoid at the end makes alike.
+    """Return inputs [_PROBES, *shape] whose outputs differ, also after a saturating Sigmoid at the end.
 
     They are latents from N(0, 1), or images of all scales from noise to blobs, at the first contrast at which
-    the outputs differ by a tenth of their size or of 1, the size of what Tanh and Sigmoid give.
+    the outputs differ by a tenth of their magnitude, or of 1, the range of Tanh and Sigmoid, if that is more.
 
     Raises:
-        RunError: at no contrast do the outputs differ.
+        RunError: the outputs do not differ at any contrast.
     """
     random = torch.Generator().manual_seed(0)
     pool = _latents(shape, random) if len(shape) == 1 else _images(shape, random)
-    probes, most = pool, -1.0
+    probes, max_spread = pool, -1.0
     for contrast in _CONTRASTS:
         outputs = _outputs(network, contrast * pool)
         spread = _spread(outputs) / max(1.0, float(outputs.abs().max()))
-        if spread > most:
-            probes, most = contrast * pool, spread
-        if most >= 0.1:
+        if spread > max_spread:
+            probes, max_spread = contrast * pool, spread
+        if max_spread >= 0.1:
             break
     probes = _unsaturated(network, probes)
     outputs = _outputs(network, probes)
     if not _spread(outputs) > 1e-3 * float(outputs.abs().max()):  # float32's 1e-7 would be 1e-4 of it
-        raise RunError(
-            "not written: network(x) is the same for every x, so that a comparison would show nothing"
-        )
+        raise RunError("not written: network(x) is the same for every x, so the export cannot be verified")
     return probes
 
 
 def _unsaturated(network: nn.Module, images: Tensor) -> Tensor:
-    """The images moved until a Sigmoid at the end gives probabilities from 0.1 to 0.9, if there is one.
+    """Adjust the images until a Sigmoid at the end, if any, returns probabilities from 0.1 to 0.9.
 
-    A Discriminator's logit is piecewise linear in the image, so that Newton's method along the gradient takes
-    few steps, and small ones.
+    A Discriminator's logit is piecewise linear in the image, so Newton's method along the gradient needs only
+    few and small steps.
     """
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
     sigmoids = [module for module in network.modules() if isinstance(module, nn.Sigmoid)]
-    hooks = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for module in sigmoids]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: captured.append(args[0])) for module in sigmoids
+    ]
     targets = torch.linspace(0.1, 0.9, len(images), dtype=torch.float32).logit()
     try:
         for _ in range(50):
-            seen.clear()
+            captured.clear()
             images = images.detach().requires_grad_()
             with torch.enable_grad():
                 network(images)
-            if not seen or seen[-1].numel() != len(images) or not seen[-1].requires_grad:
+            if not captured:
                 break
-            logits = seen[-1]
+            logits = captured[-1]
+            if logits.numel() != len(images) or not logits.requires_grad:
+                break
             missing = targets - logits.flatten()
             if missing.abs().max() < 0.1:
                 break
@@ -451,7 +454,7 @@ def _latents(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
 
 
 def _images(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """From noise to blobs, in (-1, 1)."""
+    """Return images from noise to smooth blobs, in (-1, 1)."""
     channels, size, _ = shape
     noise = _latents(shape, random)
     blobs = nn.functional.interpolate(_latents((channels, 4, 4), random), (size, size), mode="bicubic")
@@ -473,10 +476,10 @@ def _write(content: bytes, path: Path, exported: Exported) -> Exported:
 
 @contextlib.contextmanager
 def _exporting(name: str, network: nn.Module) -> Iterator[None]:
-    """Without the exporters' remarks on their own insides.
+    """Silence the exporters' warnings and logs.
 
     Raises:
-        InputError: for whatever they raise; says what of the network may be its cause.
+        InputError: the exporter fails; the message says which change in the network may be the cause.
     """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

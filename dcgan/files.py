@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, never half of either."""
+"""Atomic replacement of files, and pointer files (symlinks or their text equivalent)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-LONGEST_NAME = 255  # bytes that file systems allow
+MAX_NAME_BYTES = 255  # limit of common file systems
 
 
 def cache_folder(name: str) -> Path:
-    """``$DCGAN_CACHE/name``, or without that variable ``~/.cache/dcgan-kernels/name``."""
+    """Return ``$DCGAN_CACHE/name``, or ``~/.cache/dcgan-kernels/name`` if that variable is not set."""
     return Path(os.environ.get("DCGAN_CACHE") or Path.home() / ".cache" / "dcgan-kernels") / name
 
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file to write in place of ``path``, which it takes in one move once the block ends without an error.
+    """Open a temporary file that atomically replaces ``path`` when the block ends without an error.
 
     Args:
-        path: the file, in a folder that exists.
-        durable: wait until the disk has the content before the move, and the move afterwards, so that not
-            even a power cut leaves half a file, or none.
+        path: the file to replace, in an existing folder.
+        durable: fsync the content before the rename and the folder after it, so that not even a power cut
+            leaves a partial file or none.
 
     Raises:
-        OSError: the folder is missing or does not let us write, or the disk is full; ``path`` is as it was.
+        OSError: the folder is missing or not writable, or the disk is full; ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -45,15 +45,15 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what :func:`replacing` has left there in processes that were killed while they wrote."""
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    """Remove the temporary files that processes killed within :func:`replacing` left behind."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk knows the folder's entries, where the system can be asked to.
+    """fsync the folder's entries where the system supports it.
 
-    Windows opens no folders, and some network drives synchronise none.
+    Windows cannot open folders, and some network drives cannot synchronise them.
     """
     if not hasattr(os, "O_DIRECTORY"):
         return
@@ -68,10 +68,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def point(link: Path, name: str) -> None:
-    """Make ``link`` a mark of its neighbour ``name``, in one move.
+    """Atomically make ``link`` a pointer file to ``name`` in the same folder.
 
-    A mark is a relative symbolic link, or where there can be none (exFAT, network drives, Windows without the
-    privilege) a text file of that one line. :func:`pointed` reads both.
+    A pointer file is a relative symlink, or where symlinks are not supported (exFAT, network drives, Windows
+    without the privilege) a text file with the name as its only line. :func:`read_pointer` reads both.
 
     Raises:
         OSError: neither can be written.
@@ -87,17 +87,17 @@ def point(link: Path, name: str) -> None:
         os.replace(temporary, link)
 
 
-def pointed(link: Path) -> Path | None:
-    """The neighbour that :func:`point` made ``link`` a mark of, whether or not it is there.
+def read_pointer(link: Path) -> Path | None:
+    """Return the path that the pointer file ``link`` refers to, whether or not that exists.
 
-    None where ``link`` is missing or no mark. A text is one only where it is nothing but the name of a file,
-    without a folder.
+    Returns None if ``link`` is missing or not a pointer file. A text file is a pointer file only if it
+    contains nothing but a file name without a folder.
     """
     if link.is_symlink():
         return link.parent / link.readlink()
     try:
         with link.open("rb") as file:
-            text = file.read(LONGEST_NAME + 2)
+            text = file.read(MAX_NAME_BYTES + 2)
     except OSError:
         return None
     name = re.fullmatch(rb"(\w[\w.-]*)\r?\n?", text)

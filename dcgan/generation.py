@@ -1,10 +1,10 @@
-"""Sampling a trained Generator in bounded memory, and writing what it makes.
+"""Sampling of a trained Generator in bounded memory, and writers for the generated images.
 
-Noise is a function of the seed and the image's index alone. Image i belongs to chunk c = i // 64, whose
+Noise depends only on the RNG seed and the image's index. Image i belongs to noise block c = i // 64, whose
 [64, latent_dim] values come from NumPy's PCG64 seeded with ``SeedSequence(seed, spawn_key=(c,))``, on the
-CPU. So image i has the same z whatever the batch size, the number of images, the device and the number of
-processes that share the work; chunks, and seeds, are independent of each other. (The image itself may differ
-in its last bits, as the kernels sum in another order for another batch or device.)
+CPU. Image i therefore has the same z for any batch size, number of images, device and number of processes
+that share the work; blocks and seeds are independent of each other. (The last bits of the image itself may
+differ, because the kernels sum in another order for another batch size or device.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from dcgan.errors import InputError, RunError
 from dcgan.files import replacing
 
-CHUNK = 64
+NOISE_BLOCK = 64
 
 # --- noise --------------------------------------------------------------------------------------------------
 
@@ -34,75 +34,77 @@ CHUNK = 64
 def latents(
     indices: Sequence[int], latent_dim: int, *, seed: int = 0, truncation: float | None = None
 ) -> Tensor:
-    """The noise of the images with these indices, float32 [len(indices), latent_dim] on the CPU.
+    """Return the noise of the images with these indices, float32 [len(indices), latent_dim] on the CPU.
 
     Args:
-        indices: of images, each at least 0.
+        indices: image indices, each at least 0.
         latent_dim: length of z.
-        seed: at least 0.
+        seed: RNG seed, at least 0.
         truncation: t: each z_i with |z_i| > t is replaced by a draw from N(0, 1) given |z_i| ≤ t (the
-            truncation trick); the others stay as they are. The draw inverts the distribution function, which
-            is as good as sampling again until it fits, and takes one draw for any t:
+            truncation trick); the others are unchanged. The draw inverts the distribution function, which is
+            equivalent to rejection sampling but needs only one draw for any t:
             z = √2·erf⁻¹(u·erf(t/√2)), u uniform in [-1, 1).
 
     Raises:
-        InputError: an argument out of its range.
+        InputError: an argument is out of range.
 
     Source: Brock et al., *Large Scale GAN Training for High Fidelity Natural Image Synthesis*, 2019.
     """
-    _integer(1, latent_dim=latent_dim)
-    _integer(0, seed=seed, **({"index": min(indices)} if len(indices) else {}))
+    _check_integers(1, latent_dim=latent_dim)
+    _check_integers(0, seed=seed, **({"index": min(indices)} if len(indices) else {}))
     if truncation is not None and not (
         isinstance(truncation, int | float) and 0 < truncation < math.inf and truncation is not True
     ):
         raise InputError(f"truncation must be a positive number, got {truncation!r}")
     z = torch.empty(len(indices), latent_dim)
-    for chunk, group in itertools.groupby(range(len(indices)), lambda k: indices[k] // CHUNK):
+    for block, group in itertools.groupby(range(len(indices)), lambda k: indices[k] // NOISE_BLOCK):
         rows = list(group)
-        drawn = _chunk(seed, chunk, latent_dim, truncation)
-        z[rows] = drawn[[indices[k] % CHUNK for k in rows]]
+        drawn = _noise_block(seed, block, latent_dim, truncation)
+        z[rows] = drawn[[indices[k] % NOISE_BLOCK for k in rows]]
     return z
 
 
-@functools.lru_cache(maxsize=1)  # small batches ask for the same chunk again and again
-def _chunk(seed: int, chunk: int, latent_dim: int, truncation: float | None) -> Tensor:
-    """[CHUNK, latent_dim], not to be written to."""
-    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(chunk,)))
-    z = torch.from_numpy(random.standard_normal((CHUNK, latent_dim), dtype=np.float32))
+@functools.lru_cache(maxsize=1)  # consecutive small batches need the same block
+def _noise_block(seed: int, block: int, latent_dim: int, truncation: float | None) -> Tensor:
+    """Return noise [NOISE_BLOCK, latent_dim]; it is cached, so callers must not write to it."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(block,)))
+    z = torch.from_numpy(rng.standard_normal((NOISE_BLOCK, latent_dim), dtype=np.float32))
     if truncation is not None:
         outside = z.abs() > truncation
-        u = torch.from_numpy(random.uniform(-1, 1, int(outside.sum())))
+        u = torch.from_numpy(rng.uniform(-1, 1, int(outside.sum())))
         drawn = math.sqrt(2) * torch.erfinv(u * math.erf(truncation / math.sqrt(2)))
-        # Where erf(t/√2) rounds to 1 the inverse may be infinite.
+        # If erf(t/√2) rounds to 1, the inverse may be infinite.
         z[outside] = drawn.float().clamp(-truncation, truncation)
     return z
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
-    """Spherical interpolation: from a at t = 0 to b at t = 1 at constant angular speed.
+    """Interpolate spherically from a at t = 0 to b at t = 1 at constant angular speed.
 
     ::
 
         slerp(a, b, t) = sin((1-t)·ω)/sin ω · a + sin(t·ω)/sin ω · b        ω the angle between a and b
 
-    Between two draws of z it keeps the length that draws have, where a straight line passes nearer to 0 than
-    any draw does. Where a and b have one direction it is its limit, (1-t)·a + t·b.
+    Between two draws of z this preserves the typical length of a draw, whereas a straight line passes closer
+    to 0 than draws do. If a and b are parallel, the result is the limit, (1-t)·a + t·b.
 
     Args:
         a, b: [D], floating point, not 0.
         t: a number, or [T].
 
     Returns:
-        [D], or [T, D] for t [T]; computed in float64, of a's dtype.
+        [D], or [T, D] for t [T]; computed in float64 and returned in a's dtype.
 
     Raises:
-        InputError: shapes differ, a or b is 0 or not finite, or they are opposite (ω within 1e-6 of π), where
-            every great circle would do.
+        InputError: shapes differ, a or b is 0 or not finite, or they are opposite (ω within 1e-6 of π), so
+            that the great circle between them is not unique.
 
     Source: White, *Sampling Generative Networks*, 2016.
     """
     if a.ndim != 1 or a.shape != b.shape:
-        raise InputError(f"a and b must be vectors of one length, got {list(a.shape)} and {list(b.shape)}")
+        raise InputError(
+            f"a and b must be vectors of the same length, got {list(a.shape)} and {list(b.shape)}"
+        )
     x, y = a.double(), b.double()
     norms = float(x.norm()), float(y.norm())
     if not all(0 < norm < math.inf for norm in norms):
@@ -110,11 +112,10 @@ def slerp(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
             f"a and b must be finite and not 0, got vectors of length {norms[0]:g} and {norms[1]:g}"
         )
     u, v = x / norms[0], y / norms[1]
-    omega = 2 * math.atan2(
-        float((u - v).norm()), float((u + v).norm())
-    )  # arccos(u·v), exact near 0 and π too
+    # arccos(u·v), but also accurate near 0 and π
+    omega = 2 * math.atan2(float((u - v).norm()), float((u + v).norm()))
     if math.pi - omega < 1e-6:
-        raise InputError("a and b must not be opposite: the way between them is not determined")
+        raise InputError("a and b must not be opposite, because the path between them is not unique")
     s = torch.as_tensor(t, dtype=torch.float64)[..., None]
     if omega < 1e-8:
         return ((1 - s) * x + s * y).to(a.dtype)
@@ -122,7 +123,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
 
 
 def waypoints(seeds: Sequence[int], latent_dim: int, *, truncation: float | None = None) -> Tensor:
-    """The noise of image 0 of each seed, float32 [len(seeds), latent_dim]. Errors are :func:`latents`'."""
+    """Return the noise of image 0 of each seed, float32 [len(seeds), latent_dim]; see :func:`latents`."""
     return torch.cat([latents([0], latent_dim, seed=seed, truncation=truncation) for seed in seeds])
 
 
@@ -138,32 +139,30 @@ def images(
     truncation: float | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Tensor]:
-    """n images, a batch at a time.
+    """Generate n images, one batch at a time.
 
     Args:
-        generator: z [N, latent_dim] → images, with an attribute ``latent_dim``, in eval mode.
-        n: how many, at least 1.
-        seed, truncation: of the noise, see :func:`latents`.
-        batch: images at a time, at least 1; the last batch may be smaller.
-        shard: (rank, world): only images rank, rank + world, rank + 2·world, …, which may be none.
+        generator: a module z [N, latent_dim] → images with an attribute ``latent_dim``, in eval mode.
+        n: number of images, at least 1.
+        seed, truncation: noise parameters, see :func:`latents`.
+        batch: images per batch, at least 1; the last batch may be smaller.
+        shard: (rank, world): generate only images rank, rank + world, rank + 2·world, …; there may be none.
 
     Yields:
-        [≤ batch, C, H, W] in [-1, 1], on the generator's device, in the order of the index.
+        [≤ batch, C, H, W] in [-1, 1], on the generator's device, in index order.
 
     Raises:
-        InputError: an argument out of its range, or a generator in training mode, whose images would depend
-            on one another.
-        RunError: while it is read: a batch does not fit into memory.
+        InputError: an argument is out of range, or the generator is in training mode, in which images of a
+            batch depend on one another.
+        RunError: during iteration, if a batch does not fit into memory.
     """
-    _integer(1, n=n, batch=batch)
+    _check_integers(1, n=n, batch=batch)
     rank, world = shard
-    _integer(1, world=world)
+    _check_integers(1, world=world)
     if not 0 <= rank < world:
         raise InputError(f"rank must be from 0 to {world - 1} for a world of {world}, got {rank!r}")
     dim: Any = generator.latent_dim
-    latents(
-        [], dim, seed=seed, truncation=truncation
-    )  # its errors now, not when the first batch is asked for
+    latents([], dim, seed=seed, truncation=truncation)  # report errors now, not at the first batch
     mine = range(rank, n, world)
     return _run(
         generator,
@@ -177,26 +176,26 @@ def images(
 def interpolation(
     generator: nn.Module, points: Tensor, steps: int, *, closed: bool = False, batch: int = 64
 ) -> Iterator[Tensor]:
-    """Images along the way through the points of latent space, :func:`slerp` between neighbours.
+    """Generate images along a path through points of latent space, with :func:`slerp` between neighbours.
 
     Args:
         generator: as for :func:`images`.
         points: [K, latent_dim], K ≥ 2.
-        steps: images a leg, at least 1: from a point (included) to the next (which begins the next leg).
-        closed: a last leg leads back to the first point, which is not repeated: a loop of K·steps images.
-            Otherwise the last point ends the way, which has (K-1)·steps + 1 images.
-        batch: images at a time.
+        steps: images per segment, at least 1: from one point (included) to the next (excluded).
+        closed: add a segment back to the first point, which is not repeated: a loop of K·steps images.
+            Otherwise the path ends with the last point and has (K-1)·steps + 1 images.
+        batch: images per batch.
 
-    Yields, raises: as :func:`images`, and InputError where :func:`slerp` does.
+    Yields, raises: as :func:`images`, and InputError as :func:`slerp`.
     """
-    _integer(1, steps=steps, batch=batch)
+    _check_integers(1, steps=steps, batch=batch)
     dim: Any = generator.latent_dim
     if points.ndim != 2 or points.shape[0] < 2 or points.shape[1] != dim:
         raise InputError(f"points must be [K, {dim}] with K of at least 2, got {list(points.shape)}")
     t = torch.arange(steps, dtype=torch.float64) / steps
     ends = torch.cat([points, points[:1]]) if closed else points
-    legs = [slerp(a, b, t) for a, b in itertools.pairwise(ends)]
-    return _run(generator, torch.cat(legs if closed else [*legs, points[-1:]]).split(batch))
+    segments = [slerp(a, b, t) for a, b in itertools.pairwise(ends)]
+    return _run(generator, torch.cat(segments if closed else [*segments, points[-1:]]).split(batch))
 
 
 def _run(generator: nn.Module, noise: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -208,77 +207,77 @@ def _run(generator: nn.Module, noise: Iterable[Tensor]) -> Iterator[Tensor]:
         for z in noise:
             try:
                 with torch.no_grad():
-                    made = generator(z.to(parameter))
+                    batch = generator(z.to(parameter))
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                     raise
                 raise RunError(
-                    f"a batch of {len(z)} images does not fit into memory; try a smaller one"
+                    f"a batch of {len(z)} images does not fit into memory; use a smaller batch size"
                 ) from error
-            yield made
+            yield batch
 
     return batches()
 
 
 def to_uint8(batch: Tensor) -> Tensor:
-    """Pixels of images: [-1, 1] → 0 … 255, rounded as torchvision's ``save_image`` does.
+    """Convert images from [-1, 1] to levels 0 … 255, rounded as torchvision's ``save_image`` does.
 
     Args:
-        batch: floating point, any shape and device; values beyond [-1, 1] are clamped.
+        batch: floating point, of any shape and device; values outside [-1, 1] are clamped.
 
     Returns:
         uint8 on the CPU.
 
     Raises:
-        RunError: a value is NaN, which no pixel stands for.
+        RunError: a value is NaN.
     """
     values = batch.detach().float()
     if values.isnan().any():
-        raise RunError("the generator made NaN instead of an image: its training has diverged")
+        raise RunError("the generator's output contains NaN: its training has diverged")
     values = values.clamp(-1, 1).add_(1).div_(2)
     return values.mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8).cpu()
 
 
 # --- files --------------------------------------------------------------------------------------------------
-# All take batches of pixels, uint8 [N, C, H, W] on the CPU, at least one; a picture has 1 or 3 channels (else
-# InputError). A file is replaced whole, or stays as it was; RunError where it can't be written.
+# All writers take at least one batch of pixels, uint8 [N, C, H, W] on the CPU; image files need 1 or 3
+# channels (else InputError). Files are replaced atomically; RunError if a file cannot be written.
 
 
 def write_grid(pixels: Iterable[Tensor], path: Path, columns: int = 8) -> None:
-    """One PNG, row by row, with a black line of 2 pixels between images.
+    """Write one PNG with the images row by row, separated by black lines of 2 pixels.
 
-    As :func:`dcgan.images.save_grid` writes, but it holds pixels, a quarter of the memory of floats.
+    The result equals :func:`dcgan.images.save_grid`'s, but uint8 takes a quarter of the memory of floats.
     """
-    _integer(1, columns=columns)
-    picture = _picture(make_grid(torch.cat(list(pixels)), nrow=columns))
+    _check_integers(1, columns=columns)
+    grid = _to_pil(make_grid(torch.cat(list(pixels)), nrow=columns))
     with _writing(path) as file:
-        picture.save(file, format="PNG")
+        grid.save(file, format="PNG")
 
 
 def write_files(pixels: Iterable[Tensor], folder: Path, indices: Iterable[int] | None = None) -> int:
-    """A PNG an image, named :func:`file_name` of its index: 0, 1, … unless given. Returns how many."""
+    """Write one PNG per image, named by its index (0, 1, … by default); return the number of images."""
     count = 0
     each = (image for batch in pixels for image in batch)
     for image, index in zip(each, itertools.count() if indices is None else indices, strict=False):
-        picture = _picture(image)
+        pil_image = _to_pil(image)
         with _writing(folder / file_name(index)) as file:
-            picture.save(file, format="PNG")
+            pil_image.save(file, format="PNG")
         count += 1
     return count
 
 
 def file_name(index: int) -> str:
-    """``000000.png``: six digits whatever the number of images, so that image i has one name."""
+    """Return the index padded to six digits, ``000000.png``, whatever the number of images."""
     return f"{index:06d}.png"
 
 
 def write_npy(pixels: Iterable[Tensor], path: Path, n: int) -> None:
-    """One NumPy array, uint8 [n, H, W, C], a batch at a time.
+    """Write one NumPy array, uint8 [n, H, W, C], batch by batch.
 
     Raises:
-        InputError: there are other than n images.
+        InputError: the number of images is not n.
     """
-    _integer(1, n=n)
+    _check_integers(1, n=n)
     written = 0
     with _writing(path) as file:
         for batch in pixels:
@@ -289,21 +288,21 @@ def write_npy(pixels: Iterable[Tensor], path: Path, n: int) -> None:
             file.write(array.tobytes())
             written += len(array)
         if written != n:
-            raise InputError(f"n must be the number of images, {written}, got {n}")
+            raise InputError(f"n must equal the number of images, {written}, got {n}")
 
 
 def write_animation(pixels: Iterable[Tensor], path: Path, milliseconds: int = 80) -> None:
-    """An endless GIF or WebP (lossless), by the path's suffix, each image shown for ``milliseconds``.
+    """Write a looping GIF or lossless WebP, by the suffix, showing each image for ``milliseconds``.
 
-    A GIF has 256 colours an image: all greys, but not all of RGB.
+    GIF has 256 colours per image: enough for grey images, but not for RGB.
     """
-    _integer(1, milliseconds=milliseconds)
+    _check_integers(1, milliseconds=milliseconds)
     kind = path.suffix.lower()
     if kind not in ANIMATIONS:
         raise InputError(f"path must end in one of {', '.join(ANIMATIONS)}, got {str(path)!r}")
     if kind == ".webp" and not features.check("webp"):
-        raise InputError("this Pillow was built without WebP; use .gif")
-    first, *rest = [_picture(image) for batch in pixels for image in batch]
+        raise InputError("this Pillow was built without WebP support; use .gif")
+    first, *rest = [_to_pil(image) for batch in pixels for image in batch]
     options = {"lossless": True} if kind == ".webp" else {}
     with _writing(path) as file:
         first.save(
@@ -320,10 +319,12 @@ def write_animation(pixels: Iterable[Tensor], path: Path, milliseconds: int = 80
 ANIMATIONS = (".gif", ".webp")
 
 
-def _picture(image: Tensor) -> Image.Image:
-    """uint8 [1 or 3, H, W] as Pillow has it."""
+def _to_pil(image: Tensor) -> Image.Image:
+    """Convert uint8 [1 or 3, H, W] to a Pillow image."""
     if image.shape[0] not in (1, 3):
-        raise InputError(f"a picture has 1 or 3 channels, these images have {image.shape[0]}; write an array")
+        raise InputError(
+            f"an image file needs 1 or 3 channels, but these images have {image.shape[0]}; write a .npy array"
+        )
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if image.shape[0] == 1 else array)
 
@@ -337,7 +338,7 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _integer(minimum: int, **values: Any) -> None:
+def _check_integers(minimum: int, **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise InputError(f"{name} must be an integer of at least {minimum}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Pictures of generated images."""
+"""PNG grids of generated images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dcgan.files import replacing
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 1) -> None:
-    """Write images as one PNG, row by row, with a black line of 2 pixels between them.
+    """Write one PNG with the images row by row, separated by black lines of 2 pixels.
 
     Args:
         images: [N, 1 or 3, H, W] in [-1, 1], black to white, on any device.
-        path: where to; replaced whole.
-        columns: images a row.
-        scale: each pixel becomes scale × scale of the same, so that small images can be looked at.
+        path: output file, replaced atomically.
+        columns: images per row.
+        scale: integer factor by which small images are enlarged, by repeating pixels.
 
     Raises:
         OSError: ``path`` cannot be written.

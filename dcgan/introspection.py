@@ -1,4 +1,4 @@
-"""Whether calling a module runs its class's own forward and nothing else: then a kernel may run instead."""
+"""Detect whether calling a module runs only its class's own forward, so that a kernel may run instead."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn.modules import module as _nn_module
 from .batchnorm import SyncBatchNorm2d
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Attributes of a module that hold the hooks which run when it is called, or in its backward."""
+"""Attributes of a module that hold the hooks which run when it is called or in its backward."""
 
-# Methods that a call goes through. Set on an instance, they replace its class's.
+# Methods that a call goes through. Setting one on an instance overrides the class's.
 _METHODS = (
     "forward",
     "_conv_forward",
@@ -29,58 +29,58 @@ LAYERS: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d),
     *(nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid),
 )
-"""Classes whose calls are understood, and may be replaced by kernels."""
+"""Classes whose calls may be replaced by kernels."""
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {layer: layer.forward for layer in LAYERS}
 _CALLS = nn.Module.__call__, nn.Module._call_impl
 
 
-def why_called(module: Any) -> str:
-    """Why ``module`` has to be called: what else than its class's own forward would run. '' if nothing would.
+def why_eager(module: Any) -> str:
+    """Return why ``module`` has to be called; '' if only its class's own forward would run.
 
-    Its type has to be one of LAYERS exactly. Hooks that PyTorch runs on every module, and changes to
-    nn.Module itself, are :func:`why_all_called`'s.
+    Its type has to be exactly one of LAYERS. Global hooks and changes to nn.Module itself are covered by
+    :func:`why_all_eager`.
     """
     kind = type(module)
     own = _FORWARDS.get(kind)
     if own is None:
-        return f"{kind.__name__} is not a layer that the ops express"
-    about = module.__dict__
+        return f"{kind.__name__} is not supported by the fused ops"
+    attributes = module.__dict__
     if (
-        about["_forward_hooks"]
-        or about["_forward_pre_hooks"]
-        or about["_backward_hooks"]
-        or about["_backward_pre_hooks"]
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
     ):
         return "the module has hooks"
     for method in _METHODS:
-        if method in about:
+        if method in attributes:
             return f"the module's {method} has been replaced"
     if kind.forward is not own:
         return f"{kind.__name__}.forward has been replaced"
-    if about.get("_compiled_call_impl") is not None:
+    if attributes.get("_compiled_call_impl") is not None:
         return "the module is compiled"
     return ""
 
 
-def why_all_called() -> str:
-    """Why every module has to be called: something is set to run at each call of any. '' if nothing is."""
+def why_all_eager() -> str:
+    """Return why every module has to be called, for example a global hook; '' if there is no such reason."""
     if (
         _nn_module._global_forward_hooks
         or _nn_module._global_forward_pre_hooks
         or _nn_module._global_backward_hooks
         or _nn_module._global_backward_pre_hooks
     ):
-        return "hooks are set on all modules"
+        return "hooks are registered on all modules"
     if torch.compiler.is_compiling():
         return ""
     if (nn.Module.__call__, nn.Module._call_impl) != _CALLS:
-        return "nn.Module's call has been replaced"
+        return "nn.Module.__call__ or _call_impl has been replaced"
     return ""
 
 
 def tracing() -> str:
-    """What is recording operators for a program that may know PyTorch's alone: its name, or ''."""
+    """Return the name of the active tracer, whose program may hold only PyTorch's operators, or ''."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if torch.compiler.is_exporting():

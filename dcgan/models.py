@@ -1,9 +1,9 @@
-"""The reference networks: DCGAN as the seed writes it, and the fully connected GAN it is compared with.
+"""The reference networks: DCGAN in plain PyTorch, and the fully connected GAN it is compared with.
 
 Shapes below are for the defaults (image size 64). A Generator's maps double from 4×4 to the image size and
-its channels halve from ``features * image_size / 8`` to ``features``; a Discriminator runs the same ladder
-down. Every convolution is 4×4 without bias; weights start from :func:`weights_init`'s distribution only when
-it is applied, as in the seed (``model.apply(weights_init)``).
+its channels halve from ``features * image_size / 8`` to ``features``; a Discriminator's do the reverse. Every
+convolution is 4×4 without bias. As in the reference recipe, DCGAN's initialization must be applied explicitly
+(``model.apply(weights_init)``).
 
 Sources: Radford, Metz, Chintala, *Unsupervised Representation Learning with Deep Convolutional Generative
 Adversarial Networks*, 2016; Goodfellow et al., *Generative Adversarial Networks*, 2014, for the MLP pair.
@@ -23,9 +23,9 @@ LEAKY_SLOPE = 0.2
 
 
 def weights_init(module: nn.Module) -> None:
-    """DCGAN's initialisation, for ``model.apply``: Conv N(0, 0.02); BatchNorm weight N(1, 0.02), bias 0.
+    """Initialize as DCGAN does, for ``model.apply``: Conv N(0, 0.02); BatchNorm weight N(1, 0.02), bias 0.
 
-    Chooses by class name, as the seed does, so that it also reaches subclasses of the layers.
+    The class name decides, as in pytorch/examples, so that subclasses of the layers are initialized too.
     """
     name = type(module).__name__
     if "Conv" in name:
@@ -42,36 +42,36 @@ def _positive(**sizes: int) -> None:
 
 
 def check_sigmoid(main: nn.Module) -> None:
-    """Raise TypeError unless ``main`` is a plain sequence that ends in a Sigmoid, whose input logits are."""
-    what = "logits are what a final Sigmoid is given, but main"
+    """Raise TypeError unless ``main`` is a plain nn.Sequential that ends in a Sigmoid."""
+    what = "logits() needs main to be a plain nn.Sequential that ends in a Sigmoid, but main"
     if not isinstance(main, nn.Sequential):
         raise TypeError(f"{what} is a {type(main).__name__}, not an nn.Sequential")
     if type(main).forward is not nn.Sequential.forward or "forward" in main.__dict__:
-        raise TypeError(f"{what} has a forward of its own")
+        raise TypeError(f"{what} overrides forward")
     if not len(main) or type(main[-1]) is not nn.Sigmoid:
         raise TypeError(f"{what} ends in {type(main[-1]).__name__ if len(main) else 'nothing'}")
 
 
-def but_sigmoid(sequence: nn.Sequential) -> nn.Sequential:
-    """The sequence without the Sigmoid at its end; its modules are shared.
+def without_sigmoid(sequence: nn.Sequential) -> nn.Sequential:
+    """Return the sequence without the Sigmoid at its end; its modules are shared.
 
     Raises:
-        TypeError: it is no plain sequence, or does not end in one.
+        TypeError: ``sequence`` is not a plain nn.Sequential, or does not end in a Sigmoid.
     """
     check_sigmoid(sequence)
     return sequence[:-1]
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    """``value``, or a clear error where it is none."""
+    """Return ``value`` if it is a tensor, else raise a TypeError that says how to get one."""
     if not isinstance(value, Tensor):
-        hint = f"; torch.from_numpy({name}) makes one" if type(value).__module__ == "numpy" else ""
+        hint = f"; convert it with torch.from_numpy({name})" if type(value).__module__ == "numpy" else ""
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__qualname__}{hint}")
     return value
 
 
-def _ladder(features: int, image_size: int) -> list[int]:
-    """Channels of the maps from 4×4 up to ``image_size / 2``: [512, 256, 128, 64] for the defaults."""
+def _widths(features: int, image_size: int) -> list[int]:
+    """Return the channels of the maps from 4×4 to ``image_size / 2``: [512, 256, 128, 64] by default."""
     if image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size must be one of {IMAGE_SIZES}, got {image_size!r}")
     levels = image_size.bit_length() - 3  # maps of 4, 8, …, image_size / 2
@@ -79,27 +79,27 @@ def _ladder(features: int, image_size: int) -> list[int]:
 
 
 class _Sized(nn.Module, abc.ABC):
-    """A network whose sizes can be read off its state dict, so that a wrong checkpoint is refused whole.
+    """A network whose sizes can be read off its state dict, so that a mismatched checkpoint changes nothing.
 
-    ``nn.Module.load_state_dict`` reports a size mismatch after it has copied everything that did match.
+    ``nn.Module.load_state_dict`` reports a size mismatch only after it has copied everything that matches.
     """
 
     @abc.abstractmethod
     def sizes(self) -> dict[str, int]:
-        """The constructor's arguments, by name."""
+        """Return the constructor's arguments, by name."""
 
     @staticmethod
     @abc.abstractmethod
     def sizes_of(state: Mapping[str, Any]) -> dict[str, int]:
-        """The constructor's arguments that fit ``state``. Raises ValueError if it is no such network's."""
+        """Return the constructor's arguments that fit ``state``. Raises ValueError if none do."""
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As ``nn.Module.load_state_dict``, but a checkpoint of other sizes changes nothing.
+        """Load as ``nn.Module.load_state_dict`` does, but leave the network unchanged if any size differs.
 
         Raises:
-            RuntimeError: the checkpoint's sizes differ from the model's; names both, and loads nothing.
+            RuntimeError: the checkpoint's sizes differ from the model's; names both. Nothing has been loaded.
         """
         own = self.state_dict(keep_vars=True)
         wrong = [
@@ -114,10 +114,10 @@ class _Sized(nn.Module, abc.ABC):
             try:
                 found: dict[str, int] | str = self.sizes_of(state_dict)
             except ValueError:
-                found = "of no known sizes"
-            if found == self.sizes():  # which are read off the convolutions
+                found = "of unknown sizes"
+            if found == self.sizes():  # sizes() does not cover every tensor
                 more = f"; {len(wrong)} tensors differ" if len(wrong) > 1 else ""
-                why = f"its sizes are those of {_call(name, found)}, but {tensor}{more}"
+                why = f"its convolutions fit {_call(name, found)}, but {tensor}{more}"
             else:
                 model = _call(name, self.sizes())
                 why = f"the checkpoint is {_call(name, found)}, the model is {model}; e.g. {tensor}"
@@ -132,7 +132,7 @@ def _call(name: str, sizes: dict[str, int] | str) -> str:
 
 
 def _convolutions(state: Mapping[str, Any], what: str) -> list[Tensor]:
-    """The 4-D weights of a state dict in the order of their layers."""
+    """Return the 4-D weights of a state dict, in the order of their layers."""
     found = (
         sorted(
             (int(k.split(".")[1]), v)
@@ -150,20 +150,20 @@ def _convolutions(state: Mapping[str, Any], what: str) -> list[Tensor]:
 
 
 class Generator(_Sized):
-    """G(z): ConvTranspose2d–BatchNorm–ReLU from a 1×1 map to 4×4, doubled up to the image, then Tanh.
+    """G(z): ConvTranspose2d–BatchNorm–ReLU from a 1×1 map to 4×4, doubling up to the image size, then Tanh.
 
     Args:
         latent_dim: length of z.
         channels: channels of the image (1 for MNIST, 3 for RGB).
-        features: channels of the last hidden map; earlier maps have 2×, 4×, … as many.
+        features: channels of the last hidden map; the maps before it have 2×, 4×, … as many.
         image_size: 32, 64, 128 or 256.
 
     Shape:
         z [N, latent_dim] or [N, latent_dim, 1, 1] → image [N, channels, image_size, image_size] in (-1, 1).
 
     Raises:
-        ValueError: a size that is not allowed, or a z of another shape.
-        TypeError: a z that is no tensor.
+        ValueError: a size is not allowed, or z has another shape.
+        TypeError: z is not a tensor.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Generator(_Sized):
     ) -> None:
         super().__init__()
         _positive(latent_dim=latent_dim, channels=channels, features=features)
-        widths = _ladder(features, image_size)
+        widths = _widths(features, image_size)
         self.latent_dim, self.channels = latent_dim, channels
         self.features, self.image_size = features, image_size
 
@@ -206,7 +206,7 @@ class Generator(_Sized):
         }
 
     def _latent(self, z: Tensor) -> Tensor:
-        """z as [N, latent_dim, 1, 1], or a clear error."""
+        """Return z as [N, latent_dim, 1, 1]. Raises TypeError or ValueError for anything else."""
         z = _tensor("z", z)
         if z.ndim == 2 and z.shape[1] == self.latent_dim:
             return z[:, :, None, None]
@@ -221,7 +221,7 @@ class Generator(_Sized):
 
 
 class Discriminator(_Sized):
-    """D(x): Conv2d–BatchNorm–LeakyReLU(0.2) halved to a 4×4 map (no BatchNorm in the first), then Sigmoid.
+    """D(x): Conv2d–BatchNorm–LeakyReLU(0.2), halving to a 4×4 map (no BatchNorm in the first), then Sigmoid.
 
     Args:
         channels: channels of the image.
@@ -232,14 +232,14 @@ class Discriminator(_Sized):
         image [N, channels, image_size, image_size] → probability [N] in (0, 1).
 
     Raises:
-        ValueError: a size that is not allowed, or an image of another shape.
-        TypeError: an image that is no tensor.
+        ValueError: a size is not allowed, or the image has another shape.
+        TypeError: the image is not a tensor.
     """
 
     def __init__(self, channels: int = 1, features: int = 64, image_size: int = 64) -> None:
         super().__init__()
         _positive(channels=channels, features=features)
-        widths = _ladder(features, image_size)[::-1]
+        widths = _widths(features, image_size)[::-1]
         self.channels, self.features, self.image_size = channels, features, image_size
 
         layers: list[nn.Module] = []
@@ -275,20 +275,20 @@ class Discriminator(_Sized):
         return self.main(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
 
     def logits(self, image: Tensor) -> Tensor:
-        """D(image) before its Sigmoid, [N]: what a loss is best computed from.
+        """Return D(image) before its Sigmoid, [N], for a numerically stable loss.
 
         Raises:
-            TypeError: ``main`` no longer ends in a Sigmoid.
-            ValueError: as ``forward``.
+            TypeError: ``main`` no longer ends in a Sigmoid, or the image is not a tensor.
+            ValueError: the image has another shape.
         """
-        return but_sigmoid(self.main)(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
+        return without_sigmoid(self.main)(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
 
 
 class MLPGenerator(nn.Module):
     """The original GAN's fully connected generator, for the comparison with DCGAN.
 
-    Linear–ReLU three times (256, 512, 1024), then Linear–Tanh to the pixels. No normalisation: that is what
-    DCGAN added. z [N, latent_dim] or [N, latent_dim, 1, 1] → [N, channels, image_size, image_size].
+    Linear–ReLU three times (256, 512, 1024), then Linear–Tanh to the pixels, without the normalization that
+    DCGAN introduced. z [N, latent_dim] or [N, latent_dim, 1, 1] → [N, channels, image_size, image_size].
     """
 
     def __init__(self, latent_dim: int = 100, channels: int = 1, image_size: int = 64) -> None:
@@ -337,5 +337,5 @@ class MLPDiscriminator(nn.Module):
         return self.main(self._image(image)).squeeze(1)  # type: ignore[no-any-return]
 
     def logits(self, image: Tensor) -> Tensor:
-        """As :meth:`Discriminator.logits`."""
-        return but_sigmoid(self.main)(self._image(image)).squeeze(1)  # type: ignore[no-any-return]
+        """Return the logits, as :meth:`Discriminator.logits` does."""
+        return without_sigmoid(self.main)(self._image(image)).squeeze(1)  # type: ignore[no-any-return]

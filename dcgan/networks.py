@@ -1,4 +1,4 @@
-"""A pair of networks by name, size and engine."""
+"""Construction of a pair of networks from model name, sizes and engine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Engine = Literal["auto", "reference", "triton", "native"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint must agree on with the networks it is loaded into.
+    """The model and sizes that a checkpoint and the networks it is loaded into must agree on.
 
     Args:
         model: 'dcgan', or 'mlp', the fully connected GAN it is compared with.
         latent_dim: length of z.
-        channels: of an image; 1 or 3 as a rule.
-        features_g: the Generator's ``features``; of no meaning for 'mlp'.
-        features_d: the Discriminator's.
-        image_size: height and width.
+        channels: channels of an image, usually 1 or 3.
+        features_g: the Generator's ``features``; unused for 'mlp'.
+        features_d: the Discriminator's ``features``; unused for 'mlp'.
+        image_size: height and width of an image, one of ``models.IMAGE_SIZES``.
 
     Raises:
-        InputError: a value that is not allowed; names it, what was given and what is allowed.
+        InputError: a value is not allowed; the message names it and what is allowed.
     """
 
     model: Model = "dcgan"
@@ -50,29 +50,29 @@ class Architecture:
             raise InputError(f"image_size must be one of {allowed}, got {self.image_size!r}")
 
     def generator(self, engine: Engine = "auto") -> nn.Module:
-        """A new Generator, its weights as the layers' constructors leave them.
+        """Return a new Generator with PyTorch's default initialization.
 
-        ``engine`` 'reference' is the network of :mod:`dcgan.models`, any other that of :mod:`dcgan.fast`,
-        which is to be run under :func:`dcgan.kernels.ops.use_engine`.
+        ``engine`` 'reference' selects :mod:`dcgan.models`, any other :mod:`dcgan.fast`, to be run under
+        :func:`dcgan.kernels.ops.use_engine`. An 'mlp' is always a network of :mod:`dcgan.models`.
 
         Raises:
-            InputError: an engine that the model has no kernels for.
+            InputError: ``engine`` is unknown, or has no kernels for the model.
         """
-        if self._plain(engine):
+        if self._is_reference(engine):
             if self.model == "mlp":
                 return models.MLPGenerator(self.latent_dim, self.channels, self.image_size)
             return models.Generator(self.latent_dim, self.channels, self.features_g, self.image_size)
         return fast.Generator(self.latent_dim, self.channels, self.features_g, self.image_size)
 
     def discriminator(self, engine: Engine = "auto") -> nn.Module:
-        """Likewise."""
-        if self._plain(engine):
+        """Return a new Discriminator; ``engine`` and errors as in :meth:`generator`."""
+        if self._is_reference(engine):
             if self.model == "mlp":
                 return models.MLPDiscriminator(self.channels, self.image_size)
             return models.Discriminator(self.channels, self.features_d, self.image_size)
         return fast.Discriminator(self.channels, self.features_d, self.image_size)
 
-    def _plain(self, engine: Engine) -> bool:
+    def _is_reference(self, engine: Engine) -> bool:
         if engine not in ops.ENGINES:
             raise InputError(f"engine must be one of {', '.join(ops.ENGINES)}, got {engine!r}")
         if self.model == "mlp" and engine not in ("auto", "reference"):

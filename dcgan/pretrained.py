@@ -1,21 +1,21 @@
-"""Trained networks from whatever file holds their weights.
+"""Loading of trained networks from any file that holds their weights.
 
-Read are, by content and never by executing anything:
+The format is recognised by content, and nothing in a file is ever executed. Supported are:
 
-* a run's folder, or its ``checkpoints``: the checkpoint marked last, or best;
-* a checkpoint of :mod:`dcgan.checkpoint`: the Generator's moving average where it has one;
-* a state dict as ``torch.save`` wrote it, in archives or before them: ``generator_epoch_N.pth`` and
-  ``discriminator_epoch_N.pth``, and ``netG_epoch_N.pth`` and ``netD_epoch_N.pth`` of pytorch/examples, whose
-  networks are these with 3 channels. It may lack BatchNorm's ``num_batches_tracked``, as before PyTorch
-  0.4.1;
-* one or several of them within dicts and lists, ``{"state_dict": …}``, ``{"netG": …, "netD": …}``,
-  Lightning's ``.ckpt`` and the like, with any prefixes before the keys; see :mod:`dcgan.states`. Of several
-  Generators, or Discriminators, the moving average is taken, or with ``ema=False`` the other, then the one
-  that is named after the network; where that leaves several that differ, an error lists them;
-* the same as safetensors, which :func:`dcgan.export.safetensors` writes, under any suffix.
+* the folder of a run, or its ``checkpoints`` folder: the last or the best checkpoint;
+* a checkpoint of :mod:`dcgan.checkpoint`: the Generator's moving average if there is one;
+* a state dict written by ``torch.save``, as a zip archive or in the older format: ``generator_epoch_N.pth``
+  and ``discriminator_epoch_N.pth``, and ``netG_epoch_N.pth`` and ``netD_epoch_N.pth`` of pytorch/examples,
+  whose networks are identical for 3 channels. BatchNorm's ``num_batches_tracked`` may be missing, as it was
+  before PyTorch 0.4.1;
+* one or more state dicts nested in dicts and lists (``{"state_dict": …}``, ``{"netG": …, "netD": …}``,
+  Lightning's ``.ckpt`` and others), with any prefixes on the keys; see :mod:`dcgan.state_dicts`. Among
+  several Generators or Discriminators, the moving average is preferred (with ``ema=False``, the others), then
+  the one named after the network; if several different ones remain, an error lists them;
+* the same as safetensors, as written by :func:`dcgan.export.safetensors`, with any suffix.
 
-Sizes are read off the state. Only the fully connected network's image cannot be: its state is read from a
-checkpoint, or a safetensors file of ours, which say.
+Sizes are inferred from the state dict. The exception is the image size of the fully connected network, which
+can be loaded only from a checkpoint or from a safetensors file of this project, since these record it.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dcgan import checkpoint, states
+from dcgan import checkpoint, state_dicts
 from dcgan.checkpoint import CheckpointError
 from dcgan.errors import InputError
 from dcgan.networks import Architecture, Engine
-from dcgan.states import Network
+from dcgan.state_dicts import Network
 
 Which = Literal["last", "best"]
 
 SAFETENSORS = ".safetensors"
-LONGEST_HEADER = 100_000_000  # bytes, by the format's definition
+MAX_HEADER_BYTES = 100_000_000  # defined by the safetensors format
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights as they were found.
+    """The weights of one network, as read from a file.
 
     Args:
-        file: that they were read from.
-        network: what they are the weights of.
-        architecture: of that network; the other's ``features`` are of no meaning.
+        file: the file that they were read from.
+        network: which network they are for.
+        architecture: architecture of that network; the ``features`` of the other one are meaningless.
         state: the state dict, on the CPU.
         averaged: whether they are the moving average.
     """
@@ -61,22 +61,22 @@ class Pretrained:
     averaged: bool = False
 
     def module(self, engine: Engine = "auto", device: torch.device | str = "cpu") -> nn.Module:
-        """The network with these weights, in eval mode, float32, on ``device``.
+        """Return the network with these weights on ``device``, float32, in eval mode.
 
         ``engine`` is as for :meth:`dcgan.networks.Architecture.generator`.
 
         Raises:
-            CheckpointError: the weights are not those of such a network; names the file.
-            InputError: an engine that the network has no kernels for.
+            CheckpointError: the weights do not match the network; the message names the file.
+            InputError: the engine has no kernels for the network.
         """
         build = getattr(self.architecture, self.network)
         module: nn.Module = build(engine)
         try:
             module.load_state_dict(self.state)
-        except (RuntimeError, AttributeError) as error:  # torch expects a Tensor where there may be anything
+        except (RuntimeError, AttributeError) as error:  # AttributeError: a value is not a tensor
             why = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self.file} does not hold a whole {_TITLES[self.network]}: {why}"
+                f"{self.file} does not hold a complete {_TITLES[self.network]}: {why}"
             ) from error
         return module.to(device).eval()
 
@@ -92,19 +92,20 @@ def generator(
     which: Which = "last",
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """A trained Generator in eval mode, float32.
+    """Load a trained Generator, float32, in eval mode.
 
     Args:
-        path: a run's folder or a file; see the module's head.
-        ema: take the moving average of the weights where there is one.
-        engine: 'reference' makes a network of :mod:`dcgan.models`, any other one of :mod:`dcgan.fast`, which
-            for 'triton' and 'native' is to be run under :func:`dcgan.kernels.ops.use_engine`.
-        which: of a folder's checkpoints, the last, or the best, where the run measured a score.
-        device: to put it on.
+        path: a run's folder or a file; see the module docstring.
+        ema: use the moving average of the weights if there is one.
+        engine: 'reference' returns a network of :mod:`dcgan.models`, any other value one of
+            :mod:`dcgan.fast`; for 'triton' and 'native', run that under :func:`dcgan.kernels.ops.use_engine`.
+        which: which checkpoint of a folder to use: the last, or the best if the run measured a score.
+        device: device of the network.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of something else or of a Discriminator; names it.
-        InputError: an ``engine`` or ``which`` that there is not, or that does not fit.
+        CheckpointError: the file is missing, damaged, of another format or of a Discriminator; the message
+            names it.
+        InputError: an invalid or unsuitable ``engine`` or ``which``.
     """
     return read(path, "generator", ema=ema, which=which).module(engine, device)
 
@@ -116,12 +117,12 @@ def discriminator(
     which: Which = "last",
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """A trained Discriminator, as :func:`generator`; it has no moving average."""
+    """Load a trained Discriminator as :func:`generator` does a Generator; it has no moving average."""
     return read(path, "discriminator", which=which).module(engine, device)
 
 
 def read(path: Path | str, network: Network, *, ema: bool = True, which: Which = "last") -> Pretrained:
-    """The weights alone; arguments and errors are those of :func:`generator`."""
+    """Load only the weights; arguments and errors are those of :func:`generator`."""
     if network not in get_args(Network):
         raise InputError(f"network must be one of {', '.join(get_args(Network))}, got {network!r}")
     file = find(Path(path), which)
@@ -134,27 +135,27 @@ def read(path: Path | str, network: Network, *, ema: bool = True, which: Which =
 
 
 def find(path: Path, which: Which = "last") -> Path:
-    """The file meant by ``path``: itself, or what it marks, or the checkpoint that a folder marks ``which``.
+    """Resolve ``path`` to a file: itself, a pointer file's target, or a folder's last or best checkpoint.
 
     Raises:
-        CheckpointError: a folder without such a checkpoint.
-        InputError: no such ``which``, or 'best' of a single file.
+        CheckpointError: the folder has no such checkpoint.
+        InputError: ``which`` is invalid, or 'best' for a single file.
     """
     if which not in get_args(Which):
         raise InputError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}")
     if not path.is_dir():
         if which == "best" and path.exists():
             raise InputError(f"which must be last for a single file, got 'best' for {path}")
-        return checkpoint.followed(path)
+        return checkpoint.resolve_pointer(path)
     inner = path / "checkpoints"
     folder = checkpoint.Folder(inner if inner.is_dir() else path)
     found = folder.best() if which == "best" else folder.last()
     if found is not None:
         return found
     if folder.last() is not None:
-        raise CheckpointError(f"no checkpoint in {folder.path} is marked best: the run measured no score")
+        raise CheckpointError(f"{folder.path} has no best checkpoint because the run measured no score")
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".ckpt", SAFETENSORS))
-    hint = f"; give one of its files, such as {others[-1]}" if others else ""
+    hint = f"; pass one of its files, for example {others[-1]}" if others else ""
     raise CheckpointError(f"{path} has no checkpoint of a run{hint}")
 
 
@@ -167,47 +168,47 @@ def _from_checkpoint(content: checkpoint.Checkpoint, network: Network, ema: bool
 
 
 def _from_state(
-    content: Any, about: Mapping[str, str], network: Network, ema: bool, file: Path
+    content: Any, metadata: Mapping[str, str], network: Network, ema: bool, file: Path
 ) -> Pretrained:
-    """A state dict of the network in ``content``; ``about`` is what a safetensors file says of itself."""
-    dicts = list(states.state_dicts(content))
+    """Find a state dict of the network in ``content``; ``metadata`` is that of a safetensors file."""
+    dicts = list(state_dicts.state_dicts(content))
     if not dicts and not (isinstance(content, Mapping) and all(isinstance(key, str) for key in content)):
         raise CheckpointError(f"{file} holds no network, but a {type(content).__name__}")
-    found = [one for place, state in dicts for one in states.networks(place, state, about)]
-    chosen = states.chosen([one for one in found if one.network == network], network, ema)
-    if not chosen:
+    found = [one for place, state in dicts for one in state_dicts.candidates(place, state, metadata)]
+    selected = state_dicts.select([one for one in found if one.network == network], network, ema)
+    if not selected:
         other = next((one.network for one in found if one.network is not None), None)
         if other is not None:
             raise CheckpointError(
                 f"{file} holds the weights of a {_TITLES[other]}, not of a {_TITLES[network]}"
             )
-        why = found[0].why_not if found else states.no_network(dicts)
+        why = found[0].defect if found else state_dicts.describe_missing(dicts)
         raise CheckpointError(f"{file} holds no network of this project: {why}")
-    if len(chosen) > 1:
+    if len(selected) > 1:
         name = json.dumps(file.name)
         content_of = (
             f"safetensors.torch.load_file({name})"
             if _is_safetensors(file)
             else f"torch.load({name}, weights_only=True)"
         )
-        lines = [f'torch.save({one.taken_from(content_of)}, "{network}.pth")' for one in chosen]
+        lines = [f'torch.save({one.expression(content_of)}, "{network}.pth")' for one in selected]
         raise CheckpointError(
-            f"{file} holds {len(chosen)} {_TITLES[network]}s that differ, and nothing tells which is meant; "
-            f"make a file of one: {'; or '.join(lines)}"
+            f"{file} holds {len(selected)} different {_TITLES[network]}s, and it is unclear which is meant; "
+            f"save one of them to its own file: {'; or '.join(lines)}"
         )
-    one = chosen[0]
+    one = selected[0]
     assert one.architecture is not None
     return Pretrained(file, network, one.architecture, one.state, one.averaged)
 
 
 def _is_safetensors(file: Path) -> bool:
-    """By its beginning: the length of a JSON text, 8 bytes, and that text. A file that is missing is none."""
+    """Check for the header: the length of a JSON text in 8 bytes, then the text. False if missing."""
     try:
         with file.open("rb") as content:
             head = content.read(9)
     except OSError:
         return False
-    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -219,4 +220,4 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated, damaged or no safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is truncated, damaged or not a safetensors file: {error}") from error

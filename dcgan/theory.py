@@ -1,4 +1,4 @@
-"""What GAN theory says of the best discriminator, on densities simple enough to check it by numbers.
+"""GAN theory's optimal discriminator, checked numerically on one-dimensional densities.
 
 For densities p (real) and q (generated) and a discriminator D: ℝ → (0, 1),
 
@@ -7,11 +7,11 @@ For densities p (real) and q (generated) and a discriminator D: ℝ → (0, 1),
     V(D*) = 2·JSD(p‖q) − 2·log 2
     JSD(p‖q) = ½ KL(p‖m) + ½ KL(q‖m),  m = (p + q)/2
 
-All of it is done in float64 and in logits: D = σ(l), and D*'s is l = log p − log q, so that neither log D nor
-log(1 − D) loses digits where D is near 0 or 1.
+All computations are in float64 and on logits: D = σ(l), with l = log p − log q for D*, so that neither log D
+nor log(1 − D) loses digits where D is near 0 or 1.
 
-Source: Goodfellow et al., *Generative Adversarial Nets*, NeurIPS 2014, section 4; for the gradients that
-vanish, Arjovsky and Bottou, *Towards Principled Methods for Training GANs*, ICLR 2017.
+Sources: Goodfellow et al., *Generative Adversarial Nets*, NeurIPS 2014, section 4; for vanishing gradients,
+Arjovsky and Bottou, *Towards Principled Methods for Training GANs*, ICLR 2017.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST, SMALLEST = 1e3, 1e-3
-"""Of locations and scales: float64 resolves any two such densities to many more digits than are checked."""
+"""Limits of locations and scales, within which float64 has many more digits than the checks need."""
 
 SPECS = {
     "normal": "normal:MEAN,STD",
@@ -45,20 +45,21 @@ SPECS = {
 }
 
 IDENTITY = 1e-6
-"""Largest difference allowed between V(D*) and 2·JSD − 2·log 2, each by a quadrature of its own.
+"""Maximum difference between V(D*) and 2·JSD − 2·log 2, each computed by a different quadrature.
 
-Both are good to 1e-9 or better; a wrong formula is off by 1e-3 or more.
+Both are accurate to 1e-9 or better; a wrong formula is off by 1e-3 or more.
 """
 
-SAME = 1e-11
+MIN_GAP = 1e-11
+"""Breaks closer than this differ only by rounding and are merged."""
 
 POINTS = 16
-"""Of Gauss-Legendre quadrature, on each interval between two breaks."""
+"""Number of Gauss-Legendre points on each interval between two breaks."""
 
 BATCH = 1024
 LR = 1e-2
-MOMENTS = 100
-"""How often V is taken during training."""
+MEASUREMENTS = 100
+"""How many times V(D) is measured during training."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class Density:
     """A probability density on the line, in float64.
 
     Args:
-        spec: what it was made from.
-        distribution: its ``log_prob`` and ``sample``.
-        breaks: points in order; beyond the outermost lies less than 1e-15 of the mass, and between two
-            neighbours the density is smooth, and of moderate change in itself.
-        positive: everywhere.
+        spec: the description that it was parsed from.
+        distribution: provides ``log_prob`` and ``sample``.
+        breaks: sorted points. Less than 1e-15 of the mass lies beyond the outermost ones, and between two
+            adjacent ones the density is smooth and varies moderately.
+        positive: whether the density is positive everywhere.
     """
 
     spec: str
@@ -79,12 +80,12 @@ class Density:
     positive: bool
 
     def log(self, x: Tensor) -> Tensor:
-        """log of the density, of x's shape; −∞ where it is 0."""
+        """Return the log density in x's shape; −∞ where the density is 0."""
         result: Tensor = self.distribution.log_prob(x)
         return result
 
     def sample(self, n: int) -> Tensor:
-        """[n], from PyTorch's global random generator."""
+        """Draw samples [n] from PyTorch's global random number generator."""
         return self.distribution.sample((n,))
 
     @property
@@ -97,13 +98,13 @@ class Density:
 
 
 def parse(spec: str) -> Density:
-    """A density from its description: one of ``SPECS``, as ``normal:-1,0.5``.
+    """Parse a density in one of the formats of ``SPECS``, for example ``normal:-1,0.5``.
 
-    A mixture's weights are relative to their sum. Means and bounds are from −1000 to 1000; standard
-    deviations, scales and widths from 0.001 to 1000.
+    A mixture's weights are normalized by their sum. Means and bounds are from −1000 to 1000; standard
+    deviations, scales, weights and widths are at least 0.001, and all but widths at most 1000.
 
     Raises:
-        InputError: an unknown family, another number of values than it takes, or a value out of its range.
+        InputError: the family is unknown, the number of values is wrong, or a value is out of range.
     """
     family, _, rest = spec.partition(":")
     if family not in SPECS:
@@ -126,7 +127,7 @@ def parse(spec: str) -> Density:
     _check(abs(second) <= LARGEST, "HIGH", second, -LARGEST, spec)
     if round(second - first, 9) < SMALLEST:
         raise InputError(f"HIGH must exceed LOW by at least {SMALLEST}, got {spec!r}")
-    uniform = Uniform(_float64(first), _float64(second), validate_args=False)  # so that it is 0 outside
+    uniform = Uniform(_float64(first), _float64(second), validate_args=False)  # log_prob is -inf outside
     return Density(spec, uniform, tuple(np.linspace(first, second, 9).tolist()), False)
 
 
@@ -151,40 +152,38 @@ def _numbers(text: str, count: int, spec: str, family: str) -> list[float]:
     except ValueError:
         values = []
     if len(values) != count:
-        raise InputError(f"a density of the family {family} is {SPECS[family]}, in numbers; got {spec!r}")
+        raise InputError(
+            f"a density of family {family} must be {SPECS[family]} with numeric values, got {spec!r}"
+        )
     return values
 
 
-def _check(holds: bool, what: str, value: float, least: float, spec: str) -> None:
+def _check(holds: bool, what: str, value: float, minimum: float, spec: str) -> None:
     if not holds:
-        raise InputError(f"{what} must be from {least:g} to {LARGEST:g}, got {value:g} in {spec!r}")
+        raise InputError(f"{what} must be from {minimum:g} to {LARGEST:g}, got {value:g} in {spec!r}")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two densities, and numbers about them; p is of real data, q of generated.
-
-    Args:
-        p, q: the densities.
-    """
+    """A density p of real data and a density q of generated data, with the quantities that compare them."""
 
     p: Density
     q: Density
 
     @cached_property
     def breaks(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Of both, each once: what differs in rounding alone counts as one."""
+        """The sorted breaks of both densities; breaks that differ only by rounding are merged."""
         both = np.sort(np.array(self.p.breaks + self.q.breaks))
-        return both[np.diff(both, prepend=-math.inf) > SAME]
+        return both[np.diff(both, prepend=-math.inf) > MIN_GAP]
 
     @cached_property
     def x(self) -> Tensor:
-        """Points of Gauss-Legendre quadrature, in order, [points]."""
+        """The Gauss-Legendre quadrature points, sorted, [points]."""
         return self._rule[0]
 
     @cached_property
     def weight(self) -> Tensor:
-        """Their weights: ∫f is Σ weight·f(x)."""
+        """The weights of the points x: ∫f is Σ weight·f(x)."""
         return self._rule[1]
 
     @cached_property
@@ -196,37 +195,38 @@ class Pair:
 
     @cached_property
     def density_p(self) -> Tensor:
-        """p at the points."""
+        """p at the points x."""
         return self.p.log(self.x).exp()
 
     @cached_property
     def density_q(self) -> Tensor:
+        """q at the points x."""
         return self.q.log(self.x).exp()
 
     def optimal_logit(self, x: Tensor) -> Tensor:
-        """D*'s logit log p − log q, ±∞ where one is 0; where both are, D* may be anything, and is ½."""
+        """Return D*'s logit log p − log q: ±∞ where one density is 0, 0 (arbitrarily) where both are."""
         return (self.p.log(x) - self.q.log(x)).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
     def value(self, logit: Tensor) -> float:
-        """V(D) of D = σ(logit), its logits at the points x: ∫ p log σ(l) + q log σ(−l)."""
+        """Return V(D) = ∫ p log σ(l) + q log σ(−l) for the logits l of D at the points x."""
         logit = logit.double()
-        # Where a density is 0 it has no part in the expectation, whatever its logarithm is there.
+        # Where a density is 0, it contributes nothing to the expectation, even if log σ is −∞ there.
         real = torch.where(self.density_p > 0, self.density_p * F.logsigmoid(logit), 0.0)
         generated = torch.where(self.density_q > 0, self.density_q * F.logsigmoid(-logit), 0.0)
         return float((self.weight * (real + generated)).sum())
 
     def optimal_value(self) -> float:
-        """V(D*), by Gauss-Legendre quadrature."""
+        """Return V(D*), by Gauss-Legendre quadrature."""
         return self.value(self.optimal_logit(self.x))
 
     def jsd(self) -> float:
-        """JSD(p‖q) from its two KL terms, by tanh-sinh quadrature: in [0, log 2].
+        """Return JSD(p‖q), in [0, log 2], from its two KL terms by tanh-sinh quadrature.
 
         Raises:
-            RunError: the quadrature is not good enough to check the identity by.
+            RunError: the quadrature is not accurate enough to check the identity.
         """
 
-        def kl_to_the_middle(a: Density, b: Density) -> float:
+        def kl_to_midpoint(a: Density, b: Density) -> float:
             def integrand(x: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
                 log_a, log_b = (density.log(torch.from_numpy(x)) for density in (a, b))
                 log_m = torch.logaddexp(log_a, log_b) - math.log(2)
@@ -236,31 +236,32 @@ class Pair:
             error = float(result.error.sum())
             if not error <= IDENTITY / 10:
                 raise RunError(
-                    f"the quadrature of JSD({self.p.spec} ‖ {self.q.spec}) is good to {error:.0e} only"
+                    f"the quadrature of JSD({self.p.spec} ‖ {self.q.spec}) is accurate only to {error:.0e}; "
+                    f"{IDENTITY / 10:.0e} is required"
                 )
             return float(result.integral.sum())
 
-        return (kl_to_the_middle(self.p, self.q) + kl_to_the_middle(self.q, self.p)) / 2
+        return (kl_to_midpoint(self.p, self.q) + kl_to_midpoint(self.q, self.p)) / 2
 
     def bound(self) -> float:
-        """2·JSD − 2·log 2: what V(D*) is."""
+        """Return 2·JSD − 2·log 2, which equals V(D*)."""
         return 2 * self.jsd() - 2 * math.log(2)
 
     def mean_under(self, density: Tensor, values: Tensor) -> float:
-        """∫ density·values, either at the points x."""
+        """Return ∫ density·values, both given at the points x."""
         return float((self.weight * density * values).sum())
 
     def generator_gradients(self) -> tuple[float, float]:
-        """|∂/∂θ| of G's two losses at θ = 0, where G adds θ to samples of q, and D is D* and held fixed.
+        """Return |∂/∂θ| of G's two losses at θ = 0, where G adds θ to samples of q and D = D* is held fixed.
 
             minimax         E_q[log(1 − D*(x + θ))]      →  −E_q[D*(x) l'(x)]
             non-saturating  −E_q[log D*(x + θ)]          →  −E_q[(1 − D*(x)) l'(x)]
 
-        with l = log p − log q. Where D* is sure, it is 0 on q's samples: the first vanishes, the second does
-        not.
+        with l = log p − log q. Where D* is certain, it is 0 on q's samples: the first gradient vanishes, the
+        second does not.
 
         Raises:
-            InputError: a density that is 0 somewhere, since l is infinite there.
+            InputError: a density is 0 somewhere, where l is infinite.
         """
         for density in (self.p, self.q):
             if not density.positive:
@@ -277,7 +278,7 @@ class Pair:
 
 
 class Discriminator(nn.Module):
-    """An MLP of two hidden layers, from x, standardised, to a logit."""
+    """An MLP with two hidden layers that maps the standardized x to a logit."""
 
     def __init__(self, center: float, scale: float, width: int = 64) -> None:
         super().__init__()
@@ -287,26 +288,26 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """float64 [N] to float32 [N]."""
-        standard = (x - self.center) / self.scale
-        result: Tensor = self.main(standard.float().unsqueeze(1)).squeeze(1)
+        """Map float64 [N] to float32 logits [N]."""
+        standardized = (x - self.center) / self.scale
+        result: Tensor = self.main(standardized.float().unsqueeze(1)).squeeze(1)
         return result
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trained D beside D*, by quadrature in float64.
+    """A trained D compared with D*, by quadrature in float64.
 
     Args:
         pair: the densities.
         discriminator: the trained D.
-        steps, values: when V(D) was taken, and what it was.
-        value: V(D) in the end.
+        steps, values: the steps after which V(D) was measured, and its values.
+        value: V(D) after training.
         optimal_value: V(D*).
-        jsd, bound: JSD(p‖q), and 2·JSD − 2·log 2, of another quadrature.
+        jsd, bound: JSD(p‖q) and 2·JSD − 2·log 2, by a different quadrature.
         error_p, error_q: the means of |D − D*| under p and under q.
-        error_max: the largest |D − D*| where (p + q)/2 is at least 1% of its own largest value: where neither
-            density gives samples, nothing says what D should be.
+        error_max: the largest |D − D*| where (p + q)/2 is at least 1% of its maximum; elsewhere there are
+            hardly any samples to learn D from.
     """
 
     pair: Pair
@@ -322,7 +323,7 @@ class Result:
     error_max: float
 
     def numbers(self) -> dict[str, Any]:
-        """All but the objects, for a file."""
+        """Return the specs and all numbers, for a JSON file."""
         own = {name: value for name, value in vars(self).items() if name not in ("pair", "discriminator")}
         return {"p": self.pair.p.spec, "q": self.pair.q.spec, **own}
 
@@ -330,19 +331,19 @@ class Result:
 def train(
     pair: Pair, steps: int = 1000, seed: int = 0, say: Callable[[int], None] = lambda _: None
 ) -> Result:
-    """Train D on fresh samples of p and q each step, by the cross-entropy of its logits, and measure it.
+    """Train D by cross-entropy on fresh samples of p and q, and compare it with D*.
 
-    Adam, its step size falling to 0 along a cosine; 1,024 samples of each density a step. PyTorch's global
-    random generator is as it was.
+    The optimizer is Adam with cosine decay of the learning rate to 0, and 1,024 samples of each density per
+    step. The state of PyTorch's global random number generator is preserved.
 
     Args:
         pair: the densities.
-        steps: of the optimizer, at least 1.
-        seed: of the weights and samples.
-        say: told the step now and then.
+        steps: number of optimizer steps, at least 1.
+        seed: RNG seed for the initial weights and the samples.
+        say: called with the step after each measurement of V(D).
 
     Raises:
-        InputError: ``steps`` below 1.
+        InputError: ``steps`` is below 1.
         RunError: V(D*) is not 2·JSD − 2·log 2, V(D) exceeds V(D*), or V(D) is not finite.
     """
     if steps < 1:
@@ -355,13 +356,13 @@ def train(
         )
     center = (pair.p.mean + pair.q.mean) / 2
     scale = math.sqrt((pair.p.std**2 + pair.q.std**2) / 2 + (pair.p.mean - pair.q.mean) ** 2 / 4)
-    moments: list[int] = []
+    measured: list[int] = []
     values: list[float] = []
 
     def measure(step: int) -> None:
         with torch.no_grad():
             value = pair.value(discriminator(pair.x))
-        moments.append(step)
+        measured.append(step)
         values.append(value)
         say(step)
         if not value <= optimal + IDENTITY:  # a NaN is a failure too
@@ -374,7 +375,7 @@ def train(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         targets = torch.cat([torch.ones(BATCH), torch.zeros(BATCH)])
         for step in range(steps):
-            if step % max(1, steps // MOMENTS) == 0:
+            if step % max(1, steps // MEASUREMENTS) == 0:
                 measure(step)
             logits = discriminator(torch.cat([pair.p.sample(BATCH), pair.q.sample(BATCH)]))
             loss = F.binary_cross_entropy_with_logits(logits, targets)
@@ -385,13 +386,13 @@ def train(
         measure(steps)
 
     with torch.no_grad():
-        ours = torch.sigmoid(discriminator(pair.x).double())
-    error = (ours - torch.sigmoid(pair.optimal_logit(pair.x))).abs()
+        trained = torch.sigmoid(discriminator(pair.x).double())
+    error = (trained - torch.sigmoid(pair.optimal_logit(pair.x))).abs()
     middle = (pair.density_p + pair.density_q) / 2
     return Result(
         pair=pair,
         discriminator=discriminator,
-        steps=tuple(moments),
+        steps=tuple(measured),
         values=tuple(values),
         value=values[-1],
         optimal_value=optimal,
@@ -405,12 +406,12 @@ def train(
 
 @dataclass(frozen=True)
 class Sweep:
-    """Two normal densities of the same standard deviation, drawn apart.
+    """Two normal densities of equal standard deviation at increasing distance.
 
     Args:
-        std: of both.
-        distances: of their means.
-        jsd, value: JSD(p‖q) and V(D*) at each.
+        std: the standard deviation of both.
+        distances: the distances of their means.
+        jsd, value: JSD(p‖q) and V(D*) at each distance.
         minimax, non_saturating: the magnitudes of G's gradients, see :meth:`Pair.generator_gradients`.
     """
 
@@ -423,16 +424,16 @@ class Sweep:
 
 
 def sweep(std: float = 1.0, distances: int = 41, furthest: float = 10.0) -> Sweep:
-    """JSD, V(D*) and G's gradients as the means of two normal densities go from 0 to ``furthest``·std apart.
+    """Compute JSD, V(D*) and G's gradients for normal densities with means 0 to ``furthest``·std apart.
 
-    With D = D*, the minimax gradient is that of 2·JSD itself, which saturates at 2·log 2.
+    With D = D*, the minimax gradient is the gradient of 2·JSD, which saturates at 2·log 2.
     """
-    where = np.linspace(0, furthest * std, distances).tolist()
-    pairs = [Pair(parse(f"normal:0,{std!r}"), parse(f"normal:{distance!r},{std!r}")) for distance in where]
+    offsets = np.linspace(0, furthest * std, distances).tolist()
+    pairs = [Pair(parse(f"normal:0,{std!r}"), parse(f"normal:{distance!r},{std!r}")) for distance in offsets]
     minimax, non_saturating = zip(*(pair.generator_gradients() for pair in pairs), strict=True)
     return Sweep(
         std=std,
-        distances=tuple(where),
+        distances=tuple(offsets),
         jsd=tuple(pair.jsd() for pair in pairs),
         value=tuple(pair.optimal_value() for pair in pairs),
         minimax=minimax,
@@ -441,15 +442,15 @@ def sweep(std: float = 1.0, distances: int = 41, furthest: float = 10.0) -> Swee
 
 
 def picture(result: Result) -> Figure:
-    """The densities, D beside D*, and V(D) rising towards its bound."""
+    """Plot the densities, D and D*, and V(D) during training with its bound."""
     from matplotlib.figure import Figure
 
     pair, x = result.pair, result.pair.x
     middle = (pair.density_p + pair.density_q) / 2
-    seen = x[middle >= middle.max() / 1000]
-    line = torch.linspace(float(seen.min()), float(seen.max()), 1000, dtype=torch.float64)
+    visible = x[middle >= middle.max() / 1000]
+    line = torch.linspace(float(visible.min()), float(visible.max()), 1000, dtype=torch.float64)
     with torch.no_grad():
-        ours = torch.sigmoid(result.discriminator(line))
+        trained = torch.sigmoid(result.discriminator(line))
     figure = Figure(figsize=(8, 9), layout="constrained")
     densities, functions, values = figure.subplots(3)
     for density, name in ((pair.p, "p, real"), (pair.q, "q, generated")):
@@ -458,7 +459,7 @@ def picture(result: Result) -> Figure:
         densities.fill_between(line, height, alpha=0.2)
     densities.set(xlabel="x", ylabel="density")
     functions.plot(line, torch.sigmoid(pair.optimal_logit(line)), "k", label="D* = p/(p + q)")
-    functions.plot(line, ours, "C3--", label=f"D, trained for {result.steps[-1]} steps")
+    functions.plot(line, trained, "C3--", label=f"D, trained for {result.steps[-1]} steps")
     functions.set(xlabel="x", ylabel="D(x)", ylim=(-0.05, 1.05))
     values.plot(result.steps, result.values, "C3", label="V(D)")
     values.axhline(result.bound, color="k", linestyle=":", label="V(D*) = 2·JSD − 2·log 2")
@@ -469,7 +470,7 @@ def picture(result: Result) -> Figure:
 
 
 def sweep_picture(result: Sweep) -> Figure:
-    """JSD and V on one set of axes, G's gradients on another, over the distance of the means."""
+    """Plot JSD and V(D*), and below them G's gradients, over the distance of the means."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -479,7 +480,7 @@ def sweep_picture(result: Sweep) -> Figure:
     levels.axhline(math.log(2), color="k", linestyle=":", label="log 2")
     gradients.semilogy(result.distances[1:], result.minimax[1:], label="minimax, log(1 − D*)")
     gradients.semilogy(result.distances[1:], result.non_saturating[1:], label="non-saturating, −log D*")
-    gradients.set(xlabel=f"distance of the means (std {result.std:g})", ylabel="|gradient| of G's loss")
+    gradients.set(xlabel=f"distance between the means (std {result.std:g})", ylabel="|gradient| of G's loss")
     for axes in (levels, gradients):
         axes.legend()
     return figure

@@ -1,4 +1,4 @@
-"""One call of a fused convolution, as :mod:`.ops` hands it to an engine."""
+"""The arguments of a fused convolution, as :mod:`.ops` passes them to an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 class Call(NamedTuple):
-    """One call's arguments, in the schema's order."""
+    """Arguments of a forward call, in the order of the schema."""
 
     x: Tensor
     weight: Tensor
@@ -30,10 +30,10 @@ class Call(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """The arguments of one call's gradients, in the schema's order.
+    """Arguments of a backward call, in the order of the schema.
 
-    ``dy`` is there even where only statistics have a gradient; ``y`` and ``mean`` are the forward's, y where
-    ``stats`` or ``out_act`` tell the gradient from it.
+    ``dy`` is given even where only the statistics have a gradient. ``y`` and ``mean`` are the forward's saved
+    outputs; y is given where ``stats`` or ``out_act`` needs it to compute the gradient.
     """
 
     dy: Tensor
@@ -54,11 +54,11 @@ class Backward(NamedTuple):
     stride: int
     padding: int
     needs: tuple[bool, bool, bool, bool, bool]
-    """x, weight, (center, scale, shift), out_scale, out_shift"""
+    """Whether x, weight, (center, scale, shift), out_scale and out_shift need a gradient."""
 
 
 class Stage(NamedTuple):
-    """A layer of a chain: a convolution, a BatchNorm by its running statistics (or none), an activation.
+    """A layer of a chain: a convolution, an optional BatchNorm in eval mode, and an activation.
 
         y = act((conv(x, weight) + bias[c] - mean[c])·scale[c]/√(var[c] + eps) + shift[c])
 
@@ -80,15 +80,16 @@ class Stage(NamedTuple):
 
     @property
     def c_out(self) -> int:
+        """The number of output channels."""
         return self.weight.shape[1 if self.transposed else 0]
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Of x, weight, center, scale, shift, out_scale, out_shift; empty ([0]) where not needed or not there."""
+"""Gradients of x, weight, center, scale, shift, out_scale, out_shift; [0] where not needed or absent."""
 
 
 def output_shape(call: Call, transposed: bool) -> tuple[int, int, int, int]:
-    """y's shape [N, C_out, H', W'] for a call with operands of 4 dimensions."""
+    """Return y's shape [N, C_out, H', W'] for a call whose x and weight have 4 dimensions."""
     n, _, h, w = call.x.shape
     first, second, k_h, k_w = call.weight.shape
     s, p = call.stride, call.padding

@@ -6,10 +6,10 @@
         x_0 = x;  y = x_n
         x_{i+1} = act((conv(x_i, weight) + bias[c] - mean[c])·scale[c]/√(var[c] + eps) + shift[c])
 
-which is :func:`.ops.conv2d_fused` and :func:`.ops.conv_transpose2d_fused`, one after the other, and is
-computed so where the native engine does not cover every layer. Where it does, the chain is one call of it:
-what is between two layers then lives in a workspace of bounded size, block of images by block of images, and
-never becomes a tensor. 16-bit tensors are rounded once, at the end.
+This is a sequence of :func:`.ops.conv2d_fused` and :func:`.ops.conv_transpose2d_fused`, and it is computed
+as such where the native engine does not cover every layer. Where it does, the chain is one native call: the
+activations between two layers stay in a workspace of bounded size, one block of images at a time, and are
+never materialized as tensors. 16-bit tensors are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .ops import LIBRARY, Choice
 from .reference import accumulator_dtype
 
 
-def chains(x: Tensor) -> bool:
-    """Whether a chain is more than its ops one after the other, on x's device."""
+def runs_as_one_call(x: Tensor) -> bool:
+    """Return whether x's device can run a chain as one call; elsewhere it is a sequence of ops."""
     return x.device.type == "cpu"
 
 
-def folded(stage: Stage, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """A stage's bias and BatchNorm as scale and shift of an op's epilogue, in ``dtype``; differentiable."""
+def fold_epilogue(stage: Stage, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Fold a stage's bias and BatchNorm into an epilogue's scale and shift, in ``dtype``; differentiable."""
     bias, scale, shift = (None if v is None else v.to(dtype) for v in (stage.bias, stage.scale, stage.shift))
     if stage.mean is None or stage.var is None:
         if bias is None:
@@ -47,7 +47,7 @@ def folded(stage: Stage, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | No
 
 
 def conv_chain(x: Tensor, stages: Sequence[Stage], channels_last: bool = True) -> Tensor:
-    """The stages applied to x, one after the other.
+    """Apply the stages to x in order.
 
     Args:
         x: [N, C, H, W] of float16, bfloat16, float32 or float64, any strides.
@@ -59,11 +59,11 @@ def conv_chain(x: Tensor, stages: Sequence[Stage], channels_last: bool = True) -
         y, of x's dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is allowed.
+        ValueError, TypeError: names the argument, what was given and what is allowed.
     """
     if not stages:
-        raise ValueError("stages must hold one layer or more, got none")
-    if ops.transforming():
+        raise ValueError("stages must hold at least one layer, got none")
+    if ops.under_transform():
         return _one_by_one(x, stages, channels_last, _public)
     return _OP(x, *_columns(stages), channels_last)  # type: ignore[no-any-return]
 
@@ -74,9 +74,9 @@ def _columns(stages: Sequence[Stage]) -> tuple[Any, ...]:
 
 
 def arguments(columns: Sequence[Any]) -> tuple[list[Stage], bool]:
-    """(stages, channels_last) of the operator's arguments after x."""
+    """Return (stages, channels_last) from the operator's arguments after x."""
     *rest, transposed = columns[:12]
-    channels_last = columns[12] if len(columns) > 12 else True  # the dispatcher leaves out a default
+    channels_last = columns[12] if len(columns) > 12 else True  # the dispatcher drops trailing defaults
     return [Stage(*row) for row in zip(transposed, *rest, strict=True)], channels_last
 
 
@@ -88,7 +88,7 @@ def _public(call: Call, transposed: bool) -> ops.Outputs:
 
 
 def _check_vectors(x: Tensor, stage: Stage) -> None:
-    """What the ops cannot check: they see a scale and a shift, folded."""
+    """Check the vectors that the ops cannot: they only see the folded scale and shift."""
     if (stage.mean is None) != (stage.var is None):
         raise ValueError("mean and var must be given together or not at all")
     for name in ("bias", "scale", "shift", "mean", "var"):
@@ -96,16 +96,18 @@ def _check_vectors(x: Tensor, stage: Stage) -> None:
         if vector is None or stage.weight.ndim != 4:
             continue
         if vector.ndim != 1 or vector.shape[0] != stage.c_out:
-            raise ValueError(f"{name} must be [{stage.c_out}], one value a channel, got {list(vector.shape)}")
+            raise ValueError(
+                f"{name} must be [{stage.c_out}], one value per channel, got {list(vector.shape)}"
+            )
         if vector.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}")
 
 
 def _one_by_one(x: Tensor, stages: Sequence[Stage], channels_last: bool, run: Run) -> Tensor:
-    """The chain by its definition."""
+    """Run the stages in order, each through ``run``."""
     for i, stage in enumerate(stages):
         _check_vectors(x, stage)
-        scale, shift = folded(stage, accumulator_dtype(x.dtype))
+        scale, shift = fold_epilogue(stage, accumulator_dtype(x.dtype))
         call = Call(
             x,
             stage.weight,
@@ -121,25 +123,25 @@ def _one_by_one(x: Tensor, stages: Sequence[Stage], channels_last: bool, run: Ru
     return x
 
 
-# --- what runs it -------------------------------------------------------------------------------------------
+# --- execution ----------------------------------------------------------------------------------------------
 
 
-def _decide(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> tuple[Choice, ...]:
-    """An engine for each layer, checked as its op would check it."""
+def _choose_engines(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> tuple[Choice, ...]:
+    """Check each layer as its op would, and choose its engine."""
     choices: list[Choice] = []
 
-    def decide(call: Call, transposed: bool) -> ops.Outputs:
+    def choose(call: Call, transposed: bool) -> ops.Outputs:
         shape = ops.check(call, transposed)
         choices.append(ops.choose(call, transposed))
         nothing = call.x.new_empty(1)
         return nothing.expand(shape), nothing, nothing
 
-    _one_by_one(x, stages, channels_last, decide)
+    _one_by_one(x, stages, channels_last, choose)
     return tuple(choices)
 
 
-def _native(choices: Sequence[Choice], x: Tensor) -> bool:
-    """Whether one native call does it all."""
+def _runs_as_one_call(choices: Sequence[Choice], x: Tensor) -> bool:
+    """Return whether one native call can run the whole chain."""
     return (
         all(choice.engine == "native" for choice in choices)
         and len(choices) <= cpu.MAX_LAYERS
@@ -149,8 +151,8 @@ def _native(choices: Sequence[Choice], x: Tensor) -> bool:
 
 def _implementation(x: Tensor, *columns: Any) -> Tensor:
     stages, channels_last = arguments(columns)
-    choices = _decide(x, stages, channels_last)
-    if not _native(choices, x):
+    choices = _choose_engines(x, stages, channels_last)
+    if not _runs_as_one_call(choices, x):
         return _one_by_one(x, stages, channels_last, ops.run)
     for choice in choices:
         ops.record(choice)
@@ -158,38 +160,38 @@ def _implementation(x: Tensor, *columns: Any) -> Tensor:
 
 
 class Chain:
-    """A chain to be run again and again: what its shapes, dtypes and weights decide is decided once.
+    """A chain prepared for repeated calls: plans and packed weights are cached per input shape and dtype.
 
-    It follows its tensors: a weight that has changed is packed anew (:mod:`.weights`), vectors are read at
-    every call.
+    It follows its tensors: a changed weight is repacked (:mod:`.weight_cache`), and vectors are read at every
+    call.
     """
 
-    _MOST = 16  # batch shapes remembered; then it starts anew
+    _MAX_PREPARED = 16  # input shapes cached; when full, the cache is cleared
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = list(stages)
-        # A tensor subclass may have no memory of its own: the dispatcher knows what it stands for.
+        # A tensor subclass may own no memory, and only the dispatcher knows what it represents.
         tensors = (t for stage in stages for t in stage[1:7] if t is not None)
-        self._plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        self._plain_tensors = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         self._prepared: dict[Any, tuple[tuple[Choice, ...], cpu.Prepared]] = {}
 
     def __call__(
         self, x: Tensor, channels_last: bool = True, freeze: Callable[[], None] = lambda: None
     ) -> Tensor:
-        """As :func:`conv_chain`; ``freeze`` is called before weights are packed."""
-        if not (self._plain and ops.plain(x)):
+        """Run as :func:`conv_chain`; ``freeze`` is called before weights are packed."""
+        if not (self._plain_tensors and ops.can_bypass_dispatcher(x)):
             freeze()
             return conv_chain(x, self.stages, channels_last)
         threads = torch.get_num_threads()
         key = (x.shape, x.dtype, channels_last, threads, ops.engine())
         found = self._prepared.get(key)
-        held = None if found is None else found[1].current()  # until the call is over
+        held = None if found is None else found[1].current()  # kept alive until the call is over
         if found is None or held is None:
             freeze()
-            choices = _decide(x, self.stages, channels_last)
-            if not _native(choices, x):
+            choices = _choose_engines(x, self.stages, channels_last)
+            if not _runs_as_one_call(choices, x):
                 return conv_chain(x, self.stages, channels_last)
-            if len(self._prepared) >= self._MOST:
+            if len(self._prepared) >= self._MAX_PREPARED:
                 self._prepared.clear()
             found = self._prepared[key] = choices, cpu.Prepared(x.shape, self.stages, threads)
             held = found[1].take()
@@ -207,7 +209,7 @@ def _fake(x: Tensor, *columns: Any) -> Tensor:
 
 
 def _autograd(x: Tensor, *columns: Any) -> Tensor:
-    """Differentiated, the chain is its ops, which know their derivatives; the native call keeps nothing."""
+    """Run the chain as separate ops if it is differentiated: the native call saves nothing for a backward."""
     tensors = (x, *(t for column in columns[:6] for t in column))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _one_by_one(x, *arguments(columns), _public)

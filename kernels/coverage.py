@@ -1,4 +1,4 @@
-"""Where a network's own modules are faster: no engine has kernels, or they have too little to do."""
+"""Where a network's own PyTorch modules are faster: no engine covers it, or the work is too small."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 
 from . import cpu, ops
 
-# Images from which a library's bfloat16 convolutions on AMX are faster than the native engine's in float32:
-# 1.2 to 1.4 times slower at 8, 0.9 to 1.1 at 64.
-AMX_IMAGES = 32
-# Multiply-adds of a forward, for each thread, below which an op's overhead in training (half a millisecond
-# forward and backward) is more than its kernels save: on two threads, fast networks were 0.6 to 1.1 times as
-# fast as eager below twice that, and 1.03 times or more above.
-SMALL_MACS = 128e6
+# Batch size from which bfloat16 convolutions on AMX (oneDNN) are faster than the native engine's in float32:
+# their measured time is 1.2 to 1.4 times the native engine's at 8 images, 0.9 to 1.1 times at 64.
+AMX_MIN_IMAGES = 32
+# Multiply-adds per forward and thread below which the ops' overhead in training (half a millisecond for
+# forward and backward) exceeds what the kernels save: on two threads, fast networks ran at 0.6 to 1.1 times
+# eager's speed below twice this number, and at 1.03 times or more above.
+MIN_TRAINING_MACS = 128e6
 
 
-def why_plain(x: Tensor, training: bool) -> str:
-    """Why no engine's kernels are for x, under autocast for what x becomes; '' if one's are.
+def why_eager(x: Tensor, training: bool) -> str:
+    """Return the reason why no engine's kernels should run on x; '' if one's should.
 
-    It looks at the device and the dtype, not at the layers. Where an engine is forced, that one is to run.
+    Only the device and the dtype (under autocast, autocast's) are considered, not the layers. A forced engine
+    always runs.
 
     Args:
         x: the network's input, [N, ...].
-        training: whether there are batch statistics, or derivatives, which only the training kernels have.
+        training: whether batch statistics or derivatives are needed, which only the training kernels support.
     """
     if ops.engine() != "auto":
         return ""
@@ -39,38 +40,42 @@ def why_plain(x: Tensor, training: bool) -> str:
 
         missing = gpu.why_not_here(device, dtype)
         return "" if missing is None else f"triton: {missing}"
-    why: str = _why_plain(device.type, dtype, training)
+    why: str = _why_eager(device.type, dtype, training)
     if why or device.type != "cpu" or dtype == torch.float32 or compiling:
         return why
-    if x.shape[0] >= AMX_IMAGES and _on_amx(dtype):
+    if x.shape[0] >= AMX_MIN_IMAGES and _on_amx(dtype):
         return f"native: {_name(dtype)} is faster on AMX, which its kernels do not use"
     return ""
 
 
 def why_small(x: Tensor, macs: Callable[[], float]) -> str:
-    """Why the multiply-adds of a forward are too few for the training kernels of x's device; '' if not."""
+    """Return the reason why a forward is too small to train on x's engine; '' if it is large enough."""
     if x.device.type != "cpu" or ops.engine() != "auto" or torch.compiler.is_compiling():
         return ""
-    found, enough = macs(), SMALL_MACS * torch.get_num_threads()
+    found, enough = macs(), MIN_TRAINING_MACS * torch.get_num_threads()
     if found >= enough:
         return ""
     return (
-        f"native: training with {found / 1e6:.0f} million multiply-adds a forward is faster by PyTorch, "
-        f"from {enough / 1e6:.0f} million on by the kernels"
+        f"native: training with {found / 1e6:.0f} million multiply-adds per forward is faster with PyTorch; "
+        f"the kernels are faster from {enough / 1e6:.0f} million on"
     )
 
 
-@torch.compiler.assume_constant_result
-def _why_plain(device: str, dtype: torch.dtype, training: bool) -> str:
-    """What does not depend on the input, of which a compiled program looks at no more."""
+def _why_eager(device: str, dtype: torch.dtype, training: bool) -> str:
+    """Return the part of the reason that does not depend on x's values or shape: a compile-time constant."""
     if device not in ("cpu", "cuda"):
         return f"no engine for {device} tensors"
     engine = "native" if device == "cpu" else "triton"
     half = dtype in (torch.float16, torch.bfloat16)
     if not (dtype == torch.float32 or (half and not (device == "cpu" and training))):
-        return f"{engine}: the {'training ' if training else ''}kernels have no {_name(dtype)}"
+        return f"{engine}: the {'training ' if training else ''}kernels do not support {_name(dtype)}"
     missing = cpu.problem() if device == "cpu" else None
     return "" if missing is None else f"native: {missing.splitlines()[0]}"
+
+
+# torch.compiler.assume_constant_result sets this too, but imports Dynamo, which would add a second to every
+# `import dcgan.fast`.
+_why_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _name(dtype: torch.dtype) -> str:

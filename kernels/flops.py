@@ -1,7 +1,7 @@
 """FLOP formulas of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-They are aten's for convolutions: two for a multiply-add of the direct form, whatever the algorithm saves, and
-nothing for a prologue or an epilogue.
+They follow aten's formula for convolutions: two FLOPs per multiply-add of the direct algorithm, even where a
+faster one does fewer, and none for a prologue or an epilogue.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from .ops import NAMES
 
 
 def _forward(*args: Any, transposed: bool, out_val: Any, **kwargs: Any) -> int:
-    return _of(Call(*args, **kwargs), transposed)
+    return _call_flops(Call(*args, **kwargs), transposed)
 
 
-def _of(call: Call, transposed: bool) -> int:
+def _call_flops(call: Call, transposed: bool) -> int:
     y = output_shape(call, transposed)
     return conv_flop_count(call.x.shape, call.weight.shape, y, transposed)  # type: ignore[arg-type]
 
 
 def _backward(*args: Any, transposed: bool, out_val: Any, **kwargs: Any) -> int:
-    """dgrad and wgrad have as many multiply-adds as fprop."""
+    """Count dgrad and wgrad, each with as many multiply-adds as fprop."""
     call = Backward(*args, **kwargs)
     need_x, need_weight, need_prologue, need_out_scale, _ = call.needs
     products = (need_x or need_prologue) + (need_weight or need_out_scale)
     forward = Call(call.x, call.weight, stride=call.stride, padding=call.padding)
-    return products * _of(forward, transposed)
+    return products * _call_flops(forward, transposed)
 
 
 def _chain(x: Tensor, *columns: Any, out_val: Any, **kwargs: Any) -> int:
     total = 0
     for stage in arguments(columns)[0]:
         call = Call(x, stage.weight, stride=stage.stride, padding=stage.padding)
-        total += _of(call, stage.transposed)
+        total += _call_flops(call, stage.transposed)
         x = x.new_empty(1).expand(output_shape(call, stage.transposed))
     return total
 
 
 def register() -> None:
-    """Make the formulas known to FlopCounterMode; once is enough."""
+    """Register the formulas with FlopCounterMode; repeated calls are no-ops."""
     if torch.ops.dcgan.conv_chain in flop_registry:
         return
     for transposed, name in NAMES.items():
         for formula, op in ((_forward, name), (_backward, f"{name}_backward")):
-            of_op = functools.partial(formula, transposed=transposed)
-            register_flop_formula(getattr(torch.ops.dcgan, op), get_raw=True)(of_op)
+            op_formula = functools.partial(formula, transposed=transposed)
+            register_flop_formula(getattr(torch.ops.dcgan, op), get_raw=True)(op_formula)
     register_flop_formula(torch.ops.dcgan.conv_chain, get_raw=True)(_chain)

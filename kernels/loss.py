@@ -1,14 +1,15 @@
-"""Binary cross-entropy on logits, the Sigmoid folded in, as an operator.
+"""Binary cross-entropy on logits, with the Sigmoid fused in, as an operator.
 
     dcgan::bce_with_logits(logits, target) -> loss, probability
 
         loss = mean_n(softplus(l_n) - t·l_n) = -mean_n(t·log p_n + (1-t)·log(1-p_n)),   p = sigmoid(l)
-        probability = mean_n p_n                   what a GAN's log calls D(x) and D(G(z))
+        probability = mean_n p_n                   logged as D(x) and D(G(z)) in GAN training
         dl_n = (dloss·(p_n - t) + dprobability·p_n·(1-p_n)) / N
 
-One kernel forward and one backward, and exact where Sigmoid and BCELoss are not: p rounds to 1 for l > 17 in
-float32, and BCELoss then clamps log(1-p) at -100 and its gradient vanishes. Elsewhere they agree to rounding.
-The target is one number, as in adversarial training: 0, 1, or a smoothed label.
+The forward and the backward are one kernel each. They are accurate where Sigmoid followed by BCELoss is not:
+in float32 p rounds to 1 for l > 17, and BCELoss then clamps log(1-p) at -100 and its gradient vanishes.
+Elsewhere both agree up to rounding. The target is one number, as in adversarial training: 0, 1, or a smoothed
+label.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def _reference_backward(logits: Tensor, dloss: Tensor, dprobability: Tensor, tar
     return (dx / logits.shape[0]).to(logits.dtype)
 
 
-def _triton(logits: Tensor) -> bool:
-    """Whether the kernels run; raises RuntimeError where they are asked for and cannot."""
+def _use_triton(logits: Tensor) -> bool:
+    """Return whether the Triton kernels run; raise EngineError if they are forced but cannot."""
     choice = ops.choose_engine(
         "bce_with_logits", logits, triton=lambda gpu: gpu.why_not_here(logits.device, logits.dtype)
     )
@@ -46,7 +47,7 @@ def _triton(logits: Tensor) -> bool:
 
 def _run(logits: Tensor, target: float) -> tuple[Tensor, Tensor]:
     _check(logits)
-    if _triton(logits):
+    if _use_triton(logits):
         from . import gpu
 
         return gpu.bce(logits, target)
@@ -54,7 +55,7 @@ def _run(logits: Tensor, target: float) -> tuple[Tensor, Tensor]:
 
 
 def _run_backward(logits: Tensor, dloss: Tensor, dprobability: Tensor, target: float) -> Tensor:
-    if _triton(logits):
+    if _use_triton(logits):
         from . import gpu
 
         return gpu.bce_backward(logits, target, dloss, dprobability)
@@ -81,7 +82,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor])
 
 def _backward(ctx: Any, dloss: Tensor, dprobability: Tensor) -> tuple[Tensor, None]:
     (logits,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # gradients of gradients are those of aten
+    if torch.is_grad_enabled():  # double backward differentiates the reference
         return _reference_backward(logits, dloss, dprobability, ctx.target), None
     return _BACKWARD(logits, dloss, dprobability, ctx.target), None
 
@@ -108,23 +109,23 @@ _BACKWARD = torch.ops.dcgan.bce_with_logits_backward.default
 
 
 def bce_with_logits(logits: Tensor, target: float) -> tuple[Tensor, Tensor]:
-    """(loss, mean probability) of logits against one target, as the module says.
+    """Return (loss, mean probability) of logits for one target; the module's docstring has the formulas.
 
     Args:
         logits: [N] of float16, bfloat16, float32 or float64, any stride.
         target: t, from 0 to 1.
 
     Returns:
-        Two tensors [], float32 (float64 for float64); NaN of no logits at all, as torch.mean's.
+        Two scalar tensors, float32 (float64 for float64); NaN if there are no logits, as torch.mean gives.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is allowed.
+        ValueError, TypeError: names the argument, what was given and what is allowed.
 
     Source: Goodfellow et al., *Generative Adversarial Networks*, 2014; the losses of ``nn.BCELoss``.
     """
     if not 0 <= target <= 1:
         raise ValueError(f"target must be from 0 to 1, got {target}")
-    if ops.transforming():
+    if ops.under_transform():
         _check(logits)
         return _reference(logits, target)
     loss, probability = _FORWARD(logits, float(target))

@@ -1,4 +1,4 @@
-"""The two fused convolutions as PyTorch operators: schema, fake, autograd, autocast, choice of the engine.
+"""The two fused convolutions as PyTorch operators: schemas, fakes, autograd, autocast and engine dispatch.
 
     dcgan::conv2d_fused, dcgan::conv_transpose2d_fused
         (x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
@@ -6,23 +6,23 @@
 
         x̂ = in_act((x - center[c])·scale[c] + shift[c])   prologue, optional
         u = conv(x̂, weight)                               the zero padding pads x̂, not x
-        stats:     y = u, raw; mean[c], var[c] (biased) of u over N, H, W
+        stats:     y = u (raw); mean[c], var[c] (biased) of u over N, H, W
         otherwise: y = out_act(u·out_scale[c] + out_shift[c])   epilogue, optional; mean and var empty
 
-A BatchNorm in training is ``center=mean, scale=gamma·rsqrt(var+eps), shift=beta`` handed to the next
-convolution; in eval it is ``out_scale, out_shift`` of its own. :mod:`.reference` is their meaning in full,
-backward included.
+A BatchNorm in training becomes the next convolution's prologue, ``center=mean,
+scale=gamma·rsqrt(var+eps), shift=beta``; in eval it becomes ``out_scale, out_shift`` of the convolution
+before it. :mod:`.reference` defines the semantics in full, including the backward.
 
     dcgan::conv2d_fused_backward, dcgan::conv_transpose2d_fused_backward
 
-are all first derivatives of a call at once, from dy, dmean and dvar and what the forward was given; of its
-outputs y alone is kept. Derivatives of these (``create_graph=True``) are the reference's, in aten.
+compute all first derivatives of a call from dy, dmean, dvar and the forward's arguments. Of the full-size
+outputs only y is saved. Second derivatives (``create_graph=True``) go through the reference, in aten.
 
-Engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
-``auto`` takes Triton on CUDA and the native engine on a CPU for what they cover, the reference for the rest.
-A forced engine that does not cover a call is an error, never another engine; but the native engine has no
-loss, which is the reference's where it is forced. Networks are not run by ops that no engine covers
-(:mod:`.coverage`).
+The engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
+``auto`` uses Triton on CUDA and the native engine on CPUs for the calls that they cover, and the reference
+for the rest. A forced engine that does not cover a call is an error; there is no fallback. The one exception
+is the loss, which the native engine does not implement: the reference computes it. Networks that no engine
+covers do not use these ops at all (:mod:`.coverage`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import cpu, reference, weights
+from . import cpu, reference, weight_cache
 from .call import Backward, Call, Gradients, Outputs, output_shape
 from .reference import ACTIVATIONS
 
@@ -45,11 +45,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class EngineError(RuntimeError):
-    """A forced engine does not cover a call."""
+    """The forced engine does not cover a call."""
 
 
 class Choice(NamedTuple):
-    """Which engine runs a call, and why not a faster one ('' if it is the fastest)."""
+    """The engine that runs a call, and the reason why no faster one does ('' if it is the fastest)."""
 
     op: str
     engine: str
@@ -60,9 +60,12 @@ class Choice(NamedTuple):
 
 
 def check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
-    """The output's shape. Raises ValueError or TypeError that names the argument at fault.
+    """Validate a call and return its output shape.
 
-    Every call pays for this, so it looks at each attribute once (4 µs).
+    Every call pays for this, so each attribute is read only once (4 µs in total).
+
+    Raises:
+        ValueError, TypeError: names the argument at fault.
     """
     x, weight = call.x, call.weight
     if x.ndim != 4:
@@ -79,7 +82,7 @@ def check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
     if x.shape[1] != c_in:
         order = "C_in, C_out" if transposed else "C_out, C_in"
         raise ValueError(
-            f"x has {x.shape[1]} channels, but weight [{order}, kH, kW] = {list(weight.shape)} takes {c_in}"
+            f"x has {x.shape[1]} channels, but weight [{order}, kH, kW] = {list(weight.shape)} expects {c_in}"
         )
     if call.stride < 1 or call.padding < 0:
         raise ValueError(
@@ -93,7 +96,7 @@ def check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
     if (call.center is None) != (call.scale is None) or (call.center is None) != (call.shift is None):
         raise ValueError("center, scale and shift must be given together or not at all")
     if call.stats and (call.out_scale is not None or call.out_shift is not None or call.out_act != "none"):
-        raise ValueError("stats gives the raw convolution: out_scale, out_shift and out_act must be absent")
+        raise ValueError("stats returns the raw convolution: out_scale, out_shift and out_act must be absent")
     if call.center is not None:
         _check_vector("center", call.center, c_in, x)
         _check_vector("scale", call.scale, c_in, x)
@@ -114,7 +117,7 @@ def check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
 def _check_vector(name: str, vector: Tensor | None, channels: int, x: Tensor) -> None:
     assert vector is not None
     if vector.ndim != 1 or vector.shape[0] != channels:
-        raise ValueError(f"{name} must be [{channels}], one value a channel, got {list(vector.shape)}")
+        raise ValueError(f"{name} must be [{channels}], one value per channel, got {list(vector.shape)}")
     if vector.dtype != reference.accumulator_dtype(x.dtype):
         expected = reference.accumulator_dtype(x.dtype)
         raise TypeError(f"{name} must be {expected} for x of {x.dtype}, got {vector.dtype}")
@@ -138,7 +141,7 @@ _recorder: list[Choice] | None = None
 
 @contextlib.contextmanager
 def use_engine(name: str) -> Iterator[None]:
-    """Run every op inside on engine ``name``: one of ENGINES, else ValueError."""
+    """Run every op in this context on engine ``name``; raise ValueError if it is not one of ENGINES."""
     global _forced
     previous, _forced = _forced, _engine_name(name, "engine")
     try:
@@ -149,7 +152,7 @@ def use_engine(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Choice]]:
-    """The :class:`Choice` made for each op that runs inside, in order."""
+    """Yield a list to which each op that runs in this context appends its :class:`Choice`."""
     global _recorder
     previous, _recorder = _recorder, []
     try:
@@ -159,7 +162,7 @@ def recording() -> Iterator[list[Choice]]:
 
 
 def choose(call: Call, transposed: bool) -> Choice:
-    """The engine for a call. Raises RuntimeError where the forced one does not cover it."""
+    """Choose the engine for a call; raise EngineError if the forced engine does not cover it."""
     return choose_engine(
         NAMES[transposed],
         call.x,
@@ -174,17 +177,19 @@ def choose_engine(
     triton: Callable[[Any], str | None],
     native: Callable[[], str | None] | None = None,
 ) -> Choice:
-    """The engine for what is called ``name`` on x: the forced one, or else that of x's device.
+    """Choose the engine for the operation ``name`` on x: the forced engine, or else that of x's device.
 
-    ``triton`` (given the package, which is imported where a GPU, or a wish for it, makes it needed) and
-    ``native`` say why that engine does not cover it, or None. What the native engine has nothing of, as
-    ``native`` None says, is the reference's.
+    Args:
+        triton: given the :mod:`.gpu` package, which is imported only if needed, returns the reason why the
+            Triton engine does not cover the operation, or None if it does.
+        native: the same for the native engine; None if it does not implement the operation, which the
+            reference then runs.
 
     Raises:
-        RuntimeError: the forced engine does not cover it.
+        EngineError: the forced engine does not cover the operation.
     """
     if _forced == "reference":
-        return Choice(name, "reference", "engine 'reference' was asked for")
+        return Choice(name, "reference", "engine 'reference' is forced")
     engine = _forced
     if engine == "auto":
         engine = _ENGINE_OF.get(x.device.type, "reference")
@@ -201,22 +206,23 @@ def choose_engine(
     if why_not is None:
         return Choice(name, engine, "")
     if _forced == engine:
-        raise EngineError(f"engine {engine!r} was asked for, but does not cover this {name}: {why_not}")
+        raise EngineError(f"engine {engine!r} is forced, but does not cover this {name}: {why_not}")
     return Choice(name, "reference", f"{engine}: {why_not}")
 
 
 def engine() -> str:
-    """The engine that :func:`use_engine` or ``DCGAN_ENGINE`` forces, or 'auto'."""
+    """Return the engine forced by :func:`use_engine` or ``DCGAN_ENGINE``, or 'auto'."""
     return _forced
 
 
 def record(choice: Choice) -> None:
-    """Tell :func:`recording`."""
+    """Append ``choice`` to the list of the enclosing :func:`recording`, if any."""
     if _recorder is not None:
         _recorder.append(choice)
 
 
 def run(call: Call, transposed: bool) -> Outputs:
+    """Check a call, choose its engine and run it there."""
     shape = check(call, transposed)
     choice = choose(call, transposed)
     record(choice)
@@ -232,7 +238,7 @@ def run(call: Call, transposed: bool) -> Outputs:
 
 
 def empty(call: Call, shape: tuple[int, int, int, int]) -> Outputs:
-    """Outputs of the right shape, dtype and strides; statistics of nothing are NaN, as torch.mean's are."""
+    """Allocate outputs of the right shape, dtype and strides; statistics are NaN, as for an empty batch."""
     x = call.x
     acc = reference.accumulator_dtype(x.dtype)
     y = torch.empty(
@@ -253,7 +259,7 @@ def empty(call: Call, shape: tuple[int, int, int, int]) -> Outputs:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     call = Call(*inputs)
     y, mean, _ = output
-    # The output is kept only where the gradient is told from it: by statistics, or by an activation.
+    # y is saved only where the gradient is computed from it: with statistics, or with an activation.
     keep_y = call.stats or call.out_act != "none"
     ctx.save_for_backward(
         call.x,
@@ -272,10 +278,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _needed(ctx: Any) -> list[bool]:
-    """Which arguments' gradients this backward is to give.
+    """Return, per argument, whether this backward must compute its gradient.
 
-    ``needs_input_grad`` is of the forward: it also names parameters that ``torch.autograd.grad`` of the input
-    alone does not ask for, whose gradients take as long as the input's.
+    ``needs_input_grad`` is fixed by the forward: it stays true for parameters even if ``torch.autograd.grad``
+    asks for the input's gradient alone, and their gradients take as long to compute as the input's.
     """
     needed = list(ctx.needs_input_grad)
     for i, (node, _) in zip(ctx.tensors, ctx.next_functions, strict=True):
@@ -286,7 +292,7 @@ def _needed(ctx: Any) -> list[bool]:
 def _executes(node: Any) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # of a leaf that torch.autograd.grad was given, it does not tell
+    except RuntimeError:  # raised for leaves that were passed to torch.autograd.grad
         return True
 
 
@@ -299,30 +305,30 @@ def _backward(transposed: bool) -> Callable[..., tuple[Tensor | None, ...]]:
             return (None,) * len(ctx.needs_input_grad)
         if dy is None:
             dy = torch.zeros_like(y)
-        given = len(ctx.needs_input_grad)  # the dispatcher leaves out trailing arguments that are the default
+        given = len(ctx.needs_input_grad)  # the dispatcher drops trailing default arguments
         need = (*_needed(ctx), *[False] * (len(Call._fields) - given))
         needs = (need[0], need[1], any(need[2:5]), need[6], need[7])
         call = Backward(
             dy, dmean, dvar, x, weight, center, scale, shift, ctx.in_act, out_scale, ctx.out_act, y, mean,
             ctx.stats, ctx.slope, ctx.stride, ctx.padding, needs,
         )  # fmt: skip
-        if torch.is_grad_enabled():  # gradients of gradients are those of the reference's aten
+        if torch.is_grad_enabled():  # double backward differentiates the reference
             gradients: tuple[Tensor | None, ...] = reference.backward(call, transposed)
         else:
-            made = _made_backward(call, transposed)
+            computed = _call_backward_op(call, transposed)
             wanted = (*needs[:2], *(needs[2] and center is not None,) * 3, *needs[3:])
-            gradients = tuple(g if want else None for g, want in zip(made, wanted, strict=True))
+            gradients = tuple(g if want else None for g, want in zip(computed, wanted, strict=True))
         dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift = gradients
         return (dx, dweight, dcenter, dscale, dshift, None, dout_scale, dout_shift, *[None] * 6)[:given]
 
     return backward
 
 
-def _made_backward(call: Backward, transposed: bool) -> Gradients:
-    """By the operator, told whether it is Python that calls it: a compiled backward never comes here."""
+def _call_backward_op(call: Backward, transposed: bool) -> Gradients:
+    """Call the backward operator, marked as a call from Python: a compiled backward never comes here."""
     if torch.compiler.is_compiling():
         return _BACKWARD_OPS[transposed](*call)
-    with weights.eager():
+    with weight_cache.called_from_python():
         return _BACKWARD_OPS[transposed](*call)
 
 
@@ -331,7 +337,7 @@ def _run_backward(call: Backward, transposed: bool) -> Gradients:
         f"{NAMES[transposed]}_backward",
         call.x,
         triton=lambda gpu: gpu.why_not(call, transposed),
-        native=lambda: cpu.training.why_not(call, transposed),
+        native=lambda: cpu.products.why_not(call, transposed),
     )
     record(choice)
     if call.dy.numel():
@@ -340,10 +346,10 @@ def _run_backward(call: Backward, transposed: bool) -> Gradients:
 
             return gpu.backward(call, transposed)
         if choice.engine == "native":
-            return cpu.training.backward(call, transposed)
-    made = reference.backward(call, transposed)
+            return cpu.products.backward(call, transposed)
+    computed = reference.backward(call, transposed)
     results = empty_gradients(call)
-    for result, gradient in zip(results, made, strict=True):
+    for result, gradient in zip(results, computed, strict=True):
         if gradient is not None and result.numel():
             result.copy_(gradient)
     return results
@@ -368,7 +374,7 @@ LIBRARY = torch.library.Library("dcgan", "DEF")
 
 
 def empty_gradients(call: Backward) -> Gradients:
-    """Empty gradients of the right shape, dtype and strides; [0] where not needed."""
+    """Allocate gradients of the right shape, dtype and strides; [0] where not needed."""
     need_x, need_weight, need_prologue, need_out_scale, need_out_shift = call.needs
     x, weight = call.x, call.weight
     acc = reference.accumulator_dtype(x.dtype)
@@ -390,14 +396,14 @@ def empty_gradients(call: Backward) -> Gradients:
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in autocast's dtype, kept with a frozen one unless the cast is to be differentiated."""
+    """Cast a weight to autocast's dtype; the cast of a frozen weight is cached unless it needs a gradient."""
     if weight.dtype == dtype or (torch.is_grad_enabled() and weight.requires_grad):
         return weight.to(dtype)
-    return weights.transformed(weight, dtype, lambda w: w.to(dtype))
+    return weight_cache.get_or_make(weight, dtype, lambda w: w.to(dtype))
 
 
 def _autocast(transposed: bool, device: str, key: torch._C.DispatchKey) -> Callable[..., Outputs]:
-    """Casts x and weight alone: the per-channel vectors are float32 whatever x is."""
+    """Return the autocast kernel, which casts only x and weight: per-channel vectors stay float32."""
     without = torch._C.DispatchKeySet(key)
 
     def autocast(*args: Any, **kwargs: Any) -> Outputs:
@@ -445,20 +451,20 @@ _BACKWARD_OPS: dict[bool, Callable[..., Gradients]] = {
 }
 
 
-def transforming() -> bool:
-    """Whether forward-mode AD or a torch.func transform is at work.
+def under_transform() -> bool:
+    """Return whether forward-mode AD or a torch.func transform is active.
 
-    A registered backward is no rule for those: the operator would give zero tangents, silently.
+    Neither uses the registered backward: the operator would silently return zero tangents.
     """
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def plain(x: Tensor) -> bool:
-    """Whether a call with x and nothing to differentiate needs nothing of the dispatcher.
+def can_bypass_dispatcher(x: Tensor) -> bool:
+    """Return whether a call on x may bypass the dispatcher and call an engine directly.
 
-    No autocast, transform, tracing, fake tensor or mode is at work, and so an engine may be called directly.
+    That is so if no autograd, autocast, transform, tracing, fake tensor or dispatch mode is active.
     """
     return (
         type(x) is Tensor
@@ -469,20 +475,20 @@ def plain(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()
         and not x.is_neg()
-        and not transforming()
+        and not under_transform()
     )
 
 
-def _transformed(call: Call, transposed: bool) -> Outputs:
-    """The call in plain aten, which every transform has rules for; y has the strides that aten gives it."""
+def _run_under_transform(call: Call, transposed: bool) -> Outputs:
+    """Run the call in plain aten, which every transform supports; y has the strides that aten gives it."""
     device = call.x.device.type
     if torch.is_autocast_enabled(device) and call.x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         call = call._replace(x=call.x.to(dtype), weight=call.weight.to(dtype))
     check(call, transposed)
-    choice = Choice(NAMES[transposed], "reference", "a torch.func transform or forward-mode AD is at work")
+    choice = Choice(NAMES[transposed], "reference", "a torch.func transform or forward-mode AD is active")
     if _forced not in ("auto", "reference"):
-        raise EngineError(f"engine {_forced!r} was asked for, but does not cover this call: {choice.reason}")
+        raise EngineError(f"engine {_forced!r} is forced, but does not cover this call: {choice.reason}")
     record(choice)
     with torch.autocast(device, enabled=False):
         return reference.forward(*call, transposed=transposed, functional=True)
@@ -504,7 +510,7 @@ def conv2d_fused(
     padding: int = 1,
     channels_last: bool = True,
 ) -> Outputs:
-    """Convolution with a BatchNorm+activation prologue and an epilogue of statistics or affine+activation.
+    """Convolve with a BatchNorm+activation prologue and an epilogue of statistics or affine+activation.
 
     Args:
         x: [N, C_in, H, W] of float16, bfloat16, float32 or float64, any strides.
@@ -512,22 +518,22 @@ def conv2d_fused(
         center, scale, shift: [C_in], float32 (float64 for float64), together or not at all.
         in_act, out_act: 'none', 'relu', 'leaky_relu', 'tanh' or 'sigmoid'.
         out_scale, out_shift: [C_out], float32 (float64 for float64); not with ``stats``.
-        stats: give y raw, with its per-channel mean and biased variance.
-        slope: of leaky_relu, both in prologue and epilogue; not negative.
-        stride, padding: the same in both directions.
+        stats: return the raw y with its per-channel mean and biased variance.
+        slope: negative slope of leaky_relu, in the prologue and the epilogue; at least 0.
+        stride, padding: the same for height and width.
         channels_last: y's memory format; otherwise contiguous.
 
     Returns:
         y [N, C_out, H', W'] of x's dtype; mean and var [C_out] of the accumulator's dtype, or empty ([0]).
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is allowed.
+        ValueError, TypeError: names the argument, what was given and what is allowed.
     """
     call = Call(
         x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
         stats, slope, stride, padding, channels_last,
     )  # fmt: skip
-    return _transformed(call, False) if transforming() else _OPS[False](*call)
+    return _run_under_transform(call, False) if under_transform() else _OPS[False](*call)
 
 
 def conv_transpose2d_fused(
@@ -546,9 +552,9 @@ def conv_transpose2d_fused(
     padding: int = 1,
     channels_last: bool = True,
 ) -> Outputs:
-    """As :func:`conv2d_fused` for the transposed convolution: weight is [C_in, C_out, kH, kW]."""
+    """Convolve as :func:`conv2d_fused` does, but transposed: weight is [C_in, C_out, kH, kW]."""
     call = Call(
         x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
         stats, slope, stride, padding, channels_last,
     )  # fmt: skip
-    return _transformed(call, True) if transforming() else _OPS[True](*call)
+    return _run_under_transform(call, True) if under_transform() else _OPS[True](*call)

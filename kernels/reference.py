@@ -1,14 +1,14 @@
-"""The meaning of the two fused convolutions, forward and backward, in plain aten.
+"""The semantics of the two fused convolutions, forward and backward, in plain aten.
 
-Forward, for ``conv`` a convolution (``transposed=False``) or a transposed one:
+Forward, where ``conv`` is a convolution (``transposed=False``) or a transposed convolution:
 
-    x̂ = in_act((x - center[c])·scale[c] + shift[c])          prologue; without the three, x̂ = in_act(x)
+    x̂ = in_act((x - center[c])·scale[c] + shift[c])          prologue; without these vectors, x̂ = in_act(x)
     u = conv(x̂, weight)                                      the zero padding pads x̂, not x
     stats:      y = u;  mean[c], var[c] = mean and biased variance of u over N, H, W
     otherwise:  y = out_act(u·out_scale[c] + out_shift[c])   epilogue; mean and var are empty
 
-Arithmetic is float32 (float64 for float64 tensors): operands of the convolution are rounded to x's dtype,
-statistics and epilogue see the unrounded accumulator, and the result is rounded once.
+Arithmetic is in float32 (float64 for float64 tensors): the convolution's operands are rounded to x's dtype,
+statistics and epilogue use the unrounded accumulator, and the result is rounded once.
 
 Backward, given dy, dmean, dvar (M = N·H·W of y):
 
@@ -18,8 +18,8 @@ Backward, given dy, dmean, dvar (M = N·H·W of y):
     g = dx̂·in_act'(x̂);  dx = g·scale
     dscale[c] = Σ g·(x - center);  dshift[c] = Σ g;  dcenter = -scale·dshift
 
-The sums are centred because Σ g·x - center·Σ g cancels where mean/std is large. Every step of the backward
-is differentiable aten, which is what gives the ops their second derivatives.
+The sums are centered because Σ g·x - center·Σ g suffers cancellation where mean/std is large. Every step of
+the backward is differentiable aten, from which the ops get their second derivatives.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, statistics and per-channel vectors: float64 for float64, else float32."""
+    """Return the dtype of sums, statistics and per-channel vectors: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
+    """Return the memory format that an op's ``channels_last`` argument selects."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def activate_(x: Tensor, name: str, slope: float) -> Tensor:
-    """``act(x)``, in place."""
+    """Compute ``act(x)`` in place."""
     if name == "none":
         return x
     if name == "relu":
@@ -55,7 +56,7 @@ def activate_(x: Tensor, name: str, slope: float) -> Tensor:
 
 
 def activate(x: Tensor, name: str, slope: float) -> Tensor:
-    """``act(x)``, differentiable."""
+    """Compute ``act(x)``, differentiably."""
     if name == "none":
         return x
     if name == "relu":
@@ -66,7 +67,7 @@ def activate(x: Tensor, name: str, slope: float) -> Tensor:
 
 
 def activation_backward(dy: Tensor, y: Tensor, name: str, slope: float) -> Tensor:
-    """``dy·act'``, told from the output y alone: every activation here is monotone (slope ≥ 0)."""
+    """Compute ``dy·act'`` from the saved output y alone: every activation here is monotone (slope ≥ 0)."""
     if name == "none":
         return dy
     if name == "relu":
@@ -83,7 +84,7 @@ def _per_channel(v: Tensor) -> Tensor:
 
 
 def normalise(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``(x - center[c])·scale[c] + shift[c]``, differentiable."""
+    """Compute ``(x - center[c])·scale[c] + shift[c]``, differentiably."""
     return torch.addcmul(_per_channel(shift), x - _per_channel(center), _per_channel(scale))
 
 
@@ -98,7 +99,7 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: 
 
 
 def _canonical(y: Tensor, channels_last: bool) -> Tensor:
-    """y with exactly the strides of a fresh tensor of that format, size-1 dimensions included."""
+    """Give y the strides of a newly allocated tensor of that format, including its size-1 dimensions."""
     _, c, h, w = y.shape
     strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
     y = y.contiguous(memory_format=memory_format(channels_last))
@@ -124,9 +125,9 @@ def forward(
     transposed: bool,
     functional: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, var) as the module says, from arguments that :mod:`.ops` has checked.
+    """Return (y, mean, var) as defined in the module's docstring; :mod:`.ops` has checked the arguments.
 
-    ``functional``: nothing in place and no particular strides, for autograd and torch.func to go through.
+    ``functional`` avoids in-place operations and explicit strides, for autograd and torch.func.
     """
     acc = accumulator_dtype(x.dtype)
     act = activate if functional else activate_
@@ -155,12 +156,12 @@ def forward(
 
 
 def gradient_is_channels_last(x: Tensor) -> bool:
-    """Whether a gradient of x is: if x is that, and not contiguous too."""
+    """Return whether x's gradient is channels_last: x is channels_last and not contiguous as well."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def empty_gradient(x: Tensor) -> Tensor:
-    """An empty gradient of x, with canonical strides."""
+    """Allocate a gradient of x, with canonical strides."""
     nhwc = gradient_is_channels_last(x)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(nhwc))
 
@@ -177,7 +178,7 @@ OptionalGradients = tuple[
 
 
 def backward(call: Backward, transposed: bool) -> OptionalGradients:
-    """Gradients of every differentiable input that ``call.needs``, differentiable themselves."""
+    """Return the gradients that ``call.needs`` selects; they are differentiable themselves."""
     x, weight, center, scale, shift = call.x, call.weight, call.center, call.scale, call.shift
     y, mean, out_scale, slope, stride, padding = (
         *(call.y, call.mean, call.out_scale),

@@ -1,4 +1,4 @@
-"""Chains of layers for the tests of conv_chain, and what they mean."""
+"""Chains of layers for the tests of conv_chain, and their expected outputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from statement import state
+from float64_reference import expected_outputs
 from torch import Tensor, nn
 
-from dcgan.kernels import chain, ops, weights
+from dcgan.kernels import chain, ops, weight_cache
 from dcgan.kernels.call import Stage
 
 KINDS = pytest.mark.parametrize("kind", ["up", "down"])
@@ -18,7 +18,7 @@ VECTORS = ("bias", "scale", "shift", "mean", "var")
 
 
 def stage(transposed: bool, c_in: int, c_out: int, kernel: int = 4, given: str = "", **options: Any) -> Stage:
-    """A layer with weights of about 1/√K and vectors as ``given``: c bias, s scale, b shift, n mean, var."""
+    """Draw a layer with weights of about 1/√K; ``given``: c for bias, s scale, b shift, n mean and var."""
     order = (c_in, c_out) if transposed else (c_out, c_in)
     dtype = options.pop("dtype", torch.float32)
     weight = torch.randn(*order, kernel, kernel) / (c_in * kernel**2 / (4 if transposed else 1)) ** 0.5
@@ -32,16 +32,16 @@ def stage(transposed: bool, c_in: int, c_out: int, kernel: int = 4, given: str =
     return Stage(transposed, weight.to(dtype), **vectors, eps=1e-5 if "n" in given else 0.0, **options)
 
 
-def made(kind: str, dtype: torch.dtype = torch.float32, batch: int = 3) -> tuple[Tensor, list[Stage]]:
-    """A small network: BatchNorms with and without their affine map, layers with a part of an epilogue.
+def small_chain(kind: str, dtype: torch.dtype = torch.float32, batch: int = 3) -> tuple[Tensor, list[Stage]]:
+    """Draw a small network that covers full and partial epilogues.
 
-    Convolutions with a bias and without, before a BatchNorm and before none.
+    It has convolutions with and without a bias, and BatchNorms with and without their affine map.
     """
-    wide = {"stride": 1, "padding": 0, "dtype": dtype}
+    dense = {"stride": 1, "padding": 0, "dtype": dtype}
     if kind == "up":
         x = torch.randn(batch, 6, 1, 1)
         stages = [
-            stage(True, 6, 12, given="csbn", act="relu", **wide),
+            stage(True, 6, 12, given="csbn", act="relu", **dense),
             stage(True, 12, 9, given="n", act="leaky_relu", slope=0.3, dtype=dtype),
             stage(True, 9, 6, given="csb", act="sigmoid", dtype=dtype),
             stage(True, 6, 3, given="c", act="tanh", dtype=dtype),
@@ -51,23 +51,23 @@ def made(kind: str, dtype: torch.dtype = torch.float32, batch: int = 3) -> tuple
         stages = [
             stage(False, 3, 7, given="cb", act="leaky_relu", slope=0.2, dtype=dtype),
             stage(False, 7, 10, given="sbn", act="leaky_relu", slope=0.05, dtype=dtype),
-            stage(False, 10, 8, given="cs", act="tanh", **wide),
-            stage(False, 8, 1, kernel=1, given="cbn", act="sigmoid", **wide),
+            stage(False, 10, 8, given="cs", act="tanh", **dense),
+            stage(False, 8, 1, kernel=1, given="cbn", act="sigmoid", **dense),
         ]
     return x.to(dtype), stages
 
 
-def wide(stages: list[Stage]) -> list[Stage]:
-    """In float64."""
+def to_float64(stages: list[Stage]) -> list[Stage]:
+    """Convert the stages to float64."""
     return [Stage(*[v.double() if isinstance(v, Tensor) else v for v in s]) for s in stages]
 
 
-def stated(x: Tensor, stages: list[Stage]) -> Tensor:
-    """The module's formula in float64, differentiable."""
+def expected_output(x: Tensor, stages: list[Stage]) -> Tensor:
+    """Evaluate conv_chain's formula in float64, differentiably."""
     y = x.double()
-    for s in wide(stages):
+    for s in to_float64(stages):
         call = ops.Call(y, s.weight, stride=s.stride, padding=s.padding)
-        u = state(call, s.transposed)[0]
+        u = expected_outputs(call, s.transposed)[0]
         scale = torch.ones(s.c_out, dtype=torch.float64) if s.scale is None else s.scale
         if s.bias is not None:
             u = u + s.bias[:, None, None]
@@ -82,8 +82,8 @@ def stated(x: Tensor, stages: list[Stage]) -> Tensor:
     return y
 
 
-def one_by_one(x: Tensor, stages: list[Stage], channels_last: bool = True) -> Tensor:
-    """By the two public ops, each with bias and BatchNorm folded by hand."""
+def run_separately(x: Tensor, stages: list[Stage], channels_last: bool = True) -> Tensor:
+    """Run the two public ops in order, with bias and BatchNorm folded by hand."""
     for i, s in enumerate(stages):
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         vectors = {n: v.to(acc) for n in VECTORS if (v := getattr(s, n)) is not None}
@@ -110,10 +110,10 @@ def one_by_one(x: Tensor, stages: list[Stage], channels_last: bool = True) -> Te
     return x
 
 
-def kept(stages: list[Stage]) -> nn.Module:
-    """Their weights frozen, as a network in eval has them, as long as this lives."""
+def freeze_weights(stages: list[Stage]) -> nn.Module:
+    """Freeze the weights, as a network in eval mode does, for the lifetime of the returned owner."""
     owner = nn.Module()
-    weights.freeze(owner, [s.weight for s in stages])
+    weight_cache.freeze(owner, [s.weight for s in stages])
     return owner
 
 
@@ -122,6 +122,6 @@ def leaves(x: Tensor, stages: list[Stage]) -> list[Tensor]:
 
 
 def arguments(x: Tensor, stages: list[Stage], channels_last: bool = True) -> tuple[Any, ...]:
-    """As the operator takes them, after its schema."""
+    """Return the arguments in the order of the operator's schema."""
     transposed, *columns = (list(column) for column in zip(*stages, strict=True))
     return (x, *columns, transposed, channels_last)

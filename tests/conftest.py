@@ -1,4 +1,4 @@
-"""What every test has in common: seeds, two threads, no gpu tests without a GPU, and a line on what ran."""
+"""Configuration of all tests: RNG seeds, two threads, no gpu tests without a GPU, and a summary line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from native import THREADS
 
 from dcgan.kernels import coverage, ops
@@ -19,6 +20,8 @@ _deselected_gpu_tests = 0
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
+    settings.register_profile("dcgan", deadline=None)  # how long an example takes depends on the machine
+    settings.load_profile("dcgan")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def native_engine() -> str:
-    """The instruction sets that are tested here, and those that are not; '' where there is no library."""
+    """Report which instruction sets are tested on this machine; '' if there is no library."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if library.problem() is not None:
@@ -64,20 +67,22 @@ def _seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def _small_networks_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests train tiny networks, which would be left to PyTorch."""
-    monkeypatch.setattr(coverage, "SMALL_MACS", 0.0)
+    """Let the kernels train the tests' tiny networks, which PyTorch's modules would run otherwise."""
+    monkeypatch.setattr(coverage, "MIN_TRAINING_MACS", 0.0)
 
 
 @pytest.fixture
 def reference_engine() -> Iterator[None]:
-    """So that float64 runs through the ops: of itself it would be left to PyTorch, which no engine beats."""
+    """Force the reference, so that float64 runs through the ops; by default PyTorch's modules run it."""
     with ops.use_engine("reference"):
         yield
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For maps of a few pixels, where a second thread would only be waited for."""
+    """Use one thread, for maps of a few pixels, which a second thread would only slow down."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(THREADS)
+    settings.register_profile("dcgan", deadline=None)  # how long an example takes depends on the machine
+    settings.load_profile("dcgan")

@@ -1,9 +1,9 @@
-"""Layers whose numbers are integers, or quarters, so small that kernels have nothing to round but results.
+"""Layers of small integers and quarters, for which kernels round nothing but their results.
 
-A product's result is then to be equal to the exact one, bit for bit, after one rounding to its dtype. Even a
-single operand that a race, the compiler or a mask has spoilt shows, where a norm over millions of elements
-would hide it. Prologues and epilogues take part: their vectors are small integers, slopes a quarter, and tanh
-and sigmoid occur as derivatives alone, told from outputs of 0, ½ and ±1.
+A product must then equal the exact result, rounded once to its dtype, bit for bit. This detects even a single
+operand corrupted by a race, the compiler or a mask, which a norm over millions of elements would hide.
+Prologues and epilogues take part: their vectors are small integers, slopes are a quarter, and tanh and
+sigmoid occur only as derivatives, computed from saved outputs of 0, ½ and ±1.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.layers import Layer, of_gradient, of_product, outputs
+from bench.layers import Layer, gradient_layer, outputs, product_layer
 from dcgan.kernels import gpu
 from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import aten, products, tiles
+from dcgan.kernels.gpu import aten, lowering, tiles
 from dcgan.kernels.gpu.launch import Product
 
 SLOPE = 0.25
-GRAIN = 2**-4  # what every exact sum is a multiple of: a quarter of x̂ times a quarter of du
-EXACT = 2**24 * GRAIN  # float32 holds every multiple of GRAIN up to there
+GRAIN = 2**-4  # every exact sum is a multiple of this: a quarter of x̂ times a quarter of du
+EXACT = 2**24 * GRAIN  # float32 represents every multiple of GRAIN up to this
 
 
 class Shape(NamedTuple):
-    """A layer, and what is around it in training."""
+    """A layer with its prologue and epilogue in training."""
 
     transposed: bool
     c_in: int
@@ -35,16 +35,16 @@ class Shape(NamedTuple):
     stride: int
     padding: int
     in_act: str
-    """Of the prologue; '' without one."""
+    """The prologue's activation; '' without a prologue."""
     stats: bool
     out_act: str
     batch: int
-    """Of several waves of programs, that fills no tile and has an exact :func:`count`."""
+    """Gives several waves and partial tiles; N·H·W of the output satisfies :func:`divides`."""
     centered: bool = True
-    """Whether the prologue has its three vectors besides the activation."""
+    """Whether the prologue has its three vectors in addition to the activation."""
 
 
-SHAPES = {  # one a kernel, with each of the prologues
+SHAPES = {  # one per kernel, with each of the prologues
     "G1": Shape(True, 100, 512, 1, 1, 0, "", True, "none", 333),
     "G2": Shape(True, 512, 256, 4, 2, 1, "relu", True, "none", 333),
     "G5": Shape(True, 64, 1, 32, 2, 1, "relu", False, "tanh", 83),
@@ -58,28 +58,28 @@ SHAPES = {  # one a kernel, with each of the prologues
 
 
 def divides(count: int) -> bool:
-    """Whether count times the float32 nearest to 1/count is 1 in float32."""
+    """Return whether count times the float32 nearest to 1/count is 1 in float32."""
     one = torch.tensor(1.0)
     return bool(count * (one / count) == one)
 
 
 def shrunk(shape: Shape, batch: int, factor: int) -> Shape:
-    """With so many images, smaller ones, and of wide layers a ``factor`` fewer channels."""
+    """Shrink a layer: ``batch`` images, smaller maps and, in wide layers, channels divided by ``factor``."""
     c_in, c_out = (c if c <= 4 else -(-c // factor) for c in (shape.c_in, shape.c_out))
     size = shape.size if shape.size <= 4 else max(8, shape.size // 4)
     return shape._replace(c_in=c_in, c_out=c_out, size=size, batch=batch)
 
 
 class Case(NamedTuple):
-    """A launch, and what it is to give."""
+    """A launch and its expected results."""
 
     layer: Layer
     exact: tuple[Tensor, ...]
-    """In float64."""
+    """The expected results, in float64."""
 
 
 def cases(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """The launches of a layer: eval, and of training the forward, dgrad and wgrad."""
+    """Yield the launches of a layer: eval, and the forward, dgrad and wgrad of training."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(values: Sequence[float], *size: int, of: torch.dtype = torch.float32) -> Tensor:
@@ -102,17 +102,19 @@ def cases(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Iterator[
     act = "relu" if transposed else "leaky_relu"
     after = {"out_scale": drawn((-1, 1, 2), c_out), "out_shift": drawn(signs, c_out), "out_act": act}
     y = gpu.output(call, transposed)
-    yield case(of_product(name, "eval", products.forward(call._replace(stats=False, **after), transposed, y)))
+    yield case(
+        product_layer(name, "eval", lowering.forward(call._replace(stats=False, **after), transposed, y))
+    )
 
     call = call._replace(**vectors)
     forward = call if shape.stats else call._replace(out_act="leaky_relu")
-    yield case(of_product(name, "forward", products.forward(forward, transposed, torch.empty_like(y))))
+    yield case(product_layer(name, "forward", lowering.forward(forward, transposed, torch.empty_like(y))))
 
-    # What du is made of, dy + a + b·(y - mean), is odd and so never 0: 1/count need not be exact for 16 bits
-    # to be. float32 keeps more of it, and has no a.
+    # du = dy + a + b·(y - mean) is odd and so never 0: its 16-bit rounding is exact even if 1/count is not.
+    # float32 keeps more digits of 1/count, so there a is 0.
     count = y.numel() // c_out
     assert divides(count) or not shape.stats, count
-    kept = nhwc({"tanh": signs, "sigmoid": (0.5, 0.5, 0.5, 1)}.get(shape.out_act, few), *y.shape)
+    saved_y = nhwc({"tanh": signs, "sigmoid": (0.5, 0.5, 0.5, 1)}.get(shape.out_act, few), *y.shape)
     mean, dmean, dvar = (None, None, None) if not shape.stats else (
         drawn(signs, c_out),
         drawn((-2, 0, 2) if dtype.itemsize == 2 else (0,), c_out) * count,
@@ -120,51 +122,51 @@ def cases(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Iterator[
     )  # fmt: skip
     back = Backward(
         nhwc((-3, -1, 1, 3), *y.shape), dmean, dvar, x, weight, call.center, call.scale, call.shift,
-        call.in_act, None, shape.out_act, kept, mean, shape.stats, SLOPE, shape.stride, shape.padding,
+        call.in_act, None, shape.out_act, saved_y, mean, shape.stats, SLOPE, shape.stride, shape.padding,
         (True, True, call.center is not None, False, False),
     )  # fmt: skip
-    yield case(of_product(name, "dgrad", products.adjoint(back, transposed, torch.empty_like(x))))
-    # In float32, where a sum over all pixels neither overflows nor is rounded.
-    yield case(of_gradient(name, products.weight_gradient(back, transposed), weight.float()))
+    yield case(product_layer(name, "dgrad", lowering.adjoint(back, transposed, torch.empty_like(x))))
+    # dweight is float32, where a sum over all pixels neither overflows nor is rounded.
+    yield case(gradient_layer(name, lowering.weight_gradient(back, transposed), weight.float()))
 
 
 def case(layer: Layer) -> Case:
-    """A layer with its exact results; whatever the order of its sums, float32 holds each of them."""
+    """Pair a layer with its exact results; float32 represents every partial sum, in any order."""
     exact = aten.exact(layer.operation)
     assert largest_sum(layer.operation) < EXACT
-    first = (exact[0] / GRAIN).round() * GRAIN  # a library's float64 may come by way of a transform
+    first = (exact[0] / GRAIN).round() * GRAIN  # a library may compute float64 through a transform
     assert (first - exact[0]).abs().max() < 1e-3 * GRAIN
     return Case(layer, (first, *exact[1:]))
 
 
 def largest_sum(it: Any) -> float:
-    """The largest sum of the magnitudes of an accumulator's terms."""
+    """Return the largest sum of the magnitudes of an accumulator's terms."""
     if isinstance(it, Product):
-        x = aten.prepared(it.x, it.prologue, it.slope).double().abs()
+        x = aten.apply_prologue(it.x, it.prologue, it.slope).double().abs()
         return float(aten.convolution(x, it._replace(weight=it.weight.double().abs(), y=it.y.double())).max())
-    small = aten.prepared(it.small, it.small_prologue, it.slope).double().abs()
-    large = aten.prepared(it.large, it.large_prologue, it.slope).double().abs()
+    small = aten.apply_prologue(it.small, it.small_prologue, it.slope).double().abs()
+    large = aten.apply_prologue(it.large, it.large_prologue, it.slope).double().abs()
     return float(aten.convolution_weight(small, large, it).max())
 
 
-def difference(of: Case, tile: tiles.Tile, processors: int) -> str:
-    """What is not as it should be of a tile's results; '' if they are equal.
+def difference(of: Case, tile: tiles.Tile, sms: int) -> str:
+    """Describe how a tile's results differ from the expected ones; '' if they are equal.
 
-    Means, variances and sums over all pixels are divided, or may exceed what float32 holds: they are to be
-    right within float32's rounding.
+    Means, variances and sums over all pixels are divided, or may exceed what float32 represents exactly: they
+    need only be correct within float32's rounding.
     """
-    got = outputs(of.layer, tile, processors)
+    got = outputs(of.layer, tile, sms)
     expected = of.exact[0].to(got[0].dtype)
     wrong = got[0] != expected
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
-        found, right = got[0][at].item(), expected[at].item()
-        return f"{int(wrong.sum())} of {wrong.numel()} numbers: {found} for {right} at {list(at)}"
+        found, wanted = got[0][at].item(), expected[at].item()
+        return f"{int(wrong.sum())} of {wrong.numel()} numbers: {found} for {wanted} at {list(at)}"
     sums = of.exact[1:]
     for number, (part, exact) in enumerate(zip(got[1:], sums, strict=True)):
         size = exact.norm()
         if of.layer.phase == "forward" and number == 0:
-            size = (exact.square() + sums[1]).sum().sqrt()  # a mean beside its deviation
+            size = (exact.square() + sums[1]).sum().sqrt()  # a mean, relative to mean and deviation
         off = ((part.double() - exact).norm() / size).item()
         if not off <= 1e-5:
             return f"sum {number} of its epilogue is off by {off:.1e}"

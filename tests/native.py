@@ -1,4 +1,4 @@
-"""The native engine on trial: one algorithm at a time, in memory that starts as NaN."""
+"""Helpers for testing the native engine one algorithm at a time, in memory that is filled with NaN."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from typing import Any
 
 import pytest
 import torch
+from float64_reference import Problem, column, expected_outputs, op
 from hypothesis import strategies as st
-from statement import Problem, column, op, state
 from tolerance import unit
 from torch import Tensor, nn
 
 from dcgan import models
-from dcgan.kernels import ops, weights
-from dcgan.kernels.cpu import library, select
+from dcgan.kernels import ops, weight_cache
+from dcgan.kernels.cpu import algorithm_selection, library
 
-run = importlib.import_module("dcgan.kernels.cpu.run")  # the package has a function of that name
+run = importlib.import_module("dcgan.kernels.cpu.inference")  # the package has a function named run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     MISSING = library.problem()
 NEEDED = pytest.mark.skipif(MISSING is not None, reason=f"no native engine: {MISSING}")
 ISAS = ("none",) if MISSING is not None else library.isas()
-THREADS = 2  # of every test that does not say otherwise
-SPATIAL = ("direct", "f2", "f4", "narrow")  # of a 4×4 kernel with stride 2 and padding 1; all else is dense
+THREADS = 2  # for every test that does not set another number
+SPATIAL = ("direct", "f2", "f4", "narrow")  # for 4×4, stride 2, padding 1; other layers are dense
 
-# Relative L2 errors in float32, from its unit roundoff u = 6e-8. A sum of K products of independent signs is
-# wrong by some u·√K of one product's size, which is u of the sum; the transforms of F4, the largest, come to
-# about 10 u. 5e-6 is 80 u: above all that, and below one wrong element among the 1e5 of the largest map here.
+# Relative L2 errors in float32, from its unit roundoff u = 6e-8. A sum of K products of independent signs
+# errs by some u·√K of one product's size, which is u of the sum; the transforms of F4, the largest, err by
+# about 10 u. 5e-6 is 80 u: above all of these, and below one wrong element among the 1e5 of the largest map.
 LAYER = 5e-6
 NETWORK = 1e-5
 
 
 def allowed(dtype: torch.dtype, float32: float = LAYER) -> float:
-    """What a result in ``dtype`` may be wrong by, that was rounded to it once."""
+    """Return the relative error allowed for a result rounded once to ``dtype``."""
     return float32 if dtype == torch.float32 else float32 + unit(dtype)
 
 
 @contextlib.contextmanager
 def forced(algorithm: str) -> Iterator[None]:
-    """Layers of 4×4, stride 2, padding 1 run by ``algorithm``, whatever it costs."""
+    """Force ``algorithm`` for 4×4 layers with stride 2 and padding 1, whatever the cost model says."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "algorithm", lambda g, *rest: "dense" if g.dense else algorithm)
+        patch.setattr(algorithm_selection, "algorithm", lambda g, *rest: "dense" if g.dense else algorithm)
         run._plan.cache_clear()
         yield
     run._plan.cache_clear()
@@ -67,7 +67,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh_memory_is_nan() -> Iterator[None]:
-    """Every torch.empty is full of NaN, packed weights and outputs too: what is not written shows."""
+    """Fill every torch.empty, packed weights and outputs included, with NaN to reveal unwritten elements."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -78,7 +78,7 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 def small(algorithm: str, transposed: bool, **changes: Any) -> Problem:
-    """A layer that ``algorithm`` is for, of odd sizes, with everything an epilogue has."""
+    """Return a layer of odd sizes with a full epilogue that ``algorithm`` supports."""
     sizes: dict[str, Any] = {"c_in": 9, "c_out": 6, "size": (5, 4) if transposed else (7, 10)}
     if algorithm == "narrow":
         sizes |= {"c_out": 3} if transposed else {"c_in": 3}
@@ -89,13 +89,13 @@ def small(algorithm: str, transposed: bool, **changes: Any) -> Problem:
 
 
 class Owner:
-    """Of weights that stand still."""
+    """An owner of frozen weights."""
 
 
-def native(call: ops.Call, transposed: bool) -> Tensor:
-    """y by the native engine's inference, which has frozen weights, or an error."""
+def run_native(call: ops.Call, transposed: bool) -> Tensor:
+    """Return y from the native engine's inference with frozen weights; raise if it cannot run the call."""
     owner = Owner()
-    weights.freeze(owner, [call.weight])
+    weight_cache.freeze(owner, [call.weight])
     with ops.use_engine("native"):
         y, mean, var = op(transposed)(*call)
     assert (mean.shape, var.shape) == ((0,), (0,))
@@ -103,10 +103,10 @@ def native(call: ops.Call, transposed: bool) -> Tensor:
 
 
 def typical(call: ops.Call, transposed: bool) -> Tensor:
-    """What y's elements would be before the activation, if the signs of all products were random."""
+    """Estimate the magnitude of y's elements before the activation if the products had random signs."""
     squares = call._replace(x=call.x.double().square(), weight=call.weight.double().square())
     bare = squares._replace(out_scale=None, out_shift=None, out_act="none")
-    size = state(bare, transposed)[0].sqrt()
+    size = expected_outputs(bare, transposed)[0].sqrt()
     if call.out_scale is not None:
         size = size * column(call.out_scale.abs())
     if call.out_shift is not None:
@@ -114,13 +114,14 @@ def typical(call: ops.Call, transposed: bool) -> Tensor:
     return size * max(1.0, call.slope)
 
 
-def assert_right(problem: Problem, call: ops.Call | None = None) -> Tensor:
-    """The native y of the call (by default the problem's own) is the statement's, in the reference's strides.
+def assert_correct(problem: Problem, call: ops.Call | None = None) -> Tensor:
+    """Check native y against float64, and its strides against the reference's; return y.
 
-    The error is relative to y's norm, but where y cancels, to what it would be if it did not.
+    ``call`` defaults to the problem's. The error is relative to y's norm, or where y cancels, to the norm
+    that it would have without cancellation.
     """
     call = problem.call() if call is None else call
-    y, expected = native(call, problem.transposed), state(call, problem.transposed)[0]
+    y, expected = run_native(call, problem.transposed), expected_outputs(call, problem.transposed)[0]
     assert y.dtype == call.x.dtype
     assert y.shape == expected.shape
     error, size = float((y.double() - expected).norm()), float(expected.norm())
@@ -133,13 +134,13 @@ def assert_right(problem: Problem, call: ops.Call | None = None) -> Tensor:
 
 @st.composite
 def layouts(draw: st.DrawFn, ndim: int) -> tuple[list[int], list[int], int]:
-    """The dimensions from the outermost to the innermost, each one's gap, and an offset in elements."""
+    """Draw (dimensions from outermost to innermost, the gap of each, an offset in elements)."""
     order = draw(st.permutations(range(ndim)))
     return order, draw(st.lists(st.integers(0, 3), min_size=ndim, max_size=ndim)), draw(st.integers(0, 17))
 
 
 def laid_out(t: Tensor, layout: tuple[list[int], list[int], int]) -> Tensor:
-    """A copy of ``t`` in that layout, with NaN in all gaps."""
+    """Copy ``t`` into that layout, with NaN in all gaps."""
     order, gaps, start = layout
     strides, step = [0] * t.ndim, 1
     for dim, gap in zip(reversed(order), gaps, strict=True):
@@ -149,9 +150,9 @@ def laid_out(t: Tensor, layout: tuple[list[int], list[int], int]) -> Tensor:
 
 
 def eager64(model: Any, x: Tensor) -> Tensor:
-    """What the reference network makes of x with the model's present modules and values, in float64."""
+    """Run the reference network in float64 with the model's present modules and values."""
     wide = copy.deepcopy(model).double()
-    for module in wide.modules():  # a tensor that is no parameter stays as it is
+    for module in wide.modules():  # double() does not convert tensors that are not parameters
         if isinstance(weight := module.__dict__.get("weight"), Tensor):
             module.weight = weight.double()
     base = models.Generator if isinstance(wide, models.Generator) else models.Discriminator
@@ -160,20 +161,20 @@ def eager64(model: Any, x: Tensor) -> Tensor:
 
 
 def packed() -> int:
-    """How many packed weights the cache holds."""
-    keys = [key for entry in list(weights._entries.values()) for key in entry.derived]
+    """Count the packed weights in the cache."""
+    keys = [key for entry in list(weight_cache._entries.values()) for key in entry.derived]
     return sum(isinstance(key, tuple) and key[0] == "native" for key in keys)
 
 
 def engines(model: nn.Module, x: Tensor) -> list[str]:
-    """The engine of each op that ``model(x)`` runs."""
+    """List the engine of each op that ``model(x)`` runs."""
     with torch.no_grad(), ops.recording() as choices:
         model(x)
     return [choice.engine for choice in choices]
 
 
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``code`` in a fresh interpreter, without what this one's environment says of engines."""
+    """Run ``code`` in a new interpreter, without this process's DCGAN_* environment variables."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("DCGAN_")}
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""Small reference networks beside their drop-ins, with the same state, and what the two must agree on."""
+"""Small reference networks, their fast drop-ins with the same state, and assertions that the two agree."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dcgan import fast, models
 
-EXACT = 1e-12  # of float64's 1.1e-16 and sums of up to some thousand terms, through all layers
+EXACT = 1e-12  # relative; float64's 1.1e-16 with sums of up to some thousand terms, through all layers
 
 
 def randomise(model: nn.Module) -> None:
-    """Weights as weights_init's but larger, and BatchNorms with an affine map and statistics of their own."""
+    """Draw weights larger than weights_init's, and nontrivial affine maps and running statistics."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, 0.1)
@@ -40,7 +40,7 @@ def reference(
 
 
 def drop_in(model: Any) -> Any:
-    """A fast network with a copy of ``model``'s modules."""
+    """Return a fast network with a copy of ``model``'s modules."""
     return fast.convert(copy.deepcopy(model))
 
 
@@ -52,7 +52,7 @@ def sample(model: Any, batch: int = 5) -> Tensor:
 
 
 def results(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """Output, every gradient and every buffer after a forward and a backward."""
+    """Return the output, every gradient and every buffer after a forward and a backward."""
     model.zero_grad()
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = model(x)
@@ -68,7 +68,7 @@ def results(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None
 def assert_equal_results(
     actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT
 ) -> None:
-    """Each tensor relative to its own norm; a gradient that is 0 but for rounding, to all of them."""
+    """Compare each tensor relative to its norm; gradients that are 0 but for rounding, to the norm of all."""
     assert actual.keys() == expected.keys()
     squares = [float(t.double().square().sum()) for n, t in expected.items() if n.startswith("gradient")]
     floor = 1e-2 * sum(squares) ** 0.5
@@ -84,7 +84,7 @@ def assert_equal_results(
 
 
 def assert_agree(model: Any, other: Any, x: Tensor, steps: int = 2, tolerance: float = EXACT) -> None:
-    """The same outputs, gradients, buffers and output strides, over ``steps`` forwards."""
+    """Check that outputs, output strides, gradients and buffers agree over ``steps`` forwards."""
     for _ in range(steps):
         expected, actual = results(model, x), results(other, x)
         assert_equal_results(actual, expected, tolerance)

@@ -1,4 +1,4 @@
-"""Tiny runs, in processes that can be killed."""
+"""Tiny training runs in child processes that tests can kill."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ TINY = {
 STEPS = 12
 
 
-def life(out: Path, given: dict[str, Any], resume: bool, before: Callable[[], None] | None = None) -> None:
-    """One process's part of a run; its exit status is the command's."""
+def run_train(
+    out: Path, given: dict[str, Any], resume: bool, before: Callable[[], None] | None = None
+) -> None:
+    """Run ``dcgan train`` in this process; its exit status is that of the command."""
     import typer
 
     from dcgan.cli.train import train
@@ -46,20 +48,20 @@ def life(out: Path, given: dict[str, Any], resume: bool, before: Callable[[], No
         raise SystemExit(end.exit_code) from end
 
 
-def context() -> Any:
-    """Processes forked from one that has imported all there is to import, and started no thread."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["dcgan.cli.train", "dcgan.training.report", "dcgan.training.run"])
-    return found
+def forkserver_context() -> Any:
+    """Return a forkserver context whose server has all imports preloaded and runs no other thread."""
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["dcgan.cli.train", "dcgan.training.report", "dcgan.training.run"])
+    return forkserver
 
 
 def start(out: Path, given: dict[str, Any], resume: bool, before: Callable[[], None] | None = None) -> Any:
-    process = context().Process(target=life, args=(out, given, resume, before))
+    process = forkserver_context().Process(target=run_train, args=(out, given, resume, before))
     process.start()
     return process
 
 
-def kill(process: Any, number: int = signal.SIGKILL) -> None:
+def send_signal(process: Any, number: int = signal.SIGKILL) -> None:
     if process.is_alive():
         os.kill(process.pid, number)
 
@@ -68,28 +70,28 @@ def final(out: Path) -> checkpoints.Checkpoint:
     return checkpoints.read(out / "checkpoints" / "last.pt")
 
 
-def assert_same_end(one: Path, other: Path) -> None:
-    """Every bit of the last checkpoints, every line of the metrics, every picture, and which one is best."""
-    a, b = vars(final(one)), vars(final(other))
+def assert_same_end(first: Path, second: Path) -> None:
+    """Check that two runs have identical last checkpoints, metrics, sample grids and pointer files."""
+    a, b = vars(final(first)), vars(final(second))
     assert_same(a, b, "")
-    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
-    for mark in ("last.pt", "best.pt"):
-        assert (one / "checkpoints" / mark).readlink() == (other / "checkpoints" / mark).readlink()
-    pictures = [sorted((out / "samples").iterdir()) for out in (one, other)]
-    assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]]
-    for a, b in zip(*pictures, strict=True):
+    assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
+    for pointer in ("last.pt", "best.pt"):
+        assert (first / "checkpoints" / pointer).readlink() == (second / "checkpoints" / pointer).readlink()
+    grids = [sorted((out / "samples").iterdir()) for out in (first, second)]
+    assert [p.name for p in grids[0]] == [p.name for p in grids[1]]
+    for a, b in zip(*grids, strict=True):
         assert a.read_bytes() == b.read_bytes()
 
 
-def assert_same(a: Any, b: Any, where: str) -> None:
+def assert_same(a: Any, b: Any, path: str) -> None:
     if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
+        assert torch.equal(a, b), path
     elif isinstance(a, dict):
-        assert list(a) == list(b), where
+        assert list(a) == list(b), path
         for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
+            assert_same(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, list | tuple):
-        for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            assert_same(one, other, f"{where}/{i}")
+        for i, (first, second) in enumerate(zip(a, b, strict=True)):
+            assert_same(first, second, f"{path}/{i}")
     else:
-        assert a == b, where
+        assert a == b, path

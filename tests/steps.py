@@ -1,4 +1,4 @@
-"""Small networks, batches and optimizers for the training step's tests, and a CUDA graph of the CPU."""
+"""Small networks, batches and optimizers for tests of the training step, and a simulated CUDA graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pair = tuple[Any, Any]
 def pair(
     kind: str = "fast", dtype: torch.dtype = torch.float32, features: int = 8, image_size: int = 32
 ) -> Pair:
-    """Generator and Discriminator in training mode."""
+    """Return a Generator and a Discriminator in training mode."""
     if kind == "mlp":
         return (
             models.MLPGenerator(LATENT, image_size=image_size).to(dtype),
@@ -36,7 +36,7 @@ def pair(
 
 
 class Wrapper(nn.Module):
-    """Somebody's own module around a network; it has no logits."""
+    """A user's wrapper around a network; it has no logits."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class Wrapper(nn.Module):
 
 
 def reference_of(networks: Pair) -> Pair:
-    """The seed's networks, with the same values."""
-    found = []
+    """Return the reference networks with the same parameters and buffers."""
+    copies = []
     for network in networks:
-        known = models.Generator if isinstance(network, models.Generator) else models.Discriminator
-        plain = known(**network.sizes()).to(next(network.parameters()).dtype).train(network.training)
+        kind = models.Generator if isinstance(network, models.Generator) else models.Discriminator
+        plain = kind(**network.sizes()).to(next(network.parameters()).dtype).train(network.training)
         plain.load_state_dict(network.state_dict())
-        found.append(plain)
-    return found[0], found[1]
+        copies.append(plain)
+    return copies[0], copies[1]
 
 
 def batch_of(networks: Pair, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def adams(networks: Pair, **options: Any) -> list[optim.Adam]:
 
 
 def state_of(networks: Pair, optimizers: Any, scaler: Any = None) -> dict[str, Tensor]:
-    """Every parameter, buffer and tensor of the optimizers, by name."""
+    """Return every parameter, buffer and optimizer state tensor, by name."""
     found: dict[str, Tensor] = {}
     for which, network, optimizer in zip("GD", networks, optimizers, strict=True):
         found |= {f"{which}.{name}": value for name, value in network.state_dict().items()}
@@ -83,9 +83,9 @@ def state_of(networks: Pair, optimizers: Any, scaler: Any = None) -> dict[str, T
     return found
 
 
-def assert_states_close(ours: dict[str, Tensor], seeds: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == seeds.keys()
-    for name, want in seeds.items():
+def assert_states_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == expected.keys()
+    for name, want in expected.items():
         got = ours[name]
         assert got.shape == want.shape, name
         off = (got.double() - want.double()).abs().max()
@@ -97,17 +97,17 @@ def half(scale: float = 256.0, **options: Any) -> dict[str, Any]:
     return {"autocast": torch.float16, "scaler": scaler}
 
 
-class Pretended:
-    """A graph of the CPU: capturing executes nothing, and a replay does on the same memory what was captured.
+class SimulatedGraphBackend:
+    """A simulated CUDA graph on the CPU: capture has no side effects, a replay reuses captured memory.
 
-    That is, it reads the batch, writes the result and the gradients where the capture had them.
+    A replay reads the batch from the captured inputs, and writes result and gradients to the captured memory.
     """
 
     def __init__(self, step: TrainStep, scaler: Any = None) -> None:
         self.step, self.scaler = step, scaler
         self.log: list[str] = []
 
-    def here(self) -> contextlib.AbstractContextManager[object]:
+    def device_context(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def run(self, step: Callable[[], Result]) -> Result:
@@ -117,13 +117,15 @@ class Pretended:
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.log.append("capture")
         parameters, changed = self.step._tensors()
-        state = [*changed, *self._more()]
+        state = [*changed, *self._optimizer_state()]
         before = [t.detach().clone() for t in state]
         result = step()
         with torch.no_grad():
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-        assert len(self._more()) + len(changed) == len(before), "all state is there before the capture"
+        assert len(self._optimizer_state()) + len(changed) == len(before), (
+            "all state exists before the capture"
+        )
         result.fill_(torch.nan)
         gradients = [p.grad for p in parameters]
         for gradient in gradients:
@@ -132,17 +134,17 @@ class Pretended:
 
         def replay() -> None:
             self.log.append("replay")
-            attributes = [p.grad for p in parameters]
+            previous_gradients = [p.grad for p in parameters]
             result.copy_(step())
-            for parameter, gradient, attribute in zip(parameters, gradients, attributes, strict=True):
+            for parameter, gradient, previous in zip(parameters, gradients, previous_gradients, strict=True):
                 if gradient is not None:
                     assert parameter.grad is not None
                     gradient.copy_(parameter.grad)
-                parameter.grad = attribute  # a replay runs no Python
+                parameter.grad = previous  # a replay runs no Python
 
         return replay, result
 
-    def _more(self) -> list[Tensor]:
+    def _optimizer_state(self) -> list[Tensor]:
         optimizers = (self.step._optimizer_g, self.step._optimizer_d)
         found = [
             value
@@ -156,13 +158,15 @@ class Pretended:
         return found
 
     def new(self) -> list[str]:
-        """What happened since the last call."""
+        """Return the events since the last call."""
         log, self.log = self.log, []
         return log
 
 
-def pretend(*args: Any, insist: bool = False, **options: Any) -> tuple[TrainStep, Pretended]:
+def simulated_step(
+    *args: Any, raise_on_failure: bool = False, **options: Any
+) -> tuple[TrainStep, SimulatedGraphBackend]:
     step = TrainStep(*args, **options)
-    backend = Pretended(step, options.get("scaler"))
-    step._graphs = step._on(backend, insist)
+    backend = SimulatedGraphBackend(step, options.get("scaler"))
+    step._graphs = step._on(backend, raise_on_failure)
     return step, backend

@@ -1,14 +1,14 @@
-"""How far a correct result may be from the exact one: bounds from unit roundoff, not thresholds by hand.
+"""Error bounds for correct results, derived from unit roundoff instead of hand-picked thresholds.
 
-Running error analysis: an :class:`Approx` is an exact value (float64) and a bound on the error of what an
-engine has in its place, elementwise. Each step adds its own rounding (Higham, *Accuracy and Stability of
-Numerical Algorithms*, 2002, chapters 3 and 4):
+Running error analysis: an :class:`Approx` is an exact value (float64) and an elementwise bound on the error
+of the engine's value. Each step adds its own rounding (Higham, *Accuracy and Stability of Numerical
+Algorithms*, 2002, chapters 3 and 4):
 
     fl(a∘b) = (a∘b)(1+δ), |δ| ≤ u;    a sum of n terms, in any order: error ≤ n·u·Σ|terms|
 
-What an engine may round: operands of a product to x's dtype (``operand``, by default its unit roundoff; a
-tensor core in TF32 mode has 2⁻¹¹), results once to their own dtype; everything else is in the accumulator's.
-All bounds are to first order with a factor that covers the rest.
+An engine may round the operands of a product to x's dtype (``operand``, by default that dtype's unit
+roundoff; 2⁻¹¹ for a tensor core in TF32 mode) and results once to their dtype; everything else is in the
+accumulator's dtype. All bounds are first order, with a factor that covers higher orders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from statement import act, column, convolve, gradients, leaves
+from float64_reference import act, column, convolve, gradients, leaves
 from torch import Tensor
 
 from dcgan.kernels import ops
@@ -24,12 +24,12 @@ from dcgan.kernels.reference import accumulator_dtype
 
 Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-FUNCTION_ULPS = 8  # tanh and sigmoid of a vector library: a few units in the last place
+FUNCTION_ULPS = 8  # error of a vector library's tanh and sigmoid, in units in the last place
 SLACK = 1.1  # second-order terms
 
 
 def unit(dtype: torch.dtype) -> float:
-    """The unit roundoff: half the spacing of the numbers above 1."""
+    """Return the unit roundoff: half the spacing of the numbers just above 1."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -57,7 +57,7 @@ def mul(a: Approx, b: Approx, u: float) -> Approx:
 
 
 def total(a: Approx, u: float) -> Approx:
-    """Σ over N, H, W."""
+    """Sum over N, H, W."""
     count = a.value.numel() // max(a.value.shape[1], 1)
     error = a.error + count * u * (a.value.abs() + a.error)
     return Approx(a.value.sum((0, 2, 3)), error.sum((0, 2, 3)))
@@ -68,7 +68,7 @@ def per_channel(a: Approx) -> Approx:
 
 
 def activate(a: Approx, name: str, slope: float, u: float) -> Approx:
-    """Every activation is Lipschitz with constant 1, or slope where that is more."""
+    """Apply an activation, which is Lipschitz with constant max(1, slope)."""
     if name == "none":
         return a
     error = a.error * max(1.0, slope)
@@ -78,7 +78,7 @@ def activate(a: Approx, name: str, slope: float, u: float) -> Approx:
 
 
 def _derivative(x: Approx, y: Approx, name: str, slope: float, u: float) -> Approx:
-    """act'(x), told from the output y; a kink within the error of x may fall on either side."""
+    """Compute act'(x) from the output y; within its error of a kink, x may be on either side."""
     if name in ("relu", "leaky_relu"):
         low = slope if name == "leaky_relu" else 0.0
         value = torch.where(x.value > 0, 1.0, low).to(x.value)
@@ -92,7 +92,7 @@ def _derivative(x: Approx, y: Approx, name: str, slope: float, u: float) -> Appr
 
 
 def _products(a: Approx, b: Approx, u: float, terms: int, bilinear: object, operand: float) -> Approx:
-    """A bilinear map whose outputs are sums of ``terms`` products, of operands rounded to ``operand``."""
+    """Apply a bilinear map: each output sums ``terms`` products of operands rounded to ``operand``."""
     a, b = rounded(a, operand), rounded(b, operand)
     f = bilinear
     assert callable(f)
@@ -103,14 +103,14 @@ def _products(a: Approx, b: Approx, u: float, terms: int, bilinear: object, oper
 
 
 class Bounds:
-    """Error bounds for a call's outputs and gradients: ``forward()`` and ``backward(...)`` by name."""
+    """Error bounds of a call's outputs (``forward()``) and gradients (``backward(...)``), by name."""
 
     def __init__(self, call: ops.Call, transposed: bool, operand: float | None = None) -> None:
         self.call, self.transposed = call, transposed
         self.u = unit(accumulator_dtype(call.x.dtype))
         self.r = unit(call.x.dtype)
         self.operand = self.r if operand is None else operand
-        # In float64 what we compare with has errors of the same size.
+        # In float64 the expected result has errors of the same size.
         self.slack = 2 * SLACK if call.x.dtype == torch.float64 else SLACK
         self.tiny = torch.finfo(call.x.dtype).smallest_normal * 2 * self.r  # a subnormal's spacing
 
@@ -122,21 +122,21 @@ class Bounds:
         return (shape[0] if self.transposed else shape[1]) * shape[2] * shape[3]
 
     def _input(self) -> tuple[Approx, Approx, Approx]:
-        """x - center (or x), the prologue's affine map of it, and x̂."""
+        """Return x - center (or x), the prologue's affine map of it, and x̂."""
         call, u = self.call, self.u
-        centred = pre = exact(call.x)
+        centered = pre = exact(call.x)
         if call.center is not None and call.scale is not None and call.shift is not None:
-            centred = add(pre, per_channel(exact(-call.center)), u)
-            pre = mul(centred, per_channel(exact(call.scale)), u)
+            centered = add(pre, per_channel(exact(-call.center)), u)
+            pre = mul(centered, per_channel(exact(call.scale)), u)
             pre = add(pre, per_channel(exact(call.shift)), u)
-        return centred, pre, activate(pre, call.in_act, call.slope, u)
+        return centered, pre, activate(pre, call.in_act, call.slope, u)
 
     def _raw(self, x_hat: Approx) -> Approx:
         weight = exact(self.call.weight)
         return _products(x_hat, weight, self.u, self._terms(), self._convolve, self.operand)
 
     def _output(self, raw: Approx) -> tuple[Approx, Approx]:
-        """Before and after the output's activation."""
+        """Return the output before and after its activation."""
         call, y = self.call, raw
         if call.out_scale is not None:
             y = mul(y, per_channel(exact(call.out_scale)), self.u)
@@ -159,11 +159,11 @@ class Bounds:
         count = raw.value.numel() // raw.value.shape[1]
         sums = total(raw, self.u)
         mean = rounded(Approx(sums.value / count, sums.error / count), self.u)
-        centred = (raw.value - column(mean.value)).abs()
+        centered = (raw.value - column(mean.value)).abs()
         var = raw.value.var((0, 2, 3), unbiased=False)
-        # What the data's own errors do, and the summation's: n·u·κ, κ = √(1 + mean²/var), for every algorithm
-        # but E[y²] - E[y]², which has κ² (Chan, Golub, LeVeque, The American Statistician, 1983).
-        error = (2 * centred * raw.error + raw.error**2).mean((0, 2, 3)) + mean.error**2
+        # The propagated errors of the data, and the summation's error: n·u·κ, κ = √(1 + mean²/var), for every
+        # algorithm but E[y²] - E[y]², which has κ² (Chan, Golub, LeVeque, The American Statistician, 1983).
+        error = (2 * centered * raw.error + raw.error**2).mean((0, 2, 3)) + mean.error**2
         error = error + (count + 2) * self.u * (var * (var + mean.value**2)).sqrt()
         return mean, Approx(var, error)
 
@@ -171,7 +171,7 @@ class Bounds:
         self, dy: Tensor, dmean: Tensor | None = None, dvar: Tensor | None = None
     ) -> dict[str, Tensor]:
         call, u = self.call, self.u
-        centred, pre, x_hat = self._input()
+        centered, pre, x_hat = self._input()
         raw = self._raw(x_hat)
         x_hat_operand = rounded(x_hat, self.operand)
         found: dict[str, Approx] = {}
@@ -185,8 +185,8 @@ class Bounds:
                 du = add(du, per_channel(term), u)
             if dvar is not None:
                 term = rounded(Approx(2 * dvar.double() / count, torch.zeros_like(mean.value)), 2 * u)
-                kept = rounded(raw, self.r)
-                off = add(kept, per_channel(Approx(-mean.value, mean.error)), u)
+                saved_y = rounded(raw, self.r)
+                off = add(saved_y, per_channel(Approx(-mean.value, mean.error)), u)
                 du = add(du, mul(per_channel(term), off, u), u)
         else:
             out_pre, y = self._output(raw)
@@ -209,7 +209,7 @@ class Bounds:
         if call.scale is not None:
             scale = exact(call.scale)
             found["shift"] = total(g, u)
-            found["scale"] = total(mul(g, centred, u), u)
+            found["scale"] = total(mul(g, centered, u), u)
             found["center"] = mul(scale, found["shift"], u)
             found["x"] = mul(g, per_channel(scale), u)
         return {name: self._finish(a, self.r if name in ("x", "weight") else u) for name, a in found.items()}
@@ -227,7 +227,7 @@ class Bounds:
 
 
 def assert_within(name: str, actual: Tensor, expected: Tensor, bound: Tensor) -> None:
-    """|actual - expected| ≤ bound, elementwise; says by how much and where it fails."""
+    """Check |actual - expected| ≤ bound elementwise; the message gives the worst error and its place."""
     assert actual.shape == expected.shape, f"{name} is {list(actual.shape)}, expected {list(expected.shape)}"
     error = (actual.detach().double() - expected.detach().double()).abs()
     excess = error - bound
@@ -236,12 +236,12 @@ def assert_within(name: str, actual: Tensor, expected: Tensor, bound: Tensor) ->
         raise AssertionError(
             f"{name}: error {error.flatten()[worst].item():.3e} where {bound.flatten()[worst].item():.3e} is "
             f"allowed, at flat index {worst} of {list(error.shape)}; "
-            f"{int((~(excess <= 0)).sum())} of {error.numel()} are out"
+            f"{int((~(excess <= 0)).sum())} of {error.numel()} elements are out of bounds"
         )
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖₂ / ‖expected‖₂, in float64."""
+    """Return ‖actual - expected‖₂ / ‖expected‖₂, in float64."""
     a, e = actual.detach().double(), expected.detach().double()
     return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
@@ -249,20 +249,20 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def uncancelled(
     call: ops.Call, transposed: bool, given: Cotangents = (None, None, None)
 ) -> dict[str, Tensor]:
-    """How large a call's outputs and gradients would be if no sum in them cancelled, elementwise, in float64.
+    """Estimate, elementwise in float64, the size of a call's outputs and gradients if no sum cancelled.
 
-    Every result is a sum of products. Of random signs, their sum is about as large as the root of the sum of
-    their squares; but one sum alone may be near 0 by chance, and has the error of what was summed all the
-    same. So it is this root that an error is to be relative to. By Cauchy and Schwarz Σ|t| ≤ √n·√Σt².
+    Every result is a sum of products. With random signs, such a sum is about as large as the root of the sum
+    of squares. A single sum may be near 0 by chance, but its error is still that of its terms, so errors are
+    taken relative to this root. By Cauchy-Schwarz, Σ|t| ≤ √n·√Σt².
 
-    Outputs are those before their activation, which is 1-Lipschitz. Gradients are there if ``given``, those
-    of the outputs, has any.
+    Outputs are those before their activation, which is 1-Lipschitz. Gradients are included if ``given``, the
+    gradients of the outputs, has any.
     """
     wide = call._replace(**{name: t.detach().double() for name, t in leaves(call).items()})
-    centred = pre = wide.x
+    centered = pre = wide.x
     if wide.center is not None and wide.scale is not None and wide.shift is not None:
-        centred = wide.x - column(wide.center)
-        pre = centred * column(wide.scale) + column(wide.shift)
+        centered = wide.x - column(wide.center)
+        pre = centered * column(wide.scale) + column(wide.shift)
     pre = pre.detach().requires_grad_()
     x_hat = act(pre, call.in_act, call.slope)
     (in_slope,) = torch.autograd.grad(x_hat.sum(), pre)
@@ -277,7 +277,7 @@ def uncancelled(
     squares = {"y": u2 * out_scale2}
     if call.stats:
         squares["mean"] = u2.sum((0, 2, 3)) / u2[:, 0].numel() ** 2
-        # Its own terms do not cancel, but those of u do: it is off by the mean of 2·(u - mean)·error(u).
+        # Its terms do not cancel, but those of u do: the error is the mean of 2·(u - mean)·error(u).
         squares["var"] = var * u2.mean((0, 2, 3))
     if all(g is None for g in given):
         return {name: t.detach().sqrt() for name, t in squares.items()}
@@ -297,7 +297,7 @@ def uncancelled(
     if wide.scale is not None:
         scale2 = wide.scale.square()
         squares["dshift"] = g2.sum((0, 2, 3))
-        squares["dscale"] = (g2 * centred.square()).sum((0, 2, 3))
+        squares["dscale"] = (g2 * centered.square()).sum((0, 2, 3))
         squares["dcenter"] = scale2 * squares["dshift"]
         squares["dx"] = g2 * column(scale2)
     return {name: t.detach().sqrt() for name, t in squares.items()}

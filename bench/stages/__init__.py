@@ -1,10 +1,10 @@
-"""What ``make gpu`` does: the stages of :mod:`bench.gpu`, each in a time that is set.
+"""The stages of ``make gpu`` (:mod:`bench.gpu`), each with a fixed time limit.
 
-A stage is a list of steps (:mod:`.plan`), what matters most first. A step is a process of its own
-(:mod:`.jobs`) or the GPU tests in several (:mod:`.suite`); it begins no new work once its time is up, and is
-killed if it outlives that. What it has found lies in files by then, from which its summary is made
-(:mod:`.summary`); everything goes into one archive (:mod:`.archive`).
+A stage is a list of steps, the most important first (:mod:`.plan`). A step runs in a separate process
+(:mod:`.jobs`), or is the GPU tests in several processes (:mod:`.suite`). It begins no new work when its time
+is up, and is killed if it runs on. Its results are written to files as they become available; its summary is
+made from these (:mod:`.summary`), and everything is packed into one archive (:mod:`.archive`).
 
-``python -m bench.stages PIECE`` is a piece of work by itself: :mod:`.smoke`, :mod:`.races`,
-:mod:`.sanitize`, or the tuning of :mod:`bench.gpu`.
+``python -m bench.stages PIECE`` runs one piece by itself: :mod:`.smoke`, :mod:`.races`, :mod:`.sanitize`, or
+the tuning of :mod:`bench.gpu`.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench.stages PIECE --out DIR``: a piece of a stage, in this process."""
+"""``python -m bench.stages PIECE --out DIR``: run a piece of a stage in this process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stages", description=__doc__)
     parser.add_argument("piece", choices=tuple(PIECES))
     gpu.add_budget(parser)
-    parser.add_argument("--batch", type=positive, nargs="+", help="instead of the piece's own list")
-    parser.add_argument("--dtype", nargs="+", help="likewise")
+    parser.add_argument("--batch", type=positive, nargs="+", help="batch sizes (those of the piece)")
+    parser.add_argument("--dtype", nargs="+", help="dtypes (those of the piece)")
     races.add_arguments(parser)
     args = parser.parse_args(arguments)
     module, _, function = PIECES[args.piece].partition(":")

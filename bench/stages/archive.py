@@ -1,4 +1,4 @@
-"""Everything a stage has left in its folder, as one file to be brought back."""
+"""Pack the output directory of a stage into one archive."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from pathlib import Path
 
 NAME = "gpu.tar.gz"
 LIMIT = 16 << 20  # bytes
-LONGEST = 512 << 10  # bytes of one log: its end, where errors are
+MAX_LOG = 512 << 10  # bytes kept of each log, from its end, where errors are
 ORDER = (".md", ".jsonl", ".json", ".txt")
-"""What matters most first; other files are last. Of each kind the small ones come first."""
+"""Archive order, most important first; other files are last. Within a kind, small files come first."""
 CLAIMS = "claims"
-"""Folders of the tests' processes that say nothing to anybody else."""
+"""Folders with the claims of test processes (see :mod:`.deal`), which are left out."""
 
 
 def write(folder: Path, limit: int = LIMIT) -> tuple[Path, list[str]]:
-    """The archive, and what did not fit in."""
+    """Write the archive. Return its path and the names of the files that did not fit."""
     path = folder / NAME
     left_out = []
     size = 1024
     with tarfile.open(path, "w:gz") as archive:
         for file in sorted(_files(folder), key=_rank):
             data = file.read_bytes()
-            if file.suffix == ".txt" and len(data) > LONGEST:
-                data = f"(the last {LONGEST} bytes of {len(data)})\n".encode() + data[-LONGEST:]
+            if file.suffix == ".txt" and len(data) > MAX_LOG:
+                data = f"(the last {MAX_LOG} bytes of {len(data)})\n".encode() + data[-MAX_LOG:]
             name = str(file.relative_to(folder))
-            size += len(zlib.compress(data)) + 512  # a little more than it takes among the others
+            # An upper bound: compressed together with the others it takes less.
+            size += len(zlib.compress(data)) + 512
             if size > limit:
                 left_out.append(name)
                 size -= len(zlib.compress(data)) + 512

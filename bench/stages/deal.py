@@ -1,4 +1,4 @@
-"""The folder in which processes that share tests take groups of them and write what became of each."""
+"""The shared folder in which parallel test processes claim groups of tests and record their outcomes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-UNUSABLE = 70  # exit status of a process that cannot go on; pytest's own are below 10
+UNUSABLE = 70  # exit status of a process that cannot continue; those of pytest are below 10
 
 
 class Deal:
-    """The folder that the processes share."""
+    """The shared folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._claims = folder, folder / "claims"
         self._claims.mkdir(parents=True, exist_ok=True)
 
     def publish(self, tests: list[str]) -> None:
-        """All tests, in order, for whoever counts what was left out."""
-        own = self._folder / f"collected-{os.getpid()}"
-        own.write_text(json.dumps(tests))
-        own.replace(self._folder / "collected.json")
+        """Write the list of all tests, in order, from which skipped tests are determined."""
+        temporary = self._folder / f"collected-{os.getpid()}"
+        temporary.write_text(json.dumps(tests))
+        temporary.replace(self._folder / "collected.json")
 
     def collected(self) -> list[str]:
-        """What was published; empty if nothing was."""
+        """Return the published list of tests; empty if there is none."""
         try:
             found: list[str] = json.loads((self._folder / "collected.json").read_text())
         except FileNotFoundError:
@@ -34,7 +34,7 @@ class Deal:
         return found
 
     def claim(self, number: int) -> bool:
-        """Takes a group; False if another process has it."""
+        """Claim a group of tests. Return False if another process has claimed it."""
         try:
             with (self._claims / str(number)).open("x") as file:
                 file.write(str(os.getpid()))
@@ -43,22 +43,22 @@ class Deal:
         return True
 
     def release(self, number: int) -> None:
-        """Puts a group back; the tests of it that are done stay done."""
+        """Release a group; its completed tests stay completed."""
         (self._claims / str(number)).unlink()
 
     def release_all(self, process: int) -> None:
-        """Puts back what a process that has died had taken."""
+        """Release all groups that a dead process had claimed."""
         for path in self._claims.iterdir():
             if path.read_text() == str(process):
                 path.unlink()
 
     def write(self, process: int, **record: object) -> None:
-        """Appends what has become of a test; a line at a time, in a file of the process's own."""
+        """Append the record of a test as one line to the process's file."""
         with (self._folder / f"outcomes-{process}.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(process, record), those of a process in order; the end of a line that is not whole is left."""
+        """Yield (process, record), in order within a process; an incomplete last line is skipped."""
         for path in sorted(self._folder.glob("outcomes-*.jsonl")):
             process = int(path.stem.partition("-")[2])
             for line in path.read_text().splitlines():
@@ -66,13 +66,13 @@ class Deal:
                     yield process, json.loads(line)
 
     def outcomes(self) -> dict[str, dict[str, Any]]:
-        """By test, the record of its end."""
+        """Return the final record of each test."""
         return {record["test"]: record for _, record in self.records() if record["outcome"] != "started"}
 
     def running(self, process: int) -> dict[str, Any] | None:
-        """The record of the test that a process has begun and not ended."""
+        """Return the record of the test that a process has started but not finished."""
         last = None
-        for own, record in self.records():
-            if own == process:
+        for owner, record in self.records():
+            if owner == process:
                 last = record
         return last if last is not None and last["outcome"] == "started" else None

@@ -1,4 +1,4 @@
-"""A piece of a stage as a process of its own, with its output in a file, ended when its time is up."""
+"""Run a piece of a stage in a separate process, with its output in a file and a time limit."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a process."""
+    """The outcome of a process."""
 
     status: int | None
-    """Its exit status; None if its time was up and it was killed."""
+    """Exit status; None if it was killed after its time limit."""
     seconds: float
     log: Path
 
     @property
     def trouble(self) -> str:
-        """How it ended, and the last that it said."""
+        """How the process ended, and its last line of output."""
         how = f"killed after {self.seconds:.0f} s" if self.status is None else ending(self.status)
         return f"{how}: {last_line(self.log)}"
 
 
 def ending(status: int) -> str:
-    """An exit status in words."""
+    """Describe an exit status."""
     return f"killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
 
 def last_line(log: Path) -> str:
-    """The last that a process has said."""
+    """Return the last line of a process's output."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
@@ -46,7 +46,7 @@ def last_line(log: Path) -> str:
 
 
 def start(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """A process in a group of its own, at the root of the checkout."""
+    """Start a process in a new process group, at the root of the checkout."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -55,13 +55,14 @@ def start(command: Sequence[str], log: Path, env: Mapping[str, str] | None = Non
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),  # a killed process has said all
+            # Unbuffered, so that no output of a killed process is lost.
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),
             start_new_session=True,
         )
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process and all that it has started, if any of them still runs."""
+    """Kill a process and its children if they still run."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -71,7 +72,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def started(
     command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does not outlive the block, nor do its children."""
+    """Context manager for a process that is killed on exit together with its children."""
     process = start(command, log, env)
     try:
         yield process
@@ -80,7 +81,7 @@ def started(
 
 
 def run(arguments: Sequence[str], seconds: float, log: Path) -> Done:
-    """``python -m`` with the arguments, for so many seconds at most."""
+    """Run ``python -m`` with the arguments, for at most ``seconds``."""
     begun = time.monotonic()
     with started([sys.executable, "-m", *arguments], log) as process:
         try:

@@ -1,4 +1,4 @@
-"""What each stage of ``make gpu`` consists of, what matters most first, and the seconds of each step."""
+"""The steps of each stage of ``make gpu``, most important first, and the seconds for each step."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ from bench.stages.summary import (
     LINES,
     Summary,
     failures_of,
-    fitted,
+    fit_lines,
     kernel_lines,
     lines,
     race_lines,
     wrong_kernels,
 )
 
-SPARE = 12.0  # of a piece's seconds: until PyTorch is there, and to finish what has begun
-LEAST = 5.0  # in less nothing is begun
-STOPS = 3  # bench.stages.smoke's exit status where the machine itself does not work
-MISSED = re.compile(r"not reached in time: (.*)")
+RESERVED = 12.0  # seconds of each piece for importing PyTorch and finishing work that has begun
+MIN_SECONDS = 5.0  # a step with less time left is skipped
+MACHINE_BROKEN = 3  # exit status of bench.stages.smoke if the machine does not work
+SKIPPED = re.compile(r"not reached in time: (.*)")
 BATCHES = ("64", "1024")
 DTYPES = ("bfloat16",)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a stage."""
+    """A step of a stage."""
 
     name: str
     seconds: float
-    """What it may take; besides, what the steps before it have left."""
+    """Its time limit, in addition to any time left over by earlier steps."""
     run: Callable[[float, float], Summary]
-    """With its own seconds, and those that it has at most before it is killed."""
+    """Called with the step's own seconds, and the seconds after which it is killed."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Of a stage: where its results go, and what it was told."""
+    """Output directory and options of a stage."""
 
     out: Path
     processes: int
     batch: Sequence[str] = BATCHES
     dtype: Sequence[str] = DTYPES
     races: Sequence[str] = field(default_factory=tuple)
-    """Options of bench.stages.races that say who is raced."""
+    """Options of bench.stages.races that select the providers."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs a stage. 1 if a test failed or a result was wrong."""
+    """Run a stage. Return 1 if a test failed or a result was wrong."""
     races = []
-    for name in ("providers", "ways"):
+    for name in ("providers", "variants"):
         given = getattr(args, name)
         races += [] if given is None else [f"--{name}", *given]
     context = Context(
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def perform(stage: str, steps: Sequence[Step], out: Path) -> int:
-    """One step after the other, then all that they have found, and the archive of it."""
+    """Run the steps in order, print their summaries and write the archive."""
     begun = time.monotonic()
     whole = out / f"{stage}.txt"
     summaries: list[Summary] = []
@@ -87,26 +87,26 @@ def perform(stage: str, steps: Sequence[Step], out: Path) -> int:
         if summaries[-1].ends:
             break
     last = Summary(stage, f"{time.monotonic() - begun:.0f} s in all")
-    print("\n".join(fitted([*summaries, last], str(whole), LINES - 1)))
+    print("\n".join(fit_lines([*summaries, last], str(whole), LINES - 1)))
     path, left_out = archive.write(out)
-    unfit = f"; too large for it: {', '.join(left_out)}" if left_out else ""
-    print(f"bring back {path} ({path.stat().st_size / 2**20:.1f} MiB){unfit}"[:1000])
+    omitted = f"; too large: {', '.join(left_out)}" if left_out else ""
+    print(f"archive: {path} ({path.stat().st_size / 2**20:.1f} MiB){omitted}"[:1000])
     return int(any(summary.failures for summary in summaries))
 
 
 def _summary_of(step: Step, seconds: float) -> Summary:
-    if seconds < LEAST:
+    if seconds < MIN_SECONDS:
         return Summary(step.name, missed=["all of it"])
     try:
         return step.run(step.seconds, seconds)
-    except Exception as error:  # the steps after it are not to be lost
+    except Exception as error:  # the remaining steps still run
         return Summary(step.name, failures=[f"{type(error).__name__}: {error}"])
 
 
 # --- steps --------------------------------------------------------------------------------------------------
 
 Reader = Callable[[Summary, Done, Path], None]
-"""Adds what a piece's files and output say to its summary."""
+"""Adds the results in a piece's files and output to its summary."""
 
 
 def piece(
@@ -119,32 +119,32 @@ def piece(
     folder: str = "",
     endless: bool = False,
 ) -> Step:
-    """A command with ``--out`` and ``--minutes``; an endless one takes no more than its own seconds."""
+    """A step that runs a command with ``--out`` and ``--minutes``; an endless one gets only its own time."""
     out = context.out / folder
 
     def go(own: float, at_most: float) -> Summary:
-        begins = max((min(own, at_most) if endless else at_most) - SPARE, 1.0)
-        options = ["--out", str(out), "--minutes", f"{begins / 60:.4f}"]
+        begin_seconds = max((min(own, at_most) if endless else at_most) - RESERVED, 1.0)
+        options = ["--out", str(out), "--minutes", f"{begin_seconds / 60:.4f}"]
         done = jobs.run([*arguments, *options], at_most, context.out / "logs" / f"{name}.txt")
-        return told(name, done, read, out)
+        return summarize(name, done, read, out)
 
     return Step(name, seconds, go)
 
 
-def told(name: str, done: Done, read: Reader, out: Path) -> Summary:
-    """What a process has found, and how it ended where that is not told by what it found."""
+def summarize(name: str, done: Done, read: Reader, out: Path) -> Summary:
+    """Summarize a process's results, and how it ended if the results do not explain its exit status."""
     summary = Summary(name, f"{done.seconds:.0f} s")
     read(summary, done, out)
     if done.status is None or done.status > 1 or done.status < 0 or (done.status and not summary.failures):
         summary.failures.append(done.trouble)
-    missed = MISSED.findall(done.log.read_text(errors="replace"))
+    missed = SKIPPED.findall(done.log.read_text(errors="replace"))
     if missed and missed[-1] != "nothing":
         summary.missed.append(missed[-1])
     return summary
 
 
 def tests(context: Context, seconds: float, chosen: str) -> Step:
-    """The GPU tests that a marker expression chooses."""
+    """A step that runs the GPU tests selected by a marker expression."""
 
     def go(own: float, at_most: float) -> Summary:
         begun = time.monotonic()
@@ -163,7 +163,7 @@ def tests(context: Context, seconds: float, chosen: str) -> Step:
 
 def _smoke(summary: Summary, done: Done, out: Path) -> None:
     summary.shown += [line for line in done.log.read_text(errors="replace").splitlines() if line.strip()][:4]
-    summary.ends = done.status == STOPS
+    summary.ends = done.status == MACHINE_BROKEN
 
 
 def _races(summary: Summary, done: Done, out: Path) -> None:
@@ -180,21 +180,21 @@ def _kernels(summary: Summary, done: Done, out: Path) -> None:
 
 
 def _output(summary: Summary, done: Done, out: Path) -> None:
-    """What was wrong or failed, and the last line, but for what was not reached."""
-    said = [line for line in done.log.read_text(errors="replace").splitlines() if line.strip()]
-    summary.failures += [line for line in said if re.search(r"\b(WRONG|FAILED|ERRORS FOUND)\b", line)]
-    summary.shown += [MISSED.sub("", line).rstrip("; ") for line in said[-1:]]
+    """Add failures, and the last line of output without the skipped work."""
+    lines_of_log = [line for line in done.log.read_text(errors="replace").splitlines() if line.strip()]
+    summary.failures += [line for line in lines_of_log if re.search(r"\b(WRONG|FAILED|ERRORS FOUND)\b", line)]
+    summary.shown += [SKIPPED.sub("", line).rstrip("; ") for line in lines_of_log[-1:]]
 
 
 def _table(summary: Summary, done: Done, out: Path) -> None:
-    """The table that it printed, and where a bar is missed, its row."""
-    said = [line for line in done.log.read_text(errors="replace").splitlines() if line.strip()]
-    summary.shown += said[-4:]
-    summary.failures += said[-1:] if done.status == 1 else []
+    """Add the printed table, and its last row as a failure if a target is missed."""
+    lines_of_log = [line for line in done.log.read_text(errors="replace").splitlines() if line.strip()]
+    summary.shown += lines_of_log[-4:]
+    summary.failures += lines_of_log[-1:] if done.status == 1 else []
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The results of a file; a line that a killed process has left half is none."""
+    """Return the records of a file; an incomplete line of a killed process is skipped."""
     found = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -216,9 +216,9 @@ def tune(context: Context, seconds: float, batch: Sequence[str], folder: str = "
 
 
 def races(
-    context: Context, seconds: float, batch: Sequence[str], contestants: Sequence[str], folder: str = ""
+    context: Context, seconds: float, batch: Sequence[str], providers: Sequence[str], folder: str = ""
 ) -> Step:
-    arguments = ["bench.stages", "races", "--batch", *batch, "--dtype", *context.dtype, *contestants]
+    arguments = ["bench.stages", "races", "--batch", *batch, "--dtype", *context.dtype, *providers]
     return piece(context, "bench", seconds, arguments, _races, folder=folder)
 
 
@@ -230,24 +230,24 @@ def kernels(
 
 
 def loop(context: Context, seconds: float) -> Step:
-    """``dcgan train`` beside the step inside it."""
+    """``dcgan train`` compared with the training step alone."""
 
     def go(own: float, at_most: float) -> Summary:
         results = str(context.out / "loop.jsonl")
         options = ["--batch", *context.batch[:1], "--seconds", "1.5", "--rounds", "3", "--json", results]
         done = jobs.run(["bench", "loop", *options], at_most, context.out / "logs" / "loop.txt")
-        return told("loop", done, _table, context.out)
+        return summarize("loop", done, _table, context.out)
 
     return Step("loop", seconds, go)
 
 
-OURS_AND_CUDNN = ("--contestants", "ours", "cudnn")
-ONE_ROW = ("--providers", "fast-graph", "cudnn-graph", "--ways", "train-step", "cudnn-graph")
-SEARCHING = ("max-autotune", "max-autotune-channels_last")
+OURS_AND_CUDNN = ("--providers", "ours", "cudnn")
+ONE_ROW = ("--providers", "fast-graph", "cudnn-graph", "--variants", "train-step", "cudnn-graph")
+AUTOTUNED = ("max-autotune", "max-autotune-channels_last")
 
 
 def check(context: Context) -> list[Step]:
-    """Three minutes: whether it works, and that every benchmark runs."""
+    """Three minutes: check that everything works and that every benchmark runs."""
     first = context.batch[:1]
     return [
         smoke(context, 24),
@@ -260,7 +260,7 @@ def check(context: Context) -> list[Step]:
 
 
 def whole(context: Context) -> list[Step]:
-    """Seven minutes; of what ``check`` runs its tests come first, and its rows are among the others."""
+    """Seven minutes, covering everything in ``check``; the tests of ``check`` come first."""
     return [
         smoke(context, 28),
         tests(context, 144, "gpu"),
@@ -272,21 +272,21 @@ def whole(context: Context) -> list[Step]:
 
 
 def autotune(context: Context) -> list[Step]:
-    """The contestants that search for minutes, in a folder of their own beside ours."""
-    contestants = ["--providers", "fast-graph", SEARCHING[0], "--ways", "train-step", *SEARCHING]
+    """Providers that autotune for minutes, compared with ours, in a separate folder."""
+    providers = ["--providers", "fast-graph", AUTOTUNED[0], "--variants", "train-step", *AUTOTUNED]
     return [
-        races(context, 330, context.batch, context.races or contestants, "autotune"),
-        kernels(context, 210, context.batch, ["--contestants", "inductor"], "autotune"),
+        races(context, 330, context.batch, context.races or providers, "autotune"),
+        kernels(context, 210, context.batch, ["--providers", "inductor"], "autotune"),
     ]
 
 
 def native(context: Context) -> list[Step]:
-    """The tests of the CPU's kernels, on the instruction sets of this machine."""
+    """The CPU kernel tests, on the instruction sets of this machine."""
 
     def go(own: float, at_most: float) -> Summary:
         arguments = ["pytest", "-p", "no:cacheprovider", "-m", "not slow", "tests/kernels/cpu"]
         done = jobs.run(arguments, at_most, context.out / "logs" / "native.txt")
-        return told("native", done, _output, context.out)
+        return summarize("native", done, _output, context.out)
 
     return [Step("native", 540, go)]
 

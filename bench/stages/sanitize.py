@@ -1,4 +1,4 @@
-"""Every kernel on small tensors under compute-sanitizer, if that is installed."""
+"""Run every kernel on small tensors under compute-sanitizer, if it is installed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from bench.stages import jobs
 
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZER_SECONDS = 240.0
-FOUND = 9  # compute-sanitizer's exit status where it found an error
+FOUND = 9  # exit status of compute-sanitizer if it found an error
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer on the PATH or in a CUDA toolkit."""
+    """Return the path of compute-sanitizer, from PATH or a CUDA toolkit; None if there is none."""
     toolkits = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     folders = [os.environ.get("PATH", ""), *(str(Path(root) / "bin") for root in toolkits if root)]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
 def run(args: argparse.Namespace, budget: Budget) -> int:
-    """1 if a tool finds an error. Each tool's output goes to a file of its own."""
+    """Run all tools, each with its output in a separate file. Return 1 if one finds an error."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         print("sanitize: compute-sanitizer is not installed here (it comes with the CUDA toolkit): skipped")
         return 0
     root = str(jobs.ROOT)
-    # Without PyTorch's pool every tensor is an allocation of its own, whose ends memcheck sees.
+    # Without PyTorch's caching allocator every tensor is a separate allocation, whose bounds memcheck checks.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     plain = [sys.executable, "-m", "bench.sanitized"]
-    commands = {"plain": plain} | {  # first without a tool: compiles everything, and shows that it runs
+    commands = {"plain": plain} | {  # first without a tool, to compile everything and check that it runs
         tool: [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *plain] for tool in SANITIZERS
     }
     status = 0

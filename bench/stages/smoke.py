@@ -1,4 +1,4 @@
-"""What must work before anything else is worth its time: the GPU, PyTorch, one product, one training step."""
+"""Smoke test before all other steps: the GPU, PyTorch, one convolution and one training step."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from torch import Tensor
 from bench import machine
 from bench.budget import Budget
 from bench.cases import relative_error
-from bench.stages.plan import STOPS
+from bench.stages.plan import MACHINE_BROKEN
 from dcgan import fast, models
 from dcgan.kernels import ops
 from dcgan.kernels.call import Call
 from dcgan.training import Config, TrainStep, optimizers
-from dcgan.training.graph import WARM_UP
+from dcgan.training.captured_step import WARM_UP
 
-PRODUCT = 2**-8  # ‖error‖/‖result‖ of a bfloat16 product, which is rounded once
-# Those of tests/gpu/test_gpu_train_step.py, whose kernels are then compiled when many processes want them.
+PRODUCT = 2**-8  # maximum ‖error‖/‖result‖ of a bfloat16 product, which is rounded once
+# The sizes of tests/gpu/test_gpu_train_step.py, whose kernels are thereby compiled in advance.
 LATENT, FEATURES, SIZE, BATCH = 16, 16, 32, 8
 
 
 def run(args: argparse.Namespace, budget: Budget, device: str = "cuda") -> int:
-    """0; 1 if a result of ours is wrong; STOPS if the GPU or PyTorch does not work."""
+    """Return 0, 1 if a result of ours is wrong, or MACHINE_BROKEN if the GPU or PyTorch does not work."""
     try:
         print(describe(device), flush=True)
         torch.mm(*torch.ones(2, 64, 64, device=device)).sum().item()
     except Exception as error:
         print(f"the machine does not work: {type(error).__name__}: {error}")
-        return STOPS
+        return MACHINE_BROKEN
     status = 0
     for part in (product, step):
         begun = time.monotonic()
         try:
             wrong = part(device)
-        except Exception as error:  # whatever it is, the other part is tried too
+        except Exception as error:  # the other part is tried in any case
             wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        print(f"{part.__name__}: {wrong or 'right'} ({time.monotonic() - begun:.0f} s)", flush=True)
+        print(f"{part.__name__}: {wrong or 'ok'} ({time.monotonic() - begun:.0f} s)", flush=True)
         status |= int(bool(wrong))
     return status
 
 
 def describe(device: str) -> str:
-    """The machine in a line, and in another what runs on it."""
+    """Describe the machine in one line and its software in a second one."""
     hardware, versions = machine.hardware(), machine.versions()
     gpu = "no GPU"
     if device == "cuda":
@@ -55,7 +55,7 @@ def describe(device: str) -> str:
         free, total = torch.cuda.mem_get_info()
         gpu = (
             f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.multi_processor_count} "
-            f"multiprocessors, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, driver {_driver()}"
+            f"SMs, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, driver {_driver()}"
         )
     return (
         f"{gpu}; {hardware['cores']} cores, {hardware['cpu']}\nPython {platform.python_version()}, "
@@ -74,7 +74,7 @@ def _driver() -> str:
 
 
 def product(device: str) -> str:
-    """A transposed convolution by whichever engine is the device's, held against float64; '' if right."""
+    """Compare a transposed convolution with float64; return '' if it is correct, else what is wrong."""
     x = torch.randn(8, 128, 8, 8, device=device).to(torch.bfloat16, memory_format=torch.channels_last)
     weight = (torch.randn(128, 64, 4, 4, device=device) * 0.02).bfloat16()
     with ops.recording() as choices:
@@ -87,7 +87,7 @@ def product(device: str) -> str:
 
 
 def step(device: str) -> str:
-    """A few training steps, on a GPU the last as a CUDA graph; '' if the losses are finite."""
+    """Run a few training steps, on a GPU until one is captured; return '' if the losses are finite."""
     torch.manual_seed(0)
     generator = fast.convert(
         models.Generator(LATENT, 1, FEATURES, SIZE).apply(models.weights_init).to(device)

@@ -1,4 +1,4 @@
-"""The GPU tests in as many processes as there are cores, which share them by tests/gpu/dealing.py."""
+"""Run the GPU tests in one process per core; tests/gpu/dealing.py distributes the tests."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from bench.stages import jobs
 from bench.stages.deal import UNUSABLE, Deal
 
 TESTS = jobs.ROOT / "tests" / "gpu"
-GRACE = 12.0  # seconds before the end in which no test begins
-RESTARTS = 4  # of a process, on average: a GPU on which nothing works is not tried for ever
-LOOK = 0.05  # seconds between two looks at the processes
+GRACE = 12.0  # no test begins in these last seconds
+RESTARTS = 4  # per process on average, so that a broken GPU is not retried forever
+POLL_INTERVAL = 0.05  # seconds
 
 
 @dataclass
 class Tested:
-    """What became of the tests."""
+    """The outcomes of the tests."""
 
     outcomes: list[dict[str, Any]] = field(default_factory=list)
-    """Of every test that was begun: test, outcome, seconds, reason."""
+    """Test, outcome, seconds and reason of every test that was started."""
     missed: list[str] = field(default_factory=list)
-    """Tests that were not begun in time."""
+    """Tests that were not started in time."""
     problems: list[str] = field(default_factory=list)
-    """Of processes in which no test could be run."""
+    """Processes that could not run any test."""
 
     def count(self, outcome: str) -> int:
         return Counter(record["outcome"] for record in self.outcomes)[outcome]
@@ -50,7 +50,7 @@ def run(
     tests: Path = TESTS,
     grace: float = GRACE,
 ) -> Tested:
-    """Runs the tests that pytest's options choose; ``end`` is when all is over, by the monotonic clock."""
+    """Run the tests that pytest's options select, until ``end`` by the monotonic clock."""
     shutil.rmtree(folder, ignore_errors=True)
     deal = Deal(folder)
     paths = [str(jobs.ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]
@@ -71,23 +71,23 @@ def run(
         for _ in range(processes):
             begin()
         while running and time.monotonic() < end:
-            time.sleep(LOOK)
+            time.sleep(POLL_INTERVAL)
             for process, log in list(running):
                 status = process.poll()
                 if status is None:
                     continue
                 running.remove((process, log))
-                jobs.end(process)  # what it may have started
-                if status in (0, 1, 5):  # all passed, some failed, none was left
+                jobs.end(process)  # kill its children
+                if status in (0, 1, 5):  # all passed, some failed, no tests left
                     continue
-                if not _settled(deal, process.pid, status, status == UNUSABLE):
+                if not _recover(deal, process.pid, status, status == UNUSABLE):
                     tested.problems.append(f"{log.name} {jobs.ending(status)}: {jobs.last_line(log)}")
                 elif time.monotonic() < end - grace and count < (1 + RESTARTS) * processes:
                     begin()
     finally:
         for process, _ in running:
             jobs.end(process)
-            _blame(deal, process.pid, "cut off, as the time was up")
+            _fail_running(deal, process.pid, "killed, as the time was up")
     outcomes = deal.outcomes()
     collected = deal.collected()
     tested.outcomes = [outcomes[test] for test in collected if test in outcomes]
@@ -97,17 +97,17 @@ def run(
     return tested
 
 
-def _settled(deal: Deal, process: int, status: int, unusable: bool) -> bool:
-    """After a process that has ended early: blames its test, puts its group back. False if it ran nothing."""
+def _recover(deal: Deal, process: int, status: int, unusable: bool) -> bool:
+    """Fail the test of a process that ended early and release its groups. False if it ran no test."""
     if unusable:
         return True
-    blamed = _blame(deal, process, f"the process {jobs.ending(status)}")
+    failed_one = _fail_running(deal, process, f"the process {jobs.ending(status)}")
     deal.release_all(process)
-    return blamed or any(own == process for own, _ in deal.records())
+    return failed_one or any(owner == process for owner, _ in deal.records())
 
 
-def _blame(deal: Deal, process: int, why: str) -> bool:
-    """Counts the test that a process had begun as failed; False if there is none."""
+def _fail_running(deal: Deal, process: int, why: str) -> bool:
+    """Record the running test of a process as failed. Return False if there is none."""
     record = deal.running(process)
     if record is None:
         return False

@@ -1,4 +1,4 @@
-"""What a step has found, in a few lines: failures first, then its tables."""
+"""Summaries of the steps in a few lines: failures first, then tables."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from rich.table import Table
 from bench import table
 from bench.layers import PHASES
 
-LINES = 60  # of a stage, on standard output
+LINES = 60  # printed per stage
 WIDTH = 160
-FAILURES = 24  # lines that failures may take where tables want the rest
-NAMED = 4  # of what was left out
+FAILURES = 24  # lines for failures if the tables need the rest
+NAMED = 4  # skipped items that are named
 TRAINED = PHASES[1:]
 ENTRY = ("network", "layer", "phase", "batch", "dtype")
 
 
 @dataclass
 class Summary:
-    """Of a step."""
+    """The summary of a step."""
 
     name: str
     line: str = ""
-    """How it went."""
+    """Its outcome."""
     failures: list[str] = field(default_factory=list)
-    """A line each."""
+    """One line each."""
     shown: list[str] = field(default_factory=list)
-    """Tables and remarks."""
+    """Lines of tables and notes."""
     missed: list[str] = field(default_factory=list)
-    """What was not reached in time."""
+    """Work that was skipped for lack of time."""
     ends: bool = False
-    """Whether nothing after it makes sense."""
+    """Whether the remaining steps should be skipped."""
 
     @property
     def heading(self) -> str:
@@ -43,27 +43,27 @@ class Summary:
         if self.failures:
             parts.append(f"{len(self.failures)} FAILED")
         if self.missed:
-            parts.append(f"not reached in time: {few(self.missed)}")
+            parts.append(f"not reached in time: {join_names(self.missed)}")
         return f"== {self.name}: {'; '.join(parts) or 'done'}"
 
 
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+def join_names(names: Sequence[str]) -> str:
+    """Join the first names, with the number of further ones."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
 
 def lines(summaries: Sequence[Summary]) -> list[str]:
-    """All of it."""
+    """Return all lines of the summaries, failures first."""
     failures = [f"FAILED {one.name}: {failure}" for one in summaries for failure in one.failures]
     return failures + [line for one in summaries for line in (one.heading, *one.shown)]
 
 
-def fitted(summaries: Sequence[Summary], whole: str, limit: int = LINES) -> list[str]:
-    """At most ``limit`` lines of it; ``whole`` says where the rest is. Every heading is kept."""
-    every = lines(summaries)
-    if len(every) > limit:
-        failures = [line for line in every if line.startswith("FAILED ")]
+def fit_lines(summaries: Sequence[Summary], whole: str, limit: int = LINES) -> list[str]:
+    """Return at most ``limit`` lines, with every heading; ``whole`` is the file with the rest."""
+    all_lines = lines(summaries)
+    if len(all_lines) > limit:
+        failures = [line for line in all_lines if line.startswith("FAILED ")]
         room = limit - len(summaries) - 1
         tables = sum(len(one.shown) for one in summaries)
         kept = failures[: max(min(FAILURES, room), room - tables)]
@@ -72,22 +72,22 @@ def fitted(summaries: Sequence[Summary], whole: str, limit: int = LINES) -> list
         for one in summaries:
             body += [one.heading, *one.shown[:room]]
             room -= len(one.shown[:room])
-        every = [*kept, *body, f"({len(every) - len(kept) - len(body)} lines more in {whole})"]
-    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in every]
+        all_lines = [*kept, *body, f"({len(all_lines) - len(kept) - len(body)} lines more in {whole})"]
+    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in all_lines]
 
 
 # --- tables -------------------------------------------------------------------------------------------------
 
 
-def drawn(shown: Table) -> list[str]:
-    """The lines of a table, none of them blank."""
+def render(shown: Table) -> list[str]:
+    """Render a table as lines, without blank ones."""
     out = io.StringIO()
     Console(file=out, width=WIDTH, highlight=False).print(shown)
     return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
 
 
 def failures_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Results that are wrong, and what of ours has failed."""
+    """Return a line for each wrong result, and for each of ours that failed."""
     return [
         f"{_case(row)} {row['provider']}: {row['status']}: {row['reason']}"
         for row in rows
@@ -96,14 +96,14 @@ def failures_of(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def race_lines(rows: Sequence[dict[str, Any]], what: str) -> list[str]:
-    """images/s by provider and batch, and the best of ours beside the best other."""
-    raced = [row for row in rows if "status" in row]
-    if not raced:
+    """Return a table of images/s by provider and batch, with the ratio of our best to the best baseline."""
+    measured = [row for row in rows if "status" in row]
+    if not measured:
         return []
-    cases = sorted({(row["case"]["dtype"], row["case"]["batch"]) for row in raced})
-    by = {(row["provider"], row["case"]["dtype"], row["case"]["batch"]): row for row in raced}
+    cases = sorted({(row["case"]["dtype"], row["case"]["batch"]) for row in measured})
+    by = {(row["provider"], row["case"]["dtype"], row["case"]["batch"]): row for row in measured}
     heading = table.start(f"{what}, images/s", ["provider"], [f"{batch} {dtype}" for dtype, batch in cases])
-    for name in dict.fromkeys(row["provider"] for row in raced):
+    for name in dict.fromkeys(row["provider"] for row in measured):
         heading.add_row(name, *(_rate(by.get((name, *case))) for case in cases))
 
     def best(ours: bool, case: tuple[str, int]) -> float | None:
@@ -116,11 +116,11 @@ def race_lines(rows: Sequence[dict[str, Any]], what: str) -> list[str]:
         ratios.append(table.times(None if own is None or other is None else own / other))
     heading.add_row("ours / best other", *ratios)
     notes = [
-        f"{_case(row)} {row['provider']}, a rival: failed: {row['reason']}"
-        for row in raced
+        f"{_case(row)} {row['provider']}, a baseline: failed: {row['reason']}"
+        for row in measured
         if row["status"] == "failed" and not row["ours"]
     ]
-    return drawn(heading) + notes
+    return render(heading) + notes
 
 
 def _rate(row: dict[str, Any] | None) -> str:
@@ -137,7 +137,7 @@ def _case(row: dict[str, Any]) -> str:
 
 
 def kernel_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """µs of ours and of cuDNN's convolution alone, a row a layer and batch; the last of several counts."""
+    """Return a table of µs, ours / cuDNN's bare convolution; of repeated measurements the last is kept."""
     by = {
         (row["network"], row["layer"], row["batch"], row["dtype"], row["phase"], row["contestant"]): row
         for row in rows
@@ -155,11 +155,11 @@ def kernel_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         ]
         pack = _us(by.get((*layer, "pack", "ours")))
         heading.add_row(f"{network} {name}", f"{batch} {dtype}", *cells, pack)
-    return drawn(heading)
+    return render(heading)
 
 
 def wrong_kernels(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Results of ours that are wrong."""
+    """Return a line for each wrong result of ours."""
     return [
         f"{' '.join(str(row[name]) for name in ENTRY)}: wrong: error {row['error']}"
         for row in rows

@@ -1,8 +1,8 @@
-// Tests of the engine through its C ABI, for every instruction set that this machine runs.
+// Tests of the engine through its C ABI, for every instruction set that this machine supports.
 //
 //     make -C csrc/tests
 //
-// One line for each group of tests; the first failure ends them with a message and a non-zero status.
+// Each group of tests prints one line; the first failure prints a message and exits with a non-zero status.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -23,14 +23,14 @@ void test_arguments();
 void test_peak();
 void test_training();
 void test_statistics();
-void test_training_callers();
+void test_training_concurrency();
 void test_training_arguments();
 void test_wgrad();
-void test_affine_arguments();
-void test_samples();
+void test_wgrad_arguments();
+void test_value_guard();
 
-// Fresh memory is NaN, so that a result made from scratch memory that was never written shows. And a
-// workspace of hundreds of terabytes is refused, as malloc refuses it, not the end of the program.
+// Fills allocated memory with NaN, so that results computed from uninitialized scratch are detected, and
+// makes an allocation of hundreds of terabytes fail as it does with malloc, instead of aborting the program.
 extern "C" const char* __asan_default_options() {
     return "malloc_fill_byte=255:max_malloc_fill_size=1000000000:allocator_may_return_null=1";
 }
@@ -40,10 +40,10 @@ int main(int count, char** arguments) {
         run_after_fork(arguments[2]);
         return 0;
     }
-    require(dcgan_abi() == DCGAN_ABI, "dcgan_abi() gives %d, dcgan.h says %d", dcgan_abi(), DCGAN_ABI);
-    for (const std::string& isa : words(dcgan_built())) {
+    require(dcgan_abi() == DCGAN_ABI, "dcgan_abi() returns %d, dcgan.h has %d", dcgan_abi(), DCGAN_ABI);
+    for (const std::string& isa : split(dcgan_built())) {
         const bool here = std::find(isas().begin(), isas().end(), isa) != isas().end();
-        report("%s: built, %srun on this machine", isa.c_str(), here ? "" : "not ");
+        report("%s: built, %ssupported by this machine", isa.c_str(), here ? "" : "not ");
     }
     test_arguments();
     test_activations();
@@ -51,10 +51,10 @@ int main(int count, char** arguments) {
     test_training_arguments();
     test_training();
     test_statistics();
-    test_training_callers();
+    test_training_concurrency();
     test_wgrad();
-    test_affine_arguments();
-    test_samples();
+    test_wgrad_arguments();
+    test_value_guard();
     test_views();
     test_nonfinite();
     test_chains();

@@ -15,7 +15,7 @@ void require(bool ok, const char* format, ...) {
     std::vfprintf(stderr, format, arguments);
     std::fputc('\n', stderr);
     va_end(arguments);
-    // Not exit(): destructors of the other threads' objects have no part in this.
+    // Not exit(), which would run destructors of objects that other threads still use.
     std::_Exit(1);
 }
 
@@ -28,7 +28,7 @@ void report(const char* format, ...) {
     va_end(arguments);
 }
 
-std::vector<std::string> words(const char* list) {
+std::vector<std::string> split(const char* list) {
     std::istringstream stream(list);
     std::vector<std::string> all;
     for (std::string word; stream >> word;) all.push_back(word);
@@ -36,7 +36,7 @@ std::vector<std::string> words(const char* list) {
 }
 
 const std::vector<std::string>& isas() {
-    static const std::vector<std::string> all = words(dcgan_isas());
+    static const std::vector<std::string> all = split(dcgan_isas());
     return all;
 }
 
@@ -59,7 +59,7 @@ const char* name(Layout layout) {
 
 // --- tensors
 
-static const uint32_t MARK = 0x7fc0dead;  // a NaN that no arithmetic makes
+static const uint32_t SENTINEL = 0x7fc0dead;  // a NaN that arithmetic does not produce
 static constexpr long GUARD = 64;
 
 static uint32_t bits_of(float x) {
@@ -68,9 +68,9 @@ static uint32_t bits_of(float x) {
     return bits;
 }
 
-static float mark() {
+static float sentinel() {
     float x;
-    std::memcpy(&x, &MARK, sizeof x);
+    std::memcpy(&x, &SENTINEL, sizeof x);
     return x;
 }
 
@@ -104,7 +104,7 @@ Tensor Tensor::input(Layout layout, long n, long c, long h, long w) {
     Tensor t = make(layout, n, c, h, w);
     t.exact.reset(new float[static_cast<size_t>(t.span())]);
     t.data = t.exact.get();
-    for (long i = 0; i < t.span(); ++i) t.data[i] = mark();
+    for (long i = 0; i < t.span(); ++i) t.data[i] = sentinel();
     return t;
 }
 
@@ -119,7 +119,7 @@ Tensor Tensor::random(Random& random, Layout layout, long n, long c, long h, lon
 
 Tensor Tensor::output(Layout layout, long n, long c, long h, long w) {
     Tensor t = make(layout, n, c, h, w);
-    t.guarded.assign(static_cast<size_t>(t.span() + 2 * GUARD), mark());
+    t.guarded.assign(static_cast<size_t>(t.span() + 2 * GUARD), sentinel());
     t.data = t.guarded.data() + GUARD;
     return t;
 }
@@ -132,13 +132,13 @@ bool Tensor::guards_intact() const {
                 for (long w = 0; w < size[3]; ++w)
                     element[static_cast<size_t>(&at(n, c, h, w) - guarded.data())] = 1;
     for (size_t i = 0; i < guarded.size(); ++i)
-        if (!element[i] && bits_of(guarded[i]) != MARK) return false;
+        if (!element[i] && bits_of(guarded[i]) != SENTINEL) return false;
     return true;
 }
 
 bool Tensor::untouched() const {
     for (const float x : guarded)
-        if (bits_of(x) != MARK) return false;
+        if (bits_of(x) != SENTINEL) return false;
     return true;
 }
 
@@ -189,7 +189,7 @@ Layer& Layer::affine(Random& random, bool with_scale, bool with_shift, bool with
     l.shift = shift.get();
     l.mean = mean.get();
     l.variance = variance.get();
-    l.epsilon = 0.125f;  // large enough to be missed
+    l.epsilon = 0.125f;  // large enough that omitting it is detected
     return *this;
 }
 
@@ -201,15 +201,15 @@ Layer& Layer::activation(int act) {
 Layer& Layer::pack(int algorithm, int threads) {
     l.algorithm = algorithm;
     const int64_t floats = dcgan_packed_size(&l);
-    require(floats >= weight.count(), "%s: packed size %lld: %s", describe(l).c_str(),
+    require(floats >= weight.count(), "%s: dcgan_packed_size returns %lld: %s", describe(l).c_str(),
             static_cast<long long>(floats), dcgan_error());
     packed.reset(new float[static_cast<size_t>(floats)]);
-    for (int64_t i = 0; i < floats; ++i) packed[static_cast<size_t>(i)] = mark();
+    for (int64_t i = 0; i < floats; ++i) packed[static_cast<size_t>(i)] = sentinel();
     const int code = dcgan_pack(&l, weight.data, weight.strides, packed.get(), threads);
-    require(code == 0, "%s: pack gives %d: %s", describe(l).c_str(), code, dcgan_error());
+    require(code == 0, "%s: dcgan_pack returns %d: %s", describe(l).c_str(), code, dcgan_error());
     int64_t written = 0;
-    while (written < floats && bits_of(packed[static_cast<size_t>(written)]) != MARK) ++written;
-    require(written == floats, "%s: packed weight %lld of %lld not written", describe(l).c_str(),
+    while (written < floats && bits_of(packed[static_cast<size_t>(written)]) != SENTINEL) ++written;
+    require(written == floats, "%s: packed weight %lld of %lld is not written", describe(l).c_str(),
             static_cast<long long>(written), static_cast<long long>(floats));
     l.weights = packed.get();
     return *this;
@@ -244,13 +244,13 @@ std::string describe(const dcgan_layer& l) {
     return text;
 }
 
-// --- the definition
+// --- reference
 
-std::vector<double> naive(const Layer& layer, const Tensor& x) {
+std::vector<double> reference(const Layer& layer, const Tensor& x) {
     const dcgan_layer& l = layer.l;
     const long images = x.size[0], out_h = layer.out_height(), out_w = layer.out_width();
     const long c_in = l.c_in, c_out = l.c_out;
-    // A copy of the weights by tap, so that the loop over c_out is one over memory.
+    // The weights transposed to [tap][c_in][c_out], so that the inner loop over c_out is contiguous.
     std::vector<double> taps;
     taps.reserve(static_cast<size_t>(layer.weight.count()));
     for (long ky = 0; ky < l.kernel; ++ky)
@@ -260,8 +260,8 @@ std::vector<double> naive(const Layer& layer, const Tensor& x) {
                     taps.push_back(l.transposed ? layer.weight.at(i, o, ky, kx)
                                                 : layer.weight.at(o, i, ky, kx));
     std::vector<double> y(static_cast<size_t>(images * out_h * out_w * c_out), 0.0);
-    // A tap joins pixel p of the small map with pixel p·stride - padding + k of the large one. A convolution
-    // goes from large to small, its transpose from small to large.
+    // A tap connects pixel p of the small map with pixel p·stride - padding + k of the large one. A
+    // convolution maps large to small, a transposed convolution small to large.
     const long small_h = l.transposed ? l.height : out_h, small_w = l.transposed ? l.width : out_w;
     const long large_h = l.transposed ? out_h : l.height, large_w = l.transposed ? out_w : l.width;
     for (long n = 0; n < images; ++n)
@@ -305,12 +305,12 @@ double activated(int act, double x) {
 }
 
 void run(const dcgan_layer* layers, int count, const Tensor& x, const Tensor& y, int threads) {
-    const std::string what = describe(layers[0]) + (count > 1 ? " and what follows" : "");
+    const std::string description = describe(layers[0]) + (count > 1 ? " and following layers" : "");
     const dcgan_tensor from = x.view(), to = y.view();
     const int code = dcgan_run(layers, count, x.size[0], &from, &to, threads);
-    require(code == 0, "%s: run gives %d: %s", what.c_str(), code, dcgan_error());
-    require(y.guards_intact(), "%s, %ld images, %d threads: wrote outside of y", what.c_str(), x.size[0],
-            threads);
+    require(code == 0, "%s: dcgan_run returns %d: %s", description.c_str(), code, dcgan_error());
+    require(y.guards_intact(), "%s, %ld images, %d threads: wrote outside of y", description.c_str(),
+            x.size[0], threads);
 }
 
 void run(const Layer& layer, const Tensor& x, const Tensor& y, int threads) {

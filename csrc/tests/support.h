@@ -1,5 +1,5 @@
-// What the tests share: asserts, tensors whose memory shows a stray read or write, layers with their weights,
-// and the naive convolution that results are compared with.
+// Helpers that all tests share: assertions, tensors that detect out-of-bounds reads and writes, layers with
+// their weights, and the naive convolution that is the reference.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@
 
 #include "../dcgan.h"
 
-// Ends the tests, with a message that tells the case, unless `ok`.
+// Prints the message, which describes the case, and ends the tests unless `ok`.
 [[gnu::format(printf, 2, 3)]] void require(bool ok, const char* format, ...);
 
-// A group of tests passed: one line.
+// Reports in one line that a group of tests has passed.
 [[gnu::format(printf, 1, 2)]] void report(const char* format, ...);
 
-// The instruction sets that run here. A test takes them in turn with dcgan_use_isa.
+// The instruction sets that this machine supports. Tests select each of them with dcgan_use_isa.
 const std::vector<std::string>& isas();
-std::vector<std::string> words(const char* list);
+std::vector<std::string> split(const char* list);
 
 using Random = std::minstd_rand;
 // Uniform in [-limit, limit).
@@ -28,13 +28,13 @@ enum class Layout {
     NHWC,       // contiguous, channels innermost
     NCHW,       // contiguous, as PyTorch has it by default
     PADDED,     // channels innermost, with gaps between pixels, rows and images
-    SCATTERED,  // no dimension innermost: [W, C, N, H], two floats apart
+    SCATTERED,  // no contiguous dimension: [W, C, N, H] with a stride of two floats
 };
 const char* name(Layout layout);
 
 // A [N, C, H, W] tensor whose heap block starts with its first element and ends with its last, so that
-// AddressSanitizer sees every access outside; what lies between its elements is NaN, which a stray read would
-// carry into the result.
+// AddressSanitizer detects every out-of-bounds access. Gaps between its elements hold NaN, which a stray read
+// would propagate to the result.
 struct Tensor {
     long size[4];
     int64_t strides[4];
@@ -44,7 +44,7 @@ struct Tensor {
 
     static Tensor input(Layout layout, long n, long c, long h, long w);
     static Tensor random(Random& random, Layout layout, long n, long c, long h, long w);
-    // To be written: between guard floats. Elements, gaps and guards are all the same recognizable NaN.
+    // A tensor to be written, between guard floats. Elements, gaps and guards all hold one recognizable NaN.
     static Tensor output(Layout layout, long n, long c, long h, long w);
 
     long count() const { return size[0] * size[1] * size[2] * size[3]; }
@@ -54,10 +54,10 @@ struct Tensor {
     dcgan_tensor view(long first_image = 0) const {
         return {data + first_image * strides[0], {strides[0], strides[1], strides[2], strides[3]}};
     }
-    // Of output(): no float but the elements was written; nothing was written at all.
+    // For output(): whether nothing but the elements was written, and whether nothing was written at all.
     bool guards_intact() const;
     bool untouched() const;
-    // The elements in the order [N, H, W, C], as their bits.
+    // The bits of the elements, in the order [N, H, W, C].
     std::vector<uint32_t> bits() const;
 
  private:
@@ -67,20 +67,20 @@ struct Tensor {
 
 constexpr float SLOPE = 0.2f;
 
-// A dcgan_layer with what it points to.
+// A dcgan_layer that owns its parameters.
 struct Layer {
     dcgan_layer l{};
     Tensor weight;
     std::unique_ptr<float[]> packed, bias, scale, shift, mean, variance;
 
-    // Weights of about 1/√K, so that sums are near 1 and no activation saturates.
+    // The weights are about 1/√K, so that sums are near 1 and activations do not saturate.
     Layer(Random& random, bool transposed, int kernel, int stride, int padding, long c_in, long c_out,
           long height, long width, Layout weights = Layout::NCHW);
 
     Layer& affine(Random& random, bool with_scale, bool with_shift, bool with_statistics = false,
                   bool with_bias = false);
     Layer& activation(int act);
-    // For the instruction set in use.
+    // Packs the weights for the instruction set in use.
     Layer& pack(int algorithm, int threads = 1);
 
     long out_height() const;
@@ -91,10 +91,10 @@ const char* algorithm_name(int algorithm);
 const char* activation_name(int act);
 std::string describe(const dcgan_layer& l);
 
-// The layer by its definition up to its activation, in double, as [N, H, W, C].
-std::vector<double> naive(const Layer& layer, const Tensor& x);
+// The reference result of the layer before its activation, in float64 and by the definition, as [N, H, W, C].
+std::vector<double> reference(const Layer& layer, const Tensor& x);
 double activated(int act, double x);
 
-// Runs a chain, or one layer, which must succeed and write no float but y's elements.
+// Runs a chain or a single layer. Requires that it succeeds and writes only the elements of y.
 void run(const dcgan_layer* layers, int count, const Tensor& x, const Tensor& y, int threads);
 void run(const Layer& layer, const Tensor& x, const Tensor& y, int threads);

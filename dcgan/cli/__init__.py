@@ -1,1 +1,1 @@
-"""The command line, ``dcgan`` or ``python -m dcgan``: one module a command, thin over the library."""
+"""The command-line interface, ``dcgan`` or ``python -m dcgan``: a thin module per command."""

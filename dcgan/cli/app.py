@@ -1,4 +1,4 @@
-"""All commands as one application."""
+"""The Typer application that bundles all commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dcgan.cli import evaluate, export, generate, theory, train
 
 app = typer.Typer(
     name="dcgan",
-    help="DCGAN through hand-written kernels: train, generate, evaluate, export.",
+    help="Train, sample, evaluate and export DCGANs with hand-written kernels.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""``dcgan eval``: how far a Generator's images are from real ones, and real ones from each other."""
+"""``dcgan eval``: score a Generator's images against real ones, with a real-vs-real floor."""
 
 from __future__ import annotations
 
@@ -14,76 +14,110 @@ from dcgan.errors import RunError
 from dcgan.files import replacing
 from dcgan.networks import Engine
 
-MINIMUM = 10
-"""dcgan.evaluation's, which takes too long to import for ``--help``."""
+MIN_IMAGES = 10
+"""Copy of ``dcgan.evaluation.real.MIN_IMAGES``; importing that module would make ``--help`` slow."""
 
 
 @reporting
 def command(
     source: Annotated[
         Path,
-        typer.Argument(metavar="FROM", help="A run's folder, a checkpoint, or a Generator's state dict."),
+        typer.Argument(
+            metavar="FROM",
+            help="The Generator: the folder of a training run, a checkpoint, or a state dict file.",
+        ),
     ],
-    dataset: Annotated[str, typer.Option(metavar="NAME", help="The real images, as for train.")],
-    dataroot: Annotated[Path, typer.Option(metavar="PATH", help="The folder the dataset is in.")] = Path(
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Dataset of real images; takes the same names as dcgan train --dataset.",
+        ),
+    ],
+    dataroot: Annotated[Path, typer.Option(metavar="PATH", help="Folder that holds the dataset.")] = Path(
         "data"
     ),
     num: Annotated[
         int,
         typer.Option(
-            parser=integer(MINIMUM), metavar="N", help="Images to generate, and at most to compare with."
+            parser=integer(MIN_IMAGES),
+            metavar="N",
+            help="Number of images to generate, and maximum number of real images to compare them with.",
         ),
     ] = 10_000,
     features: Annotated[
         Literal["auto", "inception", "digits", "pixels"],
         typer.Option(
-            help="What images are compared by. auto: inception where its weights are at hand, "
-            "else digits where the dataset is one of digits or the like, else pixels."
+            help="Features in which images are compared. inception: the features of FID and KID. digits: a "
+            "small classifier of the dataset itself (mnist, fashion-mnist, digits). pixels: images averaged "
+            "to 8×8. auto: inception if its weights file is present, else digits if the dataset supports it, "
+            "else pixels."
         ),
     ] = "auto",
     seed: Annotated[
-        int, typer.Option(parser=integer(0), metavar="N", help="Of the noise and the choice of images.")
+        int,
+        typer.Option(
+            parser=integer(0), metavar="N", help="RNG seed for the noise and for choosing real images."
+        ),
     ] = 0,
-    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images at a time.")] = 64,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU if any.")] = "auto",
-    engine: Annotated[Engine, typer.Option(help="What runs the Generator.")] = "auto",
+    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images per batch.")] = 64,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="Device to run on. auto: the GPU if there is one, else the CPU."),
+    ] = "auto",
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="Engine that runs the Generator. auto: the fastest engine that supports it. "
+            "reference: plain PyTorch."
+        ),
+    ] = "auto",
     which: Annotated[
-        Literal["last", "best"], typer.Option(help="Of a run's folder, which checkpoint.")
+        Literal["last", "best"], typer.Option(help="Checkpoint to use if FROM is the folder of a run.")
     ] = "last",
     ema: Annotated[
-        bool, typer.Option("--ema/--no-ema", help="The moving average of the weights, where there is one.")
+        bool,
+        typer.Option(
+            "--ema/--no-ema",
+            help="Use the moving average of the weights if the file contains one.",
+        ),
     ] = True,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the results here as well."),
+        typer.Option(
+            "--json", metavar="FILE", dir_okay=False, help="Also write the results to this JSON file."
+        ),
     ] = None,
 ) -> None:
-    """Score generated images against real ones: Fréchet and kernel distance, and their floor.
+    """Score generated images against real images by Fréchet and kernel distance.
 
-    The floor is the same distance between two disjoint sets of real images: the dataset's train and test
-    splits, or its halves. Nothing generated can be expected below it.
+    The floor is the same distance between two disjoint sets of real images: the train and test splits of the
+    dataset, or its two halves if it has no test split. A Generator cannot be expected to score below it.
     """
     from dcgan import evaluation, generation, pretrained
 
-    where = choose_device(device)
+    target_device = choose_device(device)
     if json_file is not None:
         output_folder(json_file.parent, "--json")
     found = pretrained.read(source, "generator", ema=ema, which=which)
-    generator, sizes = found.module(engine, where), found.architecture
+    generator, sizes = found.module(engine, target_device), found.architecture
     train, test = evaluation.parts(
         dataset, dataroot, image_size=sizes.image_size, channels=sizes.channels, say=typer.echo
     )
-    chosen = evaluation.choose(features, train, test, where, typer.echo)
+    chosen = evaluation.choose(features, train, test, target_device, typer.echo)
     typer.echo(f"Generator of {found.file}{', moving average' if found.averaged else ''}")
     typer.echo(f"Features: {chosen.about}")
 
-    real, other = train.choose(num, seed), test.choose(num, seed)
-    of_real, of_other = (chosen.of(part.batches(batch_size)) for part in (real, other))
+    real, held_out = train.choose(num, seed), test.choose(num, seed)
+    real_features, held_out_features = (chosen.of(part.batches(batch_size)) for part in (real, held_out))
     with forced(engine):
-        of_generated = chosen.of(generation.images(generator, num, seed=seed, batch=batch_size))
+        generated_features = chosen.of(generation.images(generator, num, seed=seed, batch=batch_size))
     rows = {
-        "generated": (f"{num:,} generated", evaluation.compare(of_real, of_generated, seed)),
-        "floor": (f"{len(other):,} real ({other.what})", evaluation.compare(of_real, of_other, seed)),
+        "generated": (f"{num:,} generated", evaluation.compare(real_features, generated_features, seed)),
+        "floor": (
+            f"{len(held_out):,} real ({held_out.what})",
+            evaluation.compare(real_features, held_out_features, seed),
+        ),
     }
     typer.echo(f"Distance to {len(real):,} real images ({dataset}, {real.what}) of:")
     for title, scores in rows.values():
@@ -100,10 +134,10 @@ def command(
             "moving_average": found.averaged,
             "dataset": dataset,
             "seed": seed,
-            "device": where.type,
+            "device": target_device.type,
             "engine": engine,
             "real": real.what,
-            "floor": other.what,
+            "floor": held_out.what,
             "scores": {name: asdict(scores) for name, (_, scores) in rows.items()},
         }
         try:

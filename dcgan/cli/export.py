@@ -1,4 +1,4 @@
-"""``dcgan export``: a trained network in a format that other programs read."""
+"""``dcgan export``: convert a trained network to a format that other programs read."""
 
 from __future__ import annotations
 
@@ -19,41 +19,53 @@ SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "
 @reporting
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="FROM", help="A run's folder, a checkpoint, or a network's state dict.")
+        Path,
+        typer.Argument(
+            metavar="FROM",
+            help="The network: the folder of a training run, a checkpoint, or a state dict file.",
+        ),
     ],
     to: Annotated[
         Format,
         typer.Option(
-            help="safetensors: the weights and sizes. onnx: for ONNX Runtime and others. "
-            "torch-export: a PyTorch program (.pt2). What each holds is first checked against PyTorch."
+            help="Format to export. safetensors: the weights and the network's sizes. onnx: a model for ONNX "
+            "Runtime and other runtimes. torch-export: a PyTorch program (.pt2). The result is compared with "
+            "PyTorch before it is kept (onnx: if ONNX Runtime is installed)."
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write; its folder is made if missing.", show_default="the network's name, here"
+            help="File to write; its folder is created if needed.",
+            show_default="./generator.* or ./discriminator.*",
         ),
     ] = None,
     network: Annotated[
-        Literal["generator", "discriminator"], typer.Option(help="Which of the two.")
+        Literal["generator", "discriminator"], typer.Option(help="Network to export.")
     ] = "generator",
     batch: Annotated[
         int | None,
         typer.Option(
-            parser=integer(1), metavar="N", help="onnx, torch-export: fix the batch size.", show_default="any"
+            parser=integer(1),
+            metavar="N",
+            help="Fixed batch size of an onnx or torch-export file.",
+            show_default="dynamic",
         ),
     ] = None,
-    which: Annotated[Literal["last", "best"], typer.Option(help="Of a run's checkpoints.")] = "last",
+    which: Annotated[
+        Literal["last", "best"], typer.Option(help="Checkpoint to use if FROM is the folder of a run.")
+    ] = "last",
     ema: Annotated[
         bool,
         typer.Option(
-            "--ema/--no-ema", help="The moving average of the Generator's weights, where there is one."
+            "--ema/--no-ema",
+            help="Use the moving average of the Generator's weights if the file contains one.",
         ),
     ] = True,
 ) -> None:
     """Export a trained network as safetensors, ONNX or a torch.export program."""
     if to == "safetensors" and batch is not None:
-        raise InputError("--batch means nothing to --to safetensors, which holds weights alone")
+        raise InputError("--batch means nothing to --to safetensors, which stores only weights; omit --batch")
     found = pretrained.read(source, network, ema=ema, which=which)
     module = found.module("reference")
     target = output_file(out or Path(network + SUFFIXES[to]), (SUFFIXES[to],))

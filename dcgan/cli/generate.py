@@ -1,4 +1,4 @@
-"""``dcgan generate``: images of a trained Generator, as a grid, files, an array or an interpolation."""
+"""``dcgan generate``: sample a trained Generator to a grid, PNG files, an array or an interpolation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
     "strip": (".png",),
     "animation": generation.ANIMATIONS,
 }
-TAKES: dict[Format, tuple[str, ...]] = {
+FORMAT_OPTIONS: dict[Format, tuple[str, ...]] = {
     "grid": ("--num", "--columns"),
     "files": ("--num",),
     "npy": ("--num",),
@@ -54,18 +54,18 @@ def _positive(text: str | float) -> float:
 
 
 class Seeds(tuple[int, ...]):
-    """Of ``--seeds``; typer would take a plain tuple or list for an option that is given several times."""
+    """The value of ``--seeds``; Typer would treat a plain tuple or list as an option that can be repeated."""
 
 
 def _seeds(text: str) -> Seeds:
     words = str(text).split(",")
     if len(words) < 2 or not all(word.strip().isdecimal() for word in words):
-        raise typer.BadParameter(f"must be at least two integers with commas between them, got {text!r}")
+        raise typer.BadParameter(f"must be at least two integers separated by commas, got {text!r}")
     return Seeds(int(word) for word in words)
 
 
 def _shard() -> tuple[int, int]:
-    """(rank, world) as torchrun says; (0, 1) without it."""
+    """Return (rank, world size) from the environment that torchrun sets; (0, 1) without torchrun."""
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return 0, 1
     words = os.environ["RANK"], os.environ["WORLD_SIZE"]
@@ -78,7 +78,7 @@ def _shard() -> tuple[int, int]:
 
 
 class _Timed:
-    """Passes batches on, counts their images and the seconds it takes to make them."""
+    """Iterate over batches while counting their images and the seconds spent on generating them."""
 
     def __init__(self, batches: Iterable[Tensor]) -> None:
         self.batches, self.images, self.seconds = batches, 0, 0.0
@@ -99,17 +99,17 @@ class _Timed:
             return "no images"
         return (
             f"{self.images:,} images in {self.seconds:.2f} s, {self.images / self.seconds:,.0f} images/s "
-            "(loading, the first batch's preparations and writing not counted)"
+            "(loading, warm-up and writing excluded)"
         )
 
 
-def _prepare(network: nn.Module, batch: int) -> str:
-    """Run one batch, so that kernels are compiled and weights packed; says which engine ran, and why."""
+def _warm_up(network: nn.Module, batch: int) -> str:
+    """Run one batch so that kernels are compiled and weights packed; return which engine ran, and why."""
     with ops.recording() as choices:
         for images in generation.images(network, batch, batch=batch):
             generation.to_uint8(images)
     used = sorted({f"{c.engine} ({c.reason})" if c.reason else c.engine for c in choices})
-    if not used and isinstance(network, fast.Generator):  # its modules are called: explain tells why
+    if not used and isinstance(network, fast.Generator):  # it fell back to its modules; explain says why
         weight = next(network.parameters())
         row = fast.explain(network, weight.new_zeros(batch, network.latent_dim))[0]
         return f"{row.engine} ({row.reason})"
@@ -120,26 +120,35 @@ def _prepare(network: nn.Module, batch: int) -> str:
 def command(
     source: Annotated[
         Path,
-        typer.Argument(metavar="FROM", help="A run's folder, a checkpoint, or a Generator's state dict."),
+        typer.Argument(
+            metavar="FROM",
+            help="The Generator: the folder of a training run, a checkpoint, or a state dict file.",
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File or, for files, folder to write; its folder is made if missing.",
-            show_default="generated.* or interpolation.* here",
+            help="Output file, or output folder for --format files; folders are created if needed.",
+            show_default="./generated* or ./interpolation.*",
         ),
     ] = None,
     num: Annotated[
         int | None,
         typer.Option(
-            "--num", "-n", parser=integer(1), metavar="N", help="Number of images.", show_default="64"
+            "--num",
+            "-n",
+            parser=integer(1),
+            metavar="N",
+            help="Number of images to generate (grid, files, npy).",
+            show_default="64",
         ),
     ] = None,
     format: Annotated[
         Format,
         typer.Option(
-            help="grid: one PNG. files: a PNG an image. npy: uint8 [N, H, W, C]. "
-            "strip: a PNG of the way from seed to seed. animation: the same as a looping GIF or WebP."
+            help="Output format. grid: one PNG with all images. files: one PNG per image. npy: a uint8 array "
+            "[N, H, W, C]. strip: one PNG that interpolates from seed to seed. animation: the same "
+            "interpolation as a looping GIF or WebP."
         ),
     ] = "grid",
     seed: Annotated[
@@ -147,7 +156,7 @@ def command(
         typer.Option(
             parser=integer(0),
             metavar="N",
-            help="Of the noise: image i is the same for any --num and --batch-size.",
+            help="RNG seed for the noise. Image i does not depend on --num or --batch-size.",
         ),
     ] = 0,
     seeds: Annotated[
@@ -155,66 +164,85 @@ def command(
         typer.Option(
             parser=_seeds,
             metavar="A,B,…",
-            help="strip, animation: from image 0 of the first to that of the next.",
-            show_default="--seed and the next 3",
+            help="RNG seeds to interpolate between (strip, animation); image 0 of each seed is a keyframe.",
+            show_default="--seed and the next three integers",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            parser=integer(1), metavar="N", help="strip, animation: images a leg.", show_default="8"
+            parser=integer(1),
+            metavar="N",
+            help="Number of images from one seed to the next (strip, animation).",
+            show_default="8",
         ),
     ] = None,
     truncation: Annotated[
         float | None,
         typer.Option(
-            parser=_positive, metavar="T", help="Draw z within [-T, T]: better images, less variety."
+            parser=_positive,
+            metavar="T",
+            help="Truncation trick: draw each component of z from [-T, T]; trades variety for quality.",
+            show_default="no truncation",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images per batch.")] = 64,
     columns: Annotated[
         int | None,
         typer.Option(
             parser=integer(1),
             metavar="N",
-            help="grid, strip: images a row.",
-            show_default="8; a strip's are all in one",
+            help="Images per row (grid, strip).",
+            show_default="8 for grid; strip: one row",
         ),
     ] = None,
-    which: Annotated[Literal["last", "best"], typer.Option(help="Of a run's checkpoints.")] = "last",
+    which: Annotated[
+        Literal["last", "best"], typer.Option(help="Checkpoint to use if FROM is the folder of a run.")
+    ] = "last",
     ema: Annotated[
-        bool, typer.Option("--ema/--no-ema", help="The moving average of the weights, where there is one.")
+        bool,
+        typer.Option(
+            "--ema/--no-ema", help="Use the moving average of the weights if the file contains one."
+        ),
     ] = True,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU if any.")] = "auto",
-    engine: Annotated[Engine, typer.Option(help="auto: the fastest that covers the network.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="Device to run on. auto: the GPU if there is one, else the CPU."),
+    ] = "auto",
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="Engine that runs the Generator. auto: the fastest engine that supports it. "
+            "reference: plain PyTorch."
+        ),
+    ] = "auto",
 ) -> None:
     """Generate images with a trained Generator.
 
-    Under torchrun the format files is shared out: each process makes every WORLD_SIZE-th image. (Write -n
-    there: torchrun takes --num for an option of its own.)
+    Under torchrun, --format files splits the work: each process generates every WORLD_SIZE-th image. (Use -n
+    there, because torchrun takes --num for an abbreviation of one of its own options.)
     """
     options = {"--num": num, "--seeds": seeds, "--steps": steps, "--columns": columns}
     for option, value in options.items():
-        if value is not None and option not in TAKES[format]:
-            raise InputError(
-                f"{option} means nothing to --format {format}, which takes {', '.join(TAKES[format])}"
-            )
+        if value is not None and option not in FORMAT_OPTIONS[format]:
+            allowed = ", ".join(FORMAT_OPTIONS[format])
+            raise InputError(f"{option} does not apply to --format {format}, which takes {allowed}")
     rank, world = _shard()
     if world > 1 and format != "files":
         raise InputError(
-            f"--format {format} can't be shared by WORLD_SIZE={world} processes; only files can be"
+            f"--format {format} cannot be split over WORLD_SIZE={world} processes; use --format files"
         )
-    where = choose_device(device)
-    if where.type == "cuda" and world > 1:
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+    target_device = choose_device(device)
+    if target_device.type == "cuda" and world > 1:
+        target_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
     found = pretrained.read(source, "generator", ema=ema, which=which)
-    network = found.module(engine, where)
+    network = found.module(engine, target_device)
     target = out or Path(DEFAULT_OUT[format])
     target = output_folder(target) if format == "files" else output_file(target, SUFFIXES[format])
 
     n = num or 64
     with forced(engine):
-        used = _prepare(network, min(batch_size, n))
+        used = _warm_up(network, min(batch_size, n))
         if format in ("strip", "animation"):
             points = generation.waypoints(
                 seeds or range(seed, seed + 4), found.architecture.latent_dim, truncation=truncation
@@ -234,23 +262,23 @@ def command(
             generation.write_animation(timed, target)
         else:
             generation.write_grid(
-                timed, target, columns or (8 if format == "grid" else _row(points, steps or 8))
+                timed, target, columns or (8 if format == "grid" else _strip_length(points, steps or 8))
             )
 
-    said = f"Rank {rank} of {world}: " if world > 1 else ""
+    prefix = f"Rank {rank} of {world}: " if world > 1 else ""
     average = ", moving average" if found.averaged else ""
-    typer.echo(f"{said}Generator of {found.file}{average}; engine {used} on {where.type}")
-    typer.echo(f"{said}{timed.rate()}")
-    typer.echo(f"{said}Wrote {target}")
-    if format == "files" and rank == 0 and (others := _others(target, n)):
-        typer.echo(f"{others} other PNG files were in {target} already, and still are")
+    typer.echo(f"{prefix}Generator of {found.file}{average}; engine {used} on {target_device.type}")
+    typer.echo(f"{prefix}{timed.rate()}")
+    typer.echo(f"{prefix}Wrote {target}")
+    if format == "files" and rank == 0 and (others := _other_pngs(target, n)):
+        typer.echo(f"Left {others} other PNG files in {target} unchanged")
 
 
-def _others(folder: Path, n: int) -> int:
-    """PNG files that are none of these n images, such as those of an earlier run of more."""
+def _other_pngs(folder: Path, n: int) -> int:
+    """Count the PNG files that are not among these n images, for example from an earlier, larger run."""
     ours = {generation.file_name(i) for i in range(n)}
     return sum(path.name not in ours for path in folder.glob("*.png"))
 
 
-def _row(points: Tensor, steps: int) -> int:
+def _strip_length(points: Tensor, steps: int) -> int:
     return (len(points) - 1) * steps + 1

@@ -1,4 +1,4 @@
-"""What the commands share: parsers of options, and errors as a person wants to read them."""
+"""Helpers shared by the commands: option parsers, output paths and one-line error reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import ParamSpec, TypeVar
 import torch
 import typer
 
-from dcgan.devices import settled
+from dcgan import extras
+from dcgan.devices import resolve
 from dcgan.errors import InputError, RunError
 from dcgan.kernels import ops
 from dcgan.models import IMAGE_SIZES
@@ -23,7 +24,11 @@ R = TypeVar("R")
 
 
 def reporting(command: Callable[P, R]) -> Callable[P, R]:
-    """A command whose expected errors are a line on stderr: exit 2 for bad input, 1 for what happened."""
+    """Make a command report expected errors as one line on stderr.
+
+    The exit code is 2 for an :class:`InputError` or a package that an extra would install, 1 for a
+    :class:`RunError`.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -35,16 +40,22 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
         except RunError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
+        except ModuleNotFoundError as error:
+            hint = extras.advice(error)
+            if hint is None:
+                raise
+            typer.echo(f"Error: {hint}", err=True)
+            raise typer.Exit(2) from error
 
     return run
 
 
 @contextlib.contextmanager
 def forced(engine: Engine) -> Iterator[None]:
-    """Every op inside on the engine; ``auto`` leaves it to the environment.
+    """Run every op in the block on ``engine``; ``auto`` leaves the choice to the environment.
 
     Raises:
-        InputError: the engine does not cover what is run.
+        InputError: the engine does not cover an op in the block.
     """
     try:
         with contextlib.nullcontext() if engine == "auto" else ops.use_engine(engine):
@@ -54,7 +65,7 @@ def forced(engine: Engine) -> Iterator[None]:
 
 
 def integer(minimum: int) -> Callable[[str], int]:
-    """A typer parser whose error says, as typer's own does not, what was given."""
+    """Return a parser of integers ≥ ``minimum`` whose error, unlike Typer's own, quotes the value."""
 
     def parse(text: str | int) -> int:
         try:
@@ -69,7 +80,7 @@ def integer(minimum: int) -> Callable[[str], int]:
 
 
 def size(text: str | int) -> int:
-    """A typer parser of the image sizes that the networks come in; typer also parses the default."""
+    """Parse an image size that the networks support. Typer also passes the default through this."""
     allowed = {str(n): n for n in IMAGE_SIZES}
     if str(text) not in allowed:
         raise typer.BadParameter(f"must be one of {', '.join(allowed)}, got {str(text)!r}")
@@ -77,10 +88,10 @@ def size(text: str | int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device, settled; ``auto`` is the GPU where there is one.
+    """Resolve ``--device`` to a concrete device; ``auto`` is the GPU if PyTorch finds one, else the CPU.
 
     Raises:
-        typer.BadParameter: ``cuda`` where PyTorch finds no GPU.
+        typer.BadParameter: ``cuda`` was given but PyTorch finds no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(
@@ -88,14 +99,14 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return settled(name)
+    return resolve(name)
 
 
 def output_folder(path: Path, option: str = "--out") -> Path:
-    """The folder, made where it is missing, and let us write into.
+    """Return ``path`` as a writable folder, creating it if it does not exist.
 
     Raises:
-        InputError: it cannot be made, is a file, or is not writable.
+        InputError: the folder cannot be created, is a file, or is not writable.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -107,10 +118,11 @@ def output_folder(path: Path, option: str = "--out") -> Path:
 
 
 def output_file(path: Path, suffixes: tuple[str, ...], option: str = "--out") -> Path:
-    """The file, in a folder that is made where it is missing.
+    """Return ``path`` as an output file, creating its folder if it does not exist.
 
     Raises:
-        InputError: another suffix, a folder of this name, or a folder that can't be made or written into.
+        InputError: the suffix is not one of ``suffixes``, ``path`` is a folder, or its folder cannot be
+            created or written to.
     """
     if path.suffix.lower() not in suffixes:
         raise InputError(f"{option} must end in {' or '.join(suffixes)}, got {str(path)!r}")

@@ -1,4 +1,4 @@
-"""``dcgan theory``: D* and V(D*) on densities on a line, by numbers and in a picture."""
+"""``dcgan theory``: compute and plot D* and V(D*) for one-dimensional densities."""
 
 from __future__ import annotations
 
@@ -25,29 +25,40 @@ KINDS = "normal:MEAN,STD; uniform:LOW,HIGH; laplace:MEAN,SCALE; mixture:WEIGHT,M
 @reporting
 def command(
     p: Annotated[
-        str, typer.Option("--p", metavar="DENSITY", help=f"Of the real data: {KINDS}.")
+        str, typer.Option("--p", metavar="DENSITY", help=f"Density of the real data, one of {KINDS}.")
     ] = "normal:-1,0.5",
     q: Annotated[
-        str, typer.Option("--q", metavar="DENSITY", help="Of the generated data: likewise.")
+        str,
+        typer.Option(
+            "--q", metavar="DENSITY", help="Density of the generated data, in the same syntax as --p."
+        ),
     ] = "mixture:0.6,1,0.7/0.4,-1.5,0.4",
     steps: Annotated[
-        int, typer.Option(parser=integer(1), metavar="N", help="Of training the discriminator.")
+        int,
+        typer.Option(parser=integer(1), metavar="N", help="Number of discriminator training steps."),
     ] = 1000,
     seed: Annotated[
-        int, typer.Option(parser=integer(0), metavar="N", help="Of the weights and the samples.")
+        int,
+        typer.Option(
+            parser=integer(0), metavar="N", help="RNG seed for the initial weights and the samples."
+        ),
     ] = 0,
-    out: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for the results; made if missing.")
-    ] = Path("runs/theory"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Output folder; created if needed.")] = Path(
+        "runs/theory"
+    ),
     sweep: Annotated[
         bool,
-        typer.Option("--sweep", help="Also draw two normal densities apart: JSD, V and G's two gradients."),
+        typer.Option(
+            "--sweep",
+            help="Also plot, over the distance between two normal densities, the JSD, V and the gradients "
+            "of both generator losses.",
+        ),
     ] = False,
 ) -> None:
-    """Train a discriminator on samples of two densities, and hold it against the best there is.
+    """Train a discriminator on samples of two densities and compare it with the optimal discriminator.
 
     Checks that V(D*) = 2·JSD(p‖q) − 2·log 2 and V(D) ≤ V(D*), where D* = p/(p + q), by quadrature in float64.
-    Exit code 1 if either fails.
+    Exits with code 1 if either check fails.
     """
     from dcgan import theory
 
@@ -60,29 +71,31 @@ def command(
         ("2·JSD − 2·log 2", f"{result.bound:.9f}"),
         ("V(D*)", f"{result.optimal_value:.9f}"),
         ("|V(D*) − (2·JSD − 2·log 2)|", f"{abs(result.optimal_value - result.bound):.1e}"),
-        ("V(D), trained", f"{result.value:.9f}"),
+        ("V(D) after training", f"{result.value:.9f}"),
         ("V(D*) − V(D)", f"{result.optimal_value - result.value:.1e}"),
         ("mean |D − D*| under p", f"{result.error_p:.4f}"),
         ("mean |D − D*| under q", f"{result.error_q:.4f}"),
-        ("largest |D − D*| where there is data", f"{result.error_max:.4f}"),
+        ("max |D − D*| where there is data", f"{result.error_max:.4f}"),
     ):
         typer.echo(f"  {name:<36} {number:>13}")
     numbers = result.numbers() | {"seed": seed}
-    _save_picture(theory.picture(result), out / "theory.png")
+    _save_figure(theory.picture(result), out / "theory.png")
     written = ["theory.png", "theory.json"]
     if sweep:
-        apart = theory.sweep()
-        numbers["sweep"] = asdict(apart)
-        typer.echo("Two normal densities of std 1, drawn apart; |gradient| of G's loss where D = D*:")
+        swept = theory.sweep()
+        numbers["sweep"] = asdict(swept)
+        typer.echo(
+            "Two normal densities of std 1 at increasing distance; |gradient| of G's loss where D = D*:"
+        )
         typer.echo(f"  {'distance':>8} {'JSD':>9} {'log 2 − JSD':>12} {'minimax':>9} {'non-saturating':>15}")
-        for i in range(0, len(apart.distances), 5):
+        for i in range(0, len(swept.distances), 5):
             typer.echo(
-                f"  {apart.distances[i]:>8.2f} {apart.jsd[i]:>9.6f} {math.log(2) - apart.jsd[i]:>12.1e} "
-                f"{apart.minimax[i]:>9.1e} {apart.non_saturating[i]:>15.3f}"
+                f"  {swept.distances[i]:>8.2f} {swept.jsd[i]:>9.6f} {math.log(2) - swept.jsd[i]:>12.1e} "
+                f"{swept.minimax[i]:>9.1e} {swept.non_saturating[i]:>15.3f}"
             )
-        _save_picture(theory.sweep_picture(apart), out / "sweep.png")
+        _save_figure(theory.sweep_picture(swept), out / "sweep.png")
         written.insert(1, "sweep.png")
-    _save(out / "theory.json", numbers)
+    _save_json(out / "theory.json", numbers)
     typer.echo(f"Saved {', '.join(written[:-1])} and {written[-1]} in {out}")
 
 
@@ -95,7 +108,7 @@ def _density(option: str, spec: str) -> Density:
         raise InputError(f"{option}: {error}") from error
 
 
-def _save(path: Path, numbers: dict[str, Any]) -> None:
+def _save_json(path: Path, numbers: dict[str, Any]) -> None:
     try:
         with replacing(path) as file:
             file.write((json.dumps(numbers, indent=2, ensure_ascii=False) + "\n").encode())
@@ -103,7 +116,7 @@ def _save(path: Path, numbers: dict[str, Any]) -> None:
         raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _save_picture(figure: Figure, path: Path) -> None:
+def _save_figure(figure: Figure, path: Path) -> None:
     try:
         with replacing(path) as file:
             figure.savefig(file, format="png", dpi=120)

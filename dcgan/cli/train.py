@@ -1,4 +1,4 @@
-"""``dcgan train``: a run from the command line; its options are the fields of its settings."""
+"""``dcgan train``: train from the command line, with one option per field of the settings."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
 
 def train(given: dict[str, Any], out: Path, config: Path | None, resume: bool, dry_run: bool) -> None:
-    """Train, or go on training.
+    """Start or resume a training run.
 
     Args:
-        given: the settings that were given on the command line.
+        given: the settings given on the command line.
         out: the run's folder.
-        config: a file of settings, which those given override.
-        resume: go on with the run in ``out``.
-        dry_run: one step, with all that a run writes.
+        config: a settings file, which the settings given override.
+        resume: resume the run in ``out``.
+        dry_run: take one step and write all outputs of a run.
     """
     from dcgan.training import distributed
 
     settings, resumed = _settings(given, out, config, resume)
-    with distributed.processes(settings.device) as (share, device):
+    with distributed.process_group(settings.device) as (share, device):
         _run(settings, out, resumed, dry_run, share, device)
 
 
 def _settings(given: dict[str, Any], out: Path, config: Path | None, resume: bool) -> tuple[Settings, bool]:
-    """The run's settings, and whether it is one to go on with."""
+    """Return the run's settings, and whether an existing run is resumed."""
     from_file = {} if config is None else read_file(config)
     there = (out / CONFIG).exists()
     if not resume:
         if there:
             raise InputError(
-                f"--out: {out} holds a run; --resume goes on with it, another folder starts another one"
+                f"--out: {out} already holds a run; add --resume to continue it, or choose another folder"
             )
         return Settings.of(from_file, str(config)).updated(given), False
     if not there:
@@ -59,7 +59,7 @@ def _run(settings: Settings, out: Path, resumed: bool, dry_run: bool, share: Any
     from dcgan.training import distributed
     from dcgan.training.report import Report
     from dcgan.training.run import Run, follow
-    from dcgan.training.stop import listening
+    from dcgan.training.stop import recording_signals
 
     first = share.rank == 0
     console = Console(quiet=not first)
@@ -79,18 +79,18 @@ def _run(settings: Settings, out: Path, resumed: bool, dry_run: bool, share: Any
             say=say,
         )
 
-    with listening() as stop:
-        if first:  # what takes a download or a cache is done once, then found by the others
+    with recording_signals() as stop:
+        if first:  # download and fill the cache once, for the other processes too
             output_folder(out)
             images = load()
-        distributed.wait_for_all()
+        distributed.barrier()
         if not first:
             images = load()
         folder = Folder(out / CHECKPOINTS, settings.keep)
         saved = None
         if resumed and (folder.last() is not None):
             saved, path = folder.resume(say, mark=first)
-            say(f"Going on from {path}, after {saved.step} steps")
+            say(f"Resuming from {path}, after {saved.step} steps")
         run = Run(settings, images, device, share, saved)
         if first:
             write_file(settings, out / CONFIG)
@@ -107,7 +107,7 @@ def _run(settings: Settings, out: Path, resumed: bool, dry_run: bool, share: Any
                 follow(run, folder, None, stop, limit=1 if dry_run else None)
     if first:
         if spent.steps:
-            say(f"The input pipeline took {spent.inputs / spent.steps:.2%} of the steps' time")
+            say(f"The input pipeline took {spent.inputs / spent.steps:.2%} of the training time")
         state = "Stopped and saved" if stop.signal else "Done"
         say(f"{state} after {run.position.step} steps: {out}")
     if stop.signal:
@@ -125,30 +125,30 @@ def _headline(run: Any) -> str:
     )
 
 
-# --- its options --------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------
 
 
 def _parameter(name: str, kind: Any, option: Option) -> inspect.Parameter:
-    """A setting as typer takes it: None where it is not given."""
+    """Return the typer parameter of a setting; its value is None if the option is not given."""
     flag = name.replace("_", "-")
     flags = option.flags or (f"--{flag}",)
     default = getattr(Settings(), name)
     if kind is bool:
         flags = (f"--{flag}/--no-{flag}",)
     shown = False if default is None or default is False else str(default)
-    about: dict[str, Any] = {"help": option.about, "show_default": shown}
+    attributes: dict[str, Any] = {"help": option.help_text, "show_default": shown}
     kinds = [k for k in get_args(kind) if k is not type(None)] if _is_union(kind) else [kind]
     base = kinds[0]
     if get_origin(base) is list:
         base = str
-        about["metavar"] = "A,B,…"
+        attributes["metavar"] = "A,B,…"
     if base in (int, float):
-        about |= {"parser": _number(base, option.least), "metavar": "N" if base is int else "X"}
+        attributes |= {"parser": _number(base, option.minimum), "metavar": "N" if base is int else "X"}
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[base | None, typer.Option(*flags, **about)],
+        annotation=Annotated[base | None, typer.Option(*flags, **attributes)],
     )
 
 
@@ -156,18 +156,18 @@ def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _number(kind: type, least: float | None) -> Callable[[str], Any]:
-    """A typer parser whose error says, as typer's own does not, what was given."""
-    words = "an integer" if kind is int else "a number"
-    words += "" if least is None else f" of at least {least}"
+def _number(kind: type, minimum: float | None) -> Callable[[str], Any]:
+    """Return a typer parser whose error, unlike typer's own, quotes the value given."""
+    expected = "an integer" if kind is int else "a number"
+    expected += "" if minimum is None else f" of at least {minimum}"
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or (least is not None and value < least):
-            raise typer.BadParameter(f"must be {words}, got {text!r}")
+        if value is None or (minimum is not None and value < minimum):
+            raise typer.BadParameter(f"must be {expected}, got {text!r}")
         return value
 
     return parse
@@ -175,20 +175,22 @@ def _number(kind: type, least: float | None) -> Callable[[str], Any]:
 
 def _command(
     out: Annotated[
-        Path, typer.Option("--out", "--outf", help="The run's folder; made where it is missing.")
+        Path, typer.Option("--out", "--outf", help="Folder of the run; created if missing.")
     ] = Path("runs/train"),
     config: Annotated[
-        Path | None, typer.Option(help="A TOML or YAML file of settings; options override it.")
+        Path | None, typer.Option(help="TOML or YAML file of settings; command-line options override it.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="One step, and all that a run writes.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take one step and write all outputs of a run.")
+    ] = False,
     **given: Any,
 ) -> None:
-    """Train a DCGAN: watch it, stop it, resume it.
+    """Train a DCGAN on an image dataset, or resume an interrupted run.
 
-    Writes into the folder: config.yaml, checkpoints/, samples/ (a grid an epoch), metrics.jsonl,
-    tensorboard/, and at the end losses.png and samples.gif. The spellings of pytorch/examples work too:
-    --batchSize, --imageSize, --niter, --nc, --manualSeed, --outf.
+    The run's folder receives config.yaml, checkpoints/, samples/ (one grid per epoch), metrics.jsonl,
+    tensorboard/, and at the end losses.png and samples.gif. The option names of pytorch/examples are
+    accepted as well: --batchSize, --imageSize, --niter, --nc, --manualSeed, --outf.
     """
     values = {name: value for name, value in given.items() if value is not None}
     if "classes" in values:
@@ -197,7 +199,7 @@ def _command(
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each setting in place of ``**given``."""
+    """Return the command with one option per setting in place of ``**given``."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     more = [_parameter(name, kind, option) for name, (kind, option) in options().items()]

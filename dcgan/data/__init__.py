@@ -1,10 +1,12 @@
-"""Real images to train on: :func:`load` makes any dataset one tensor of uint8, whose order an epoch has from
-:func:`dcgan.data.order.permutation`; :func:`digits` and :class:`Batches` are the small way.
+"""Datasets of real images.
+
+:func:`load` returns any dataset as one uint8 tensor; :func:`dcgan.data.order.permutation` gives the order of
+an epoch. :func:`digits` and :class:`Batches` suffice for small experiments.
 """
 
 from dcgan.data.batches import Batches
+from dcgan.data.decoding import normalise
 from dcgan.data.loading import Images, Split, load
-from dcgan.data.pictures import normalise
 from dcgan.data.sources import DATASETS, TEST_SPLITS, digits
 
 __all__ = ["DATASETS", "TEST_SPLITS", "Batches", "Images", "Split", "digits", "load", "normalise"]

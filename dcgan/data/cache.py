@@ -1,7 +1,8 @@
-"""Pixels in a file that is mapped into memory, so that a folder of images is decoded once and not every run.
+"""A memory-mapped file of decoded pixels, so that a folder of images is decoded once and not in every run.
 
-A file is the pixels, uint8 [N, C, H, W], then a JSON text that says what they are, then that text's length
-and a CRC-32 of all before. It is written as the pixels come, in one pass, and moved to its name when whole.
+The file holds the pixels, uint8 [N, C, H, W], then a JSON text that describes them, then the length of that
+text and a CRC-32 of everything before. It is written in a single pass as the pixels arrive and is renamed to
+its final name once it is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,21 +23,22 @@ from torch import Tensor
 from dcgan.files import cache_folder, replacing
 
 FORMAT = "dcgan-kernels images 2"
-END = struct.Struct("<QI")
+FOOTER = struct.Struct("<QI")
+"""Length of the JSON text, then the CRC-32."""
 
 
 class Note(NamedTuple):
-    """What a user should know of the images."""
+    """A remark about the images that the user should see."""
 
     text: str
 
 
 Item = np.ndarray | str | Note
-"""An image's pixels, uint8 [C, H, W], contiguous; or why there are none; or a note, which is of no image."""
+"""An image's pixels, uint8 [C, H, W], contiguous; or why it cannot be read; or a note on all images."""
 
 
 class Pixels(NamedTuple):
-    """uint8 [N, C, H, W] of the images that could be read; by position, why the others could not; notes."""
+    """The readable images, uint8 [N, C, H, W]; the reasons for unreadable ones, by position; and notes."""
 
     pixels: Tensor
     unreadable: dict[int, str]
@@ -44,115 +46,118 @@ class Pixels(NamedTuple):
 
 
 class _Unusable(Exception):
-    """A file that is damaged, foreign, or of other images."""
+    """The file is damaged, of another format, or of other images."""
 
 
 def default_folder() -> Path:
-    """``$DCGAN_CACHE/images``, or ``~/.cache/dcgan-kernels/images``."""
+    """Return ``$DCGAN_CACHE/images``, or ``~/.cache/dcgan-kernels/images`` if that variable is not set."""
     return cache_folder("images")
 
 
 def in_memory(items: Iterable[Item], count: int, shape: tuple[int, int, int]) -> Pixels:
-    """``count`` items of ``shape``, without a file."""
+    """Collect ``count`` items whose images have ``shape``, without a cache file."""
     pixels = torch.empty(count, *shape, dtype=torch.uint8)
     rows, found = pixels.numpy(), 0
     unreadable: dict[int, str] = {}
-    notes = []
-    for item in items:
-        if isinstance(item, Note):
-            notes.append(item.text)
-        elif isinstance(item, str):
-            unreadable[found + len(unreadable)] = item
-        else:
-            rows[found] = item
-            found += 1
+    notes: list[str] = []
+    for image in _images(items, unreadable, notes):
+        rows[found] = image
+        found += 1
     return Pixels(pixels[:found], unreadable, tuple(notes))
 
 
-def kept(
+def load_or_build(
     path: Path,
     key: str,
     items: Callable[[], Iterable[Item]],
     shape: tuple[int, int, int],
     say: Callable[[str], None],
 ) -> Pixels | None:
-    """What the file holds, mapped copy-on-write; made from ``items()`` where it holds nothing of use.
+    """Map the cache file copy-on-write; if it is missing or unusable, build it from ``items()`` first.
 
-    The whole file is read once to check it. While it is made, memory holds only the items under way.
+    The whole file is read once to verify it. While it is being built, memory holds only the items in flight.
 
     Args:
-        path: the file; its folder is made where it is missing.
-        key: of what the images are; a file with another key is made anew.
-        items: called for the images where they have to be made.
+        path: the file; its folder is created if it does not exist.
+        key: identifies the images; a file with another key is rebuilt.
+        items: called to produce the images if the file has to be built.
         shape: [C, H, W].
-        say: is told what happens.
+        say: receives progress messages.
 
     Returns:
-        The pixels; None where no file can be kept, for want of permission or room.
+        The pixels, or None if no cache file can be written (no permission or no space).
     """
     try:
         return _read(path, key)
     except _Unusable as why:
-        say(f"The cached images in {path} are {why}; they are made anew.")
-    except OSError:  # there is none yet, or it cannot be read: writing it will tell
+        say(f"The cached images in {path} are {why}; rebuilding them.")
+    except OSError:  # it does not exist yet or cannot be read; writing it will report the latter
         pass
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, key, items(), shape)
         return _read(path, key)
     except (OSError, _Unusable) as error:
-        say(f"Images are kept in memory, as {path.parent} cannot be used as a cache: {error}.")
+        say(f"Keeping the images in memory, because {path.parent} cannot be used as a cache: {error}.")
         return None
 
 
+def _images(items: Iterable[Item], unreadable: dict[int, str], notes: list[str]) -> Iterator[np.ndarray]:
+    """Yield the pixels of the readable images; add the other items to ``unreadable`` and ``notes``."""
+    count = 0
+    for item in items:
+        if isinstance(item, Note):
+            notes.append(item.text)
+        elif isinstance(item, str):
+            unreadable[count + len(unreadable)] = item
+        else:
+            yield item
+            count += 1
+
+
 def _write(path: Path, key: str, items: Iterable[Item], shape: tuple[int, int, int]) -> None:
-    """Raises OSError: no permission, no room; nothing is left then."""
+    """Write the file. Raises OSError (no permission, no space), leaving no partial file."""
     count = crc = 0
     unreadable: dict[int, str] = {}
-    notes = []
+    notes: list[str] = []
     with replacing(path, durable=True) as file:
-        for item in items:
-            if isinstance(item, Note):
-                notes.append(item.text)
-            elif isinstance(item, str):
-                unreadable[count + len(unreadable)] = item
-            else:
-                file.write(item.data)
-                crc = zlib.crc32(item.data, crc)
-                count += 1
-        about = {
+        for image in _images(items, unreadable, notes):
+            file.write(image.data)
+            crc = zlib.crc32(image.data, crc)
+            count += 1
+        header = {
             "format": FORMAT,
             "key": key,
             "shape": [count, *shape],
             "unreadable": unreadable,
             "notes": notes,
         }
-        text = json.dumps(about).encode()
-        file.write(text + END.pack(len(text), zlib.crc32(text, crc)))
+        text = json.dumps(header).encode()
+        file.write(text + FOOTER.pack(len(text), zlib.crc32(text, crc)))
 
 
 def _read(path: Path, key: str) -> Pixels:
-    """Raises OSError: no such file, or no permission. Raises _Unusable: says what is wrong with it."""
+    """Map the file. Raises OSError (missing, no permission) or _Unusable, which states the defect."""
     with path.open("rb") as file:
         length = os.fstat(file.fileno()).st_size
-        if length < END.size:
+        if length < FOOTER.size:
             raise _Unusable("damaged")
-        # Copy-on-write, so that nothing done to the tensor reaches the file. Where Python knows the flag, no
-        # memory is reserved for the copies, which would fail for a file larger than the memory.
+        # Copy-on-write, so that writes to the tensor never reach the file. Where Python knows the flag, no
+        # memory is reserved for the copies; reserving it would fail for a file larger than the memory.
         if hasattr(mmap, "MAP_NORESERVE"):
             flags = mmap.MAP_PRIVATE | mmap.MAP_NORESERVE
             mapped = mmap.mmap(file.fileno(), length, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         else:
             mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY)
-    end = length - END.size
-    text_length, crc = END.unpack_from(mapped, end)
+    end = length - FOOTER.size
+    text_length, crc = FOOTER.unpack_from(mapped, end)
     start = end - text_length
     with memoryview(mapped) as view, view[:end] as checked:
         if start < 0 or zlib.crc32(checked) != crc:
             raise _Unusable("damaged")
-    about = json.loads(mapped[start:end])
-    if about["format"] != FORMAT or about["key"] != key:
-        raise _Unusable("not of the images as they are now")
-    pixels = torch.frombuffer(mapped, dtype=torch.uint8)[:start].view(about["shape"])
-    unreadable = {int(position): why for position, why in about["unreadable"].items()}
-    return Pixels(pixels, unreadable, tuple(about["notes"]))
+    header = json.loads(mapped[start:end])
+    if header["format"] != FORMAT or header["key"] != key:
+        raise _Unusable("out of date")
+    pixels = torch.frombuffer(mapped, dtype=torch.uint8)[:start].view(header["shape"])
+    unreadable = {int(position): why for position, why in header["unreadable"].items()}
+    return Pixels(pixels, unreadable, tuple(header["notes"]))

@@ -1,4 +1,4 @@
-"""A dataset by its name, as one tensor of uint8."""
+"""Loading of a dataset, by name, as one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dcgan.data import pictures
-from dcgan.data.cache import Item, Note, Pixels, default_folder, in_memory, kept
-from dcgan.data.sources import DATASETS, Source, channels_of, evenly, find
+from dcgan.data import decoding
+from dcgan.data.cache import Item, Note, Pixels, default_folder, in_memory, load_or_build
+from dcgan.data.sources import DATASETS, Source, detect_channels, evenly_spaced, find
 from dcgan.errors import InputError
 from dcgan.models import IMAGE_SIZES
 
 Split = Literal["train", "test"]
 
-TOGETHER = 128
-"""Images decoded before the first of them is taken, which bounds the memory."""
-ROWS = 1024
-"""Images of an array that are resized at a time, for the same reason."""
-NAMED = 5
-"""Unreadable images that are named to the user; all of them are in :attr:`Images.skipped`."""
-DARK = 4095
-"""The white of 12 bits; 16-bit images without a level above it are said to be dark."""
+DECODE_BLOCK = 128
+"""Number of images decoded before the first of them is consumed; bounds the memory."""
+RESIZE_BLOCK = 1024
+"""Number of images of an array resized at a time, for the same reason."""
+MAX_NAMED = 5
+"""Number of unreadable images named in messages; :attr:`Images.skipped` lists all of them."""
+WHITE_12_BITS = 4095
+"""White level of 12-bit images; 16-bit images without a level above it are reported as dark."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A dataset's images.
+    """The images of a dataset.
 
     Args:
-        pixels: uint8 [N, C, H, W], contiguous, H = W, N at least 1; in memory, or mapped from a file,
-            copy-on-write.
-        name: the dataset's.
-        classes: names of the classes; empty where there are none.
-        labels: int64 [N], positions in ``classes``; None where there are none.
-        skipped: files that cannot be read, relative to their folder.
+        pixels: uint8 [N, C, H, W], contiguous, H = W, N at least 1; in memory, or mapped copy-on-write from a
+            file.
+        name: name of the dataset.
+        classes: names of the classes; empty if there are none.
+        labels: int64 [N], indices into ``classes``; None if there are none.
+        skipped: unreadable files, relative to the dataset's folder.
     """
 
     pixels: Tensor
@@ -69,7 +69,7 @@ class Images:
 
 
 def _silent(message: str) -> None:
-    """Nothing is said."""
+    """Discard the message."""
 
 
 def load(
@@ -86,64 +86,71 @@ def load(
     cache: Path | None = None,
     say: Callable[[str], None] = _silent,
 ) -> Images:
-    """A dataset, decoded and resized once: shorter side to ``image_size``, antialiased bilinear, centre crop.
+    """Load a dataset with its images resized and cropped to ``image_size``, uint8.
 
-    Pixels are those of torchvision's ``Resize(image_size)`` and ``CenterCrop(image_size)`` on PIL images,
-    the seed's transform; :func:`dcgan.data.normalise` is the rest of it. What is done to other modes than L
-    and RGB, :func:`dcgan.data.pictures.converted` says; 32-bit integers have one white for all files.
+    The shorter side is resized to ``image_size`` (antialiased bilinear), then the centre is cropped.
+
+    The pixels equal those of torchvision's ``Resize(image_size)`` and ``CenterCrop(image_size)`` on PIL
+    images, the transform of the reference recipe; :func:`dcgan.data.normalise` is the remainder of it.
+    :func:`dcgan.data.decoding.convert` documents how modes other than L and RGB are handled; all 32-bit
+    integer images share one white level.
 
     * ``mnist``, ``fashion-mnist``: IDX files, gzipped or not, in root/MNIST/raw, root/FashionMNIST/raw;
       1 channel.
     * ``cifar10``: root/cifar-10-batches-py; 3 channels.
     * ``celeba``: root/celeba; 3 channels, no classes.
-    * ``folder``: all images below root. Its subfolders that hold some are the classes, '.' is that of images
-      beside them. 1 channel where each of up to 64 images, spread evenly, is grey, and else 3.
+    * ``folder``: all images below root. Subfolders that contain images are the classes; images directly in
+      root then have the class '.'. 1 channel if all of up to 64 evenly spaced images are grey, else 3.
     * ``digits``: scikit-learn's 1,797 digits, resized bicubically from 8×8; 1 channel.
     * ``fake``: noise, 1,024 images or ``limit``; 3 channels.
 
-    The first four are downloaded through torchvision where they are not there.
+    The first four are downloaded through torchvision if they are missing.
 
-    Images that are files are kept resized in ``cache``, and made anew when a file's size or time changes.
-    Files of the cache may be deleted at any time.
+    Images from files are cached in ``cache`` after resizing, and rebuilt when a file's size or time changes.
+    Cache files may be deleted at any time.
 
     Args:
         name: one of :data:`DATASETS`.
-        root: the folder that the dataset is in, or below; ``digits`` and ``fake`` need none.
+        root: the folder that contains the dataset; ``digits`` and ``fake`` need none.
         image_size: H and W, one of :data:`dcgan.models.IMAGE_SIZES`.
-        channels: 1 or 3; None for the dataset's own.
-        classes: the names of those to keep; labels are then positions among these, in the dataset's order.
-        workers: threads that decode; 0 decodes in the caller's.
-        limit: at most so many images: the first, or of files, which are sorted by class, evenly spread ones.
-        split: 'train' or, of the datasets in :data:`TEST_SPLITS`, 'test'.
-        download: whether what is not there may be downloaded.
-        cache: the folder of the cache; None for ``$DCGAN_CACHE/images``, or without that variable
-            ``~/.cache/dcgan-kernels/images``.
-        say: is given a line for the user now and then; without it, only what may make pictures come out other
-            than meant is told, as a warning.
+        channels: 1 or 3; None for the dataset's default.
+        classes: names of the classes to keep; labels then index these, in the dataset's order.
+        workers: number of decoding threads; 0 decodes in the calling thread.
+        limit: maximum number of images: the first ones, or for image files, which are sorted by class, evenly
+            spaced ones.
+        split: 'train' or, for the datasets in :data:`TEST_SPLITS`, 'test'.
+        download: whether a missing dataset may be downloaded.
+        cache: the cache folder; None for ``$DCGAN_CACHE/images``, or ``~/.cache/dcgan-kernels/images`` if
+            that variable is not set.
+        say: receives progress messages. Without it, only notes on images that may be decoded differently from
+            what was intended are reported, as warnings.
 
     Raises:
-        InputError: an argument that is not allowed; a root without the dataset, where it cannot be
-            downloaded either; damaged files; a folder without images, or of which none can be read.
+        InputError: an invalid argument; the dataset is not in ``root`` and cannot be downloaded; damaged
+            files; a folder without images, or without any readable image.
     """
     root = Path(os.path.expanduser(root))
     _check(name, image_size, channels, workers, limit, split)
     source = find(name, root, split, image_size, limit, download, say)
-    kept_classes, labels, chosen = _of_classes(name, source, classes)
+    kept_classes, labels, chosen = _select_classes(name, source, classes)
     if limit is not None:
-        chosen = chosen[evenly(len(chosen), limit)] if source.files else chosen[:limit]
+        chosen = chosen[evenly_spaced(len(chosen), limit)] if source.files else chosen[:limit]
     if channels is None:
-        channels = channels_of(source, chosen, say)
+        channels = detect_channels(source, chosen, say)
     if source.array is not None:
-        found = Pixels(_resized(source.array, chosen, channels, image_size), {})
+        found = Pixels(_resize_array(source.array, chosen, channels, image_size), {})
     else:
         request = [name, str(root.resolve()), split, limit, kept_classes, channels, image_size]
-        found = _of_files(request, root, source, chosen, channels, image_size, workers, cache, say)
+        found = _load_files(request, root, source, chosen, channels, image_size, workers, cache, say)
 
     unreadable = sorted(found.unreadable)
     skipped = tuple(source.names[chosen[i]] for i in unreadable)
     if skipped:
-        first = [f"{n} ({found.unreadable[i]})" for n, i in zip(skipped[:NAMED], unreadable, strict=False)]
-        what = "; ".join(first) + (f"; and {len(skipped) - NAMED:,} more" if len(skipped) > NAMED else "")
+        first = [
+            f"{n} ({found.unreadable[i]})" for n, i in zip(skipped[:MAX_NAMED], unreadable, strict=False)
+        ]
+        more = f"; and {len(skipped) - MAX_NAMED:,} more" if len(skipped) > MAX_NAMED else ""
+        what = "; ".join(first) + more
         if not len(found.pixels):
             raise InputError(f"none of the {len(skipped):,} images in {str(root)!r} can be read: {what}")
         say(f"Skipped {len(skipped):,} of {len(chosen):,} images, which cannot be read: {what}.")
@@ -152,8 +159,8 @@ def load(
             warnings.warn(note, stacklevel=2)
         else:
             say(note)
-    of_found = None if labels is None else torch.from_numpy(np.delete(labels[chosen], unreadable))
-    return Images(found.pixels, name, kept_classes, of_found, skipped)
+    kept_labels = None if labels is None else torch.from_numpy(np.delete(labels[chosen], unreadable))
+    return Images(found.pixels, name, kept_classes, kept_labels, skipped)
 
 
 def _check(
@@ -176,37 +183,37 @@ def _check(
         raise InputError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
 
 
-def _of_classes(
+def _select_classes(
     name: str, source: Source, classes: Sequence[str] | None
 ) -> tuple[tuple[str, ...], np.ndarray | None, np.ndarray]:
-    """Names of the classes kept, labels among them for all images, positions of the images that are kept."""
+    """Return the kept classes, all images' labels as indices into them, and the kept images' indices."""
     everything = np.arange(len(source))
     if classes is None:
         return source.classes, source.labels, everything
     if isinstance(classes, str) or not classes:
         raise InputError(f"classes must be a sequence of at least one name, got {classes!r}")
     if source.labels is None:
-        raise InputError(f"classes must be None, as {name} has no classes here, got {', '.join(classes)}")
+        raise InputError(f"classes must be None because {name} has no classes here, got {', '.join(classes)}")
     for given in classes:
         if given not in source.classes:
             raise InputError(f"classes must be among {', '.join(source.classes)}, got {given!r}")
-    wanted = np.array([of in classes for of in source.classes])
+    wanted = np.array([own in classes for own in source.classes])
     chosen = everything[wanted[source.labels]]
     names = tuple(itertools.compress(source.classes, wanted))
     if not len(chosen):
-        raise InputError(f"classes {', '.join(names)}: {name} has no images of these")
+        raise InputError(f"classes {', '.join(names)}: {name} has no images of these classes")
     return names, (np.cumsum(wanted) - 1)[source.labels], chosen
 
 
-def _resized(array: Tensor, chosen: np.ndarray, channels: int, size: int) -> Tensor:
+def _resize_array(array: Tensor, chosen: np.ndarray, channels: int, size: int) -> Tensor:
     pixels = torch.empty(len(chosen), channels, size, size, dtype=torch.uint8)
-    rows = torch.from_numpy(chosen).split(ROWS)
-    for into, some in zip(pixels.split(ROWS), rows, strict=True):
-        into.copy_(pictures.resized(array[some], channels, size))
+    indices = torch.from_numpy(chosen).split(RESIZE_BLOCK)
+    for block, some in zip(pixels.split(RESIZE_BLOCK), indices, strict=True):
+        block.copy_(decoding.resize_batch(array[some], channels, size))
     return pixels
 
 
-def _of_files(
+def _load_files(
     request: Sequence[object],
     root: Path,
     source: Source,
@@ -221,96 +228,100 @@ def _of_files(
 
     def items() -> Iterator[Item]:
         say(f"Decoding {len(chosen):,} images of {root} to {size}×{size}.")
-        files, names = ([of[i] for i in chosen] for of in (source.files, source.names))
-        return _decoded(files, names, channels, size, workers)
+        files, names = ([values[i] for i in chosen] for values in (source.files, source.names))
+        return _decode(files, names, channels, size, workers)
 
-    state = [(source.names[i], _state(source.files[i])) for i in chosen]
+    fingerprints = [(source.names[i], _fingerprint(source.files[i])) for i in chosen]
     folder = default_folder() if cache is None else Path(os.path.expanduser(cache))
     path = folder / f"{_hash(request)[:32]}.images"
-    found = kept(path, _hash([pictures.VERSION, request, state]), items, shape, say)
+    found = load_or_build(path, _hash([decoding.VERSION, request, fingerprints]), items, shape, say)
     return in_memory(items(), len(chosen), shape) if found is None else found
 
 
-def _decoded(
+def _decode(
     files: Sequence[str], names: Sequence[str], channels: int, size: int, workers: int
 ) -> Iterator[Item]:
-    """Each file's pixels, or why it has none; then what is to be said of pictures of 16 and 32 bits."""
+    """Yield each file's pixels, or why it cannot be read; then notes on 16-bit and 32-bit images."""
     dark: dict[int, int] = {}
-    wide = _Wide(files, names)
+    shared_white = _SharedWhite(files, names)
 
-    def one(position: int) -> Item:
+    def decode_one(position: int) -> Item:
         try:
-            image = pictures.opened(files[position])
-            top = pictures.top_of_16_bits(image)
-            if top is not None and 0 < top <= DARK:
+            image = decoding.open_image(files[position])
+            top = decoding.max_level_of_16_bits(image)
+            if top is not None and 0 < top <= WHITE_12_BITS:
                 dark[position] = top
-            white = wide.white() if pictures.depth(image) == 32 else None
-            return pictures.pixels_of(image, channels, size, white)
-        except Exception as error:  # whatever bytes that are no image make of Pillow's parsers
-            return _why(error)
+            white = shared_white.white() if decoding.bit_depth(image) == 32 else None
+            return decoding.to_pixels(image, channels, size, white)
+        except Exception as error:  # Pillow's parsers may raise anything on bytes that are not an image
+            return _reason(error)
 
-    Image.init()  # in the first threads to meet a rarer format, Pillow would race to do it, and lose images
+    Image.init()  # else the first threads to meet a rarer format would race to run it and lose images
     if workers == 0:
-        yield from map(one, range(len(files)))
+        yield from map(decode_one, range(len(files)))
     else:
-        with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without Python's lock
-            for start in range(0, len(files), TOGETHER):
-                yield from pool.map(one, range(start, min(start + TOGETHER, len(files))))
+        with ThreadPoolExecutor(workers) as pool:  # Pillow releases the GIL to decode and resize
+            for start in range(0, len(files), DECODE_BLOCK):
+                yield from pool.map(decode_one, range(start, min(start + DECODE_BLOCK, len(files))))
     if dark:
-        few = "; ".join(f"{names[i]} (up to {dark[i]})" for i in sorted(dark)[:NAMED])
-        more = f"; and {len(dark) - NAMED:,} more" if len(dark) > NAMED else ""
+        few = "; ".join(f"{names[i]} (up to {dark[i]})" for i in sorted(dark)[:MAX_NAMED])
+        more = f"; and {len(dark) - MAX_NAMED:,} more" if len(dark) > MAX_NAMED else ""
         yield Note(
-            f"{len(dark):,} images of 16 bits have no level above {DARK}, as if of 12 bits, and come out "
-            f"dark, as white is taken to be 65535; where it is {DARK}, multiply them by 16: {few}{more}."
+            f"{len(dark):,} 16-bit images have no level above {WHITE_12_BITS}, as 12-bit images do, and will "
+            f"look dark because the white level is assumed to be 65535; if it is {WHITE_12_BITS}, multiply "
+            f"their levels by 16: {few}{more}."
         )
-    if wide.said:
-        yield Note(wide.said)
+    if shared_white.note:
+        yield Note(shared_white.note)
 
 
-class _Wide:
-    """The white of pictures of 32-bit integers, one for all of them, so that none is brighter than it was.
+class _SharedWhite:
+    """The common white level of all images of 32-bit integers, which preserves their relative brightness.
 
-    All of them are looked at, but only once there is one.
+    The first request scans all files; without 32-bit images there is no scan.
     """
 
     def __init__(self, files: Sequence[str], names: Sequence[str]) -> None:
         self._files, self._names, self._lock = files, names, Lock()
         self._white: int | None = None
-        self.said = ""
+        self.note = ""
 
     def white(self) -> int:
         with self._lock:
             if self._white is None:
-                tops = {name: _top(file) for file, name in zip(self._files, self._names, strict=True)}
+                tops = {name: _max_level(file) for file, name in zip(self._files, self._names, strict=True)}
                 known = {name: top for name, top in tops.items() if top is not None}
                 name = max(known, key=known.__getitem__, default="")
-                self._white = pictures.white_of(known.get(name, 0))
+                self._white = decoding.white_level(known.get(name, 0))
                 if known:
-                    self.said = (
-                        f"{len(known):,} images are of 32-bit or signed integers, up to {known[name]} in "
-                        f"{name}: white is taken to be {self._white} in all of them, the least 2^n - 1 that "
-                        "reaches that."
+                    self.note = (
+                        f"{len(known):,} images have 32-bit or signed integers, up to {known[name]} in "
+                        f"{name}; the white level of all of them is assumed to be {self._white}, the "
+                        "smallest 2^n - 1 that is not below."
                     )
             return self._white
 
 
-def _top(file: str) -> int | None:
-    """The largest level of a picture of 32-bit integers; None for all else."""
+def _max_level(file: str) -> int | None:
+    """Return the largest level of an image of 32-bit integers; None for any other file."""
     try:
         with Image.open(file) as image:
-            return pictures.largest(image) if pictures.depth(image) == 32 else None
-    except Exception:  # as in decoding, which says what it is
+            return decoding.max_level(image) if decoding.bit_depth(image) == 32 else None
+    except Exception:  # the error will be reported when the image is decoded
         return None
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no image"
+        return "not an image"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-def _state(file: str) -> tuple[int, int, int] | None:
-    """What changes when the file does; its ctime also when its permissions do. None for a link to nowhere."""
+def _fingerprint(file: str) -> tuple[int, int, int] | None:
+    """Return (size, mtime, ctime), which change with the file's content; None for a dangling link.
+
+    The ctime also changes with the permissions.
+    """
     try:
         found = os.stat(file)
     except OSError:

@@ -1,4 +1,4 @@
-"""The order in which an epoch goes through the images."""
+"""The order in which an epoch visits the images."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dcgan.errors import InputError
 
 
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of one epoch: a function of (n, seed, epoch) alone, so that resuming needs no state.
+    """Return the order of one epoch. It depends only on (n, seed, epoch), so resuming needs no stored state.
 
-    Orders of different seeds or epochs are independent of each other: the two are hashed together, not added.
+    Orders of different seeds or epochs are independent because seed and epoch are hashed together, not added.
 
     Args:
-        n: how many images there are.
-        seed: of the run.
-        epoch: counted from 0.
+        n: number of images.
+        seed: RNG seed of the run.
+        epoch: epoch number, from 0.
 
     Returns:
-        int64 [n], each of 0 … n-1 once, on the CPU.
+        A permutation of 0 … n-1, int64 [n], on the CPU.
 
     Raises:
-        InputError: an argument that is no integer of at least 0.
+        InputError: an argument is not an integer of at least 0.
 
-    Source: O'Neill's hash, as :class:`numpy.random.SeedSequence` has it.
+    Source: O'Neill's hash, as implemented in :class:`numpy.random.SeedSequence`.
     """
     for name, value in (("n", n), ("seed", seed), ("epoch", epoch)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

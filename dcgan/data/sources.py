@@ -1,6 +1,6 @@
-"""Where each dataset's pictures, labels and classes come from.
+"""Sources of each dataset's images, labels and classes.
 
-Files lie where torchvision puts them below ``root``, and torchvision downloads them where there are none.
+Files are expected where torchvision stores them below ``root``; torchvision downloads missing ones.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcgan.data.pictures import is_grey
+from dcgan.data.decoding import is_grey
 from dcgan.errors import InputError
 
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "celeba", "folder", "digits", "fake")
 TEST_SPLITS = ("mnist", "fashion-mnist", "cifar10", "celeba", "fake")
-"""The datasets that have a ``split='test'`` beside ``'train'``."""
+"""Datasets that have a ``'test'`` split in addition to ``'train'``."""
 
 DIGIT_SIZE = 8
 FAKE_IMAGES = 1024
 TIMEOUT = 30.0
-"""Seconds without an answer after which a download has failed; torchvision itself would wait for ever."""
-SAMPLE = 64
-"""Images looked at to tell whether a folder is grey."""
+"""Seconds without a response after which a download fails; torchvision itself would wait forever."""
+CHANNEL_SAMPLE = 64
+"""Number of images inspected to decide whether a folder is grey."""
 
-TEN = tuple("0123456789")
+DIGIT_CLASSES = tuple("0123456789")
 IDX = {
-    "mnist": ("MNIST", TEN),
+    "mnist": ("MNIST", DIGIT_CLASSES),
     "fashion-mnist": (
         "FashionMNIST",
         (
@@ -58,15 +58,15 @@ IDX = {
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A dataset's N pictures, of whatever size and mode they have: an array, or files.
+    """The N images of a dataset in their original size and mode, either as an array or as files.
 
     Args:
-        channels: of the pictures; None where only their files tell.
-        classes: names of the classes; none where there are no labels.
-        labels: int64 [N], positions in ``classes``.
+        channels: channels of the images; None if that is known only from the files.
+        classes: names of the classes; empty if there are no labels.
+        labels: int64 [N], indices into ``classes``.
         array: uint8 [N, channels, H, H].
-        files: where there is no array, the path of each picture.
-        names: how to call these files, relative to the dataset's folder.
+        files: if there is no array, the path of each image.
+        names: names of these files in messages, relative to the dataset's folder.
     """
 
     channels: int | None
@@ -89,13 +89,13 @@ def find(
     download: bool,
     say: Callable[[str], None],
 ) -> Source:
-    """The dataset ``name`` of :data:`DATASETS`; arguments as :func:`dcgan.data.load`'s.
+    """Return the source of dataset ``name``; the arguments are those of :func:`dcgan.data.load`.
 
     Raises:
         InputError: as :func:`dcgan.data.load`.
     """
     if split == "test" and name not in TEST_SPLITS:
-        raise InputError(f"split must be 'train', as {name} has no test split, got 'test'")
+        raise InputError(f"split must be 'train' because {name} has no test split, got 'test'")
     if name == "folder":
         return _folder(root)
     if name == "digits":
@@ -112,28 +112,28 @@ def find(
         return read(name, root, split)
     except InputError as missing:
         if not download:
-            raise InputError(f"{missing}. {_offline(name)}") from missing
+            raise InputError(f"{missing}. {_offline_hint(name)}") from missing
         say(f"{missing}. Downloading {name} into {root}.")
         try:
-            with _timeout(TIMEOUT):
+            with _socket_timeout(TIMEOUT):
                 fetch(name, root)
-        except Exception as error:  # urllib, tarfile, zipfile, gdown and torchvision have each their own
+        except Exception as error:  # urllib, tarfile, zipfile, gdown and torchvision raise unrelated types
             why = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"{missing}, and downloading {name} into {root} failed: {why}. {_offline(name)}"
+                f"{missing}, and downloading {name} into {root} failed: {why}. {_offline_hint(name)}"
             ) from error
         return read(name, root, split)
 
 
-def _offline(name: str) -> str:
+def _offline_hint(name: str) -> str:
     return (
-        f"Without a network, put the files of {name} there, or use the dataset 'digits' (1,797 real digits "
-        "that come with scikit-learn), 'folder' (a folder of your own images) or 'fake' (noise)"
+        f"Without network access, copy the files of {name} there, or use the dataset 'digits' (1,797 real "
+        "digits that come with scikit-learn), 'folder' (a folder of your own images) or 'fake' (noise)"
     )
 
 
 @contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
+def _socket_timeout(seconds: float) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -146,7 +146,7 @@ def _timeout(seconds: float) -> Iterator[None]:
 
 
 def _read_idx(name: str, root: Path, split: str) -> Source:
-    """IDX files, gzipped or not.
+    """Read IDX files, gzipped or not.
 
     Sources: LeCun, Cortes, Burges, *The MNIST Database*, 1998; Xiao, Rasul, Vollgraf, *Fashion-MNIST*, 2017.
     """
@@ -156,29 +156,29 @@ def _read_idx(name: str, root: Path, split: str) -> Source:
     labels = _idx(prefix.with_name(f"{prefix.name}-labels-idx1-ubyte"), 1).astype(np.int64)
     if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() >= len(classes):
         raise InputError(
-            f"{prefix}-*: damaged: images {list(images.shape)}, {len(labels)} labels up to "
-            f"{labels.max(initial=0)}"
+            f"{prefix}-*: the files are damaged: images have shape {list(images.shape)}, and there are "
+            f"{len(labels)} labels up to {labels.max(initial=0)}"
         )
     return Source(1, classes, labels, torch.from_numpy(images).unsqueeze(1))
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes, or where there is none, ``path``.gz, unpacked in memory.
+    """Read an IDX file of bytes, or ``path``.gz, decompressed in memory, if ``path`` does not exist.
 
     Format: bytes 0, 0, 8 (unsigned bytes), the number of dimensions; each dimension as a big-endian 32-bit
-    integer; the values, the last dimension fastest.
+    integer; the values, last dimension fastest.
     """
     packed = path.with_name(f"{path.name}.gz")
     try:
         data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
     except FileNotFoundError as error:
-        raise InputError(f"{path} is not there, nor is {packed.name}") from error
+        raise InputError(f"neither {path} nor {packed.name} exists") from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} or {packed.name} cannot be read: {error}") from error
     start = 4 + 4 * dimensions
     shape = tuple(int(n) for n in np.frombuffer(data[4:start], ">u4")) if len(data) >= start else ()
     if data[:4] != bytes((0, 0, 8, dimensions)) or len(data) != start + math.prod(shape):
-        raise InputError(f"{path} or {packed.name} is no IDX file of {dimensions} dimensions, or damaged")
+        raise InputError(f"{path} or {packed.name} is damaged or not an IDX file of {dimensions} dimensions")
     return np.frombuffer(bytearray(data), np.uint8, offset=start).reshape(shape)
 
 
@@ -192,21 +192,22 @@ def _fetch_idx(name: str, root: Path) -> None:
 
 
 def _read_cifar10(name: str, root: Path, split: str) -> Source:
-    """Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
+    """Read CIFAR-10 through torchvision.
 
-    The files are pickles, which torchvision opens only where their MD5 is the published one.
+    The files are pickles; torchvision opens them only if their MD5 is the published one.
+
+    Source: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
     """
     from torchvision.datasets import CIFAR10
 
     try:
-        made = CIFAR10(str(root), train=split == "train", download=False)
+        dataset = CIFAR10(str(root), train=split == "train", download=False)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"{root / CIFAR10.base_folder} is not there, or lacks some of the files of CIFAR-10, or they are "
-            "damaged"
+            f"{root / CIFAR10.base_folder} does not exist, or its CIFAR-10 files are incomplete or damaged"
         ) from error
-    array = torch.from_numpy(made.data).permute(0, 3, 1, 2)
-    return Source(3, tuple(made.classes), np.asarray(made.targets, np.int64), array)
+    array = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
+    return Source(3, tuple(dataset.classes), np.asarray(dataset.targets, np.int64), array)
 
 
 def _fetch_cifar10(name: str, root: Path) -> None:
@@ -219,23 +220,23 @@ def _fetch_cifar10(name: str, root: Path) -> None:
 
 
 def _read_celeba(name: str, root: Path, split: str) -> Source:
-    """The aligned and cropped pictures, split as published.
+    """Read the aligned and cropped images with the published split.
 
     Source: Liu, Luo, Wang, Tang, *Deep Learning Face Attributes in the Wild*, 2015.
     """
     folder = root / "celeba" / "img_align_celeba"
     partition = root / "celeba" / "list_eval_partition.txt"
     if not os.path.isdir(folder):
-        raise InputError(f"{folder} is not there")
+        raise InputError(f"{folder} does not exist")
     try:
         rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{partition}, which says what is 'train' and 'test', cannot be read") from error
+        raise InputError(f"{partition}, which defines the splits, cannot be read") from error
     if any(len(row) != 2 or row[1] not in ("0", "1", "2") for row in rows):
-        raise InputError(f"{partition} is damaged: each line must be a file's name and 0, 1 or 2")
+        raise InputError(f"{partition} is damaged: each line must be a file name and 0, 1 or 2")
     names = tuple(file for file, part in rows if part == ("0" if split == "train" else "2"))
     if not names:
-        raise InputError(f"{partition} lists no picture of the split {split!r}")
+        raise InputError(f"{partition} lists no image of the split {split!r}")
     return Source(3, files=tuple(str(folder / file) for file in names), names=names)
 
 
@@ -249,38 +250,38 @@ def _fetch_celeba(name: str, root: Path) -> None:
 
 
 def _folder(root: Path) -> Source:
-    """All images below ``root``; classes are its subfolders that hold some, at any depth.
+    """List all images below ``root``; its subfolders that contain images, at any depth, are the classes.
 
-    Images in ``root`` itself, beside such subfolders, are of the class '.'. Entries whose names start with a
-    dot are left out.
+    If there are such subfolders, images directly in ``root`` have the class '.'. Entries whose names start
+    with a dot are ignored.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not os.path.isdir(root):
-        raise InputError(f"root must be a folder of images, got {str(root)!r}, which is no folder")
+        raise InputError(f"root must be a folder of images, got {str(root)!r}, which is not a folder")
     try:
-        files = tuple(_images_below(str(root), IMG_EXTENSIONS, ()))
+        files = tuple(_image_files(str(root), IMG_EXTENSIONS, ()))
     except OSError as error:
         raise InputError(f"root {str(root)!r} cannot be read: {error}") from error
     if not files:
         raise InputError(
-            f"root must be a folder of images, got {str(root)!r}, which holds none of "
-            f"{', '.join(IMG_EXTENSIONS)} at any depth"
+            f"root must be a folder of images, got {str(root)!r}, which contains no "
+            f"{', '.join(IMG_EXTENSIONS)} file at any depth"
         )
     names = tuple(_printable(file.removeprefix(os.path.join(root, ""))) for file in files)
-    of_each = [name.split(os.sep)[0] if os.sep in name else "." for name in names]
-    if all(of == "." for of in of_each):
+    class_names = [name.split(os.sep)[0] if os.sep in name else "." for name in names]
+    if all(class_name == "." for class_name in class_names):
         return Source(None, files=files, names=names)
-    classes = tuple(sorted(set(of_each)))
-    position = {of: i for i, of in enumerate(classes)}
-    labels = np.array([position[of] for of in of_each], np.int64)
+    classes = tuple(sorted(set(class_names)))
+    index = {class_name: i for i, class_name in enumerate(classes)}
+    labels = np.array([index[class_name] for class_name in class_names], np.int64)
     return Source(None, classes, labels, files=files, names=names)
 
 
-def _images_below(folder: str, extensions: tuple[str, ...], above: tuple[str, ...]) -> Iterator[str]:
-    """Files in the order of their names, links followed but for those that lead back up."""
+def _image_files(folder: str, extensions: tuple[str, ...], parents: tuple[str, ...]) -> Iterator[str]:
+    """Yield files in name order; links are followed unless they lead back to a parent folder."""
     real = os.path.realpath(folder)
-    if real in above:
+    if real in parents:
         return
     with os.scandir(folder) as scanned:
         entries = sorted(scanned, key=lambda entry: entry.name)
@@ -288,57 +289,57 @@ def _images_below(folder: str, extensions: tuple[str, ...], above: tuple[str, ..
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _images_below(entry.path, extensions, (*above, real))
+            yield from _image_files(entry.path, extensions, (*parents, real))
         elif entry.name.lower().endswith(extensions):
             yield entry.path
 
 
 def _printable(name: str) -> str:
-    """Names of files may hold bytes that are no UTF-8, which cannot be printed."""
+    """Escape bytes of a file name that are not UTF-8 and so could not be printed."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def channels_of(source: Source, chosen: np.ndarray, say: Callable[[str], None]) -> int:
-    """1 where the pictures are grey, else 3; of files, as many as :data:`SAMPLE`, spread evenly, tell."""
+def detect_channels(source: Source, chosen: np.ndarray, say: Callable[[str], None]) -> int:
+    """Return 1 if the images are grey, else 3; files are judged by a sample of :data:`CHANNEL_SAMPLE`."""
     if source.channels is not None:
         return source.channels
-    sample = chosen[evenly(len(chosen), SAMPLE)]
-    known = [grey for grey in (_grey(source.files[i]) for i in sample) if grey is not None]
+    sample = chosen[evenly_spaced(len(chosen), CHANNEL_SAMPLE)]
+    known = [grey for grey in (_is_grey_file(source.files[i]) for i in sample) if grey is not None]
     if known and all(known):
-        say(f"Images have 1 channel: {len(known)} of the folder were looked at, and all are grey.")
+        say(f"Using 1 channel: all of the {len(known)} images inspected in the folder are grey.")
         return 1
-    say(f"Images have 3 channels: {len(known)} of the folder were looked at, and not all are grey.")
+    say(f"Using 3 channels: not all of the {len(known)} images inspected in the folder are grey.")
     return 3
 
 
-def _grey(file: str) -> bool | None:
-    """None where it cannot be told."""
+def _is_grey_file(file: str) -> bool | None:
+    """Return whether the file's image is grey; None if the file cannot be read."""
     try:
         with Image.open(file) as image:
             return is_grey(image)
-    except Exception:  # whatever bytes make of Pillow's parsers; who decodes it will say so
+    except Exception:  # Pillow's parsers may raise anything; decoding will report the error
         return None
 
 
-def evenly(count: int, limit: int) -> np.ndarray:
-    """Positions of at most ``limit`` of ``count``, evenly spread, ascending."""
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """Return min(``count``, ``limit``) evenly spaced indices below ``count``, ascending."""
     few = min(count, limit)
     return np.arange(few) * count // max(few, 1)
 
 
-# --- what needs no files ------------------------------------------------------------------------------------
+# --- digits and noise: no files needed ----------------------------------------------------------------------
 
 
 def digits(image_size: int = 64) -> Tensor:
-    """scikit-learn's handwritten digits, 1,797 real 8×8 images that come with the package.
+    """Return scikit-learn's handwritten digits, 1,797 real 8×8 images that ship with the package.
 
-    Grey levels 0…16 are mapped to [-1, 1], then resized once, bicubically; the overshoot is clamped.
+    Grey levels 0…16 are mapped to [-1, 1], then resized bicubically; the overshoot is clamped.
 
     Returns:
         float32 [1797, 1, image_size, image_size], ink at 1 and paper at -1.
 
     Raises:
-        ValueError: ``image_size`` is no integer of at least 8.
+        ValueError: ``image_size`` is not an integer of at least 8.
 
     Source: Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI, 1998 (its test set).
     """
@@ -354,11 +355,12 @@ def _digits(image_size: int) -> Source:
     from sklearn.datasets import load_digits
 
     grey = digits(image_size).add_(1).mul_(127.5).round_().to(torch.uint8)
-    return Source(1, TEN, load_digits().target.astype(np.int64), grey)
+    return Source(1, DIGIT_CLASSES, load_digits().target.astype(np.int64), grey)
 
 
 def _fake(count: int, image_size: int, split: str) -> Source:
-    """Noise, of torchvision.datasets.FakeData's kind: every level as likely, labels at random."""
-    random = np.random.default_rng(0 if split == "train" else 1)
-    noise = random.integers(0, 256, (count, 3, image_size, image_size), np.uint8)
-    return Source(3, TEN, random.integers(0, len(TEN), count), torch.from_numpy(noise))
+    """Return noise like torchvision.datasets.FakeData: uniform levels and random labels."""
+    rng = np.random.default_rng(0 if split == "train" else 1)
+    noise = rng.integers(0, 256, (count, 3, image_size, image_size), np.uint8)
+    labels = rng.integers(0, len(DIGIT_CLASSES), count)
+    return Source(3, DIGIT_CLASSES, labels, torch.from_numpy(noise))

@@ -1,7 +1,7 @@
-"""How far generated images are from real ones: Fréchet and kernel distances between features of both.
+"""Fréchet and kernel distances between the features of generated and real images.
 
-A distance means nothing without its features, so each goes by a name that has them: ``FID (Inception)`` is
-the literature's figure, and the others are not to be compared with it.
+A distance is meaningful only together with its features, so its name includes them: ``FID (Inception)`` is
+the figure used in the literature, and the other distances are not comparable with it.
 """
 
 from dcgan.evaluation.classifier import Classifier

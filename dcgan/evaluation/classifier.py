@@ -1,11 +1,11 @@
-"""A small classifier of a labelled dataset, trained once and kept: its features know what a digit is.
+"""A small classifier of a labelled dataset, trained once and cached, whose features describe its classes.
 
-Where Inception's weights cannot be had, or its features, made for photographs, say little about digits, the
-penultimate features of a network that tells the dataset's own classes apart are what one compares by. The
-classifier is a function of its training images alone (on a CPU), so distances of different runs compare.
+Inception's weights may be unavailable, and its features, trained on photographs, say little about digits. The
+alternative is the penultimate features of a network that classifies the dataset itself. On a CPU the
+classifier depends only on its training images, so distances from different runs are comparable.
 
-What it was trained on is also what generated images are compared with, while the floor's other real images
-are new to it: the floor includes what little that makes of a difference.
+Generated images are compared with the classifier's training images, whereas the other real images of the
+floor are new to it; the floor includes the small effect of that difference.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from dcgan.files import cache_folder, replacing
 DATASETS = ("mnist", "fashion-mnist", "digits")
 
 VERSION = 1
-"""Of the network and its training: part of a kept file's name, to be raised with any change of either."""
+"""Version of the network and its training, part of the cached file's name; raise it when either changes."""
 
 WIDTH = 128
 SIZE = 32
 SEED = 0
 BATCH = 128
 EPOCHS = 4
-MINIMUM_STEPS = 400
+MIN_STEPS = 400
 LR = 4e-3
 
 
 class Classifier(nn.Module):
-    """Three convolutions of stride 2, two linear layers.
+    """A classifier with three stride-2 convolutions and two linear layers.
 
     Args:
-        channels: of an image.
-        classes: to tell apart.
+        channels: number of image channels.
+        classes: number of classes.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -64,25 +64,25 @@ class Classifier(nn.Module):
         return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
 
     def features(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, channels, H, W] to float32 [N, 128], none negative; averages images to 32×32."""
+        """Map uint8 [N, channels, H, W], averaged to 32×32, to non-negative float32 features [N, 128]."""
         small = F.adaptive_avg_pool2d(pixels.float() / 127.5 - 1, SIZE)
         result: Tensor = self.body(small)
         return result
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, channels, H, W] to logits, float32 [N, classes]."""
+        """Map uint8 [N, channels, H, W] to float32 logits [N, classes]."""
         result: Tensor = self.head(self.features(pixels))
         return result
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A classifier in eval mode.
+    """A trained classifier in eval mode.
 
     Args:
-        name: has the dataset, the image size, the version, and a hash of what it was trained on.
-        network: on the device that was asked for.
-        accuracy: on images that it was not trained on, 0 to 1.
+        name: consists of the dataset, the image size, the version and a hash of the training images.
+        network: the classifier on the requested device.
+        accuracy: accuracy on images that it was not trained on, 0 to 1.
     """
 
     name: str
@@ -91,41 +91,41 @@ class Trained:
 
 
 def folder() -> Path:
-    """Where classifiers are kept: ``$DCGAN_CACHE/classifiers``, by default below ``~/.cache``."""
+    """Return the classifier cache, ``$DCGAN_CACHE/classifiers``, by default below ``~/.cache``."""
     return cache_folder("classifiers")
 
 
-def obtain(train: Part, test: Part, device: torch.device, say: Callable[[str], None]) -> Trained:
-    """The classifier of a dataset: read where it was kept, else trained, then kept.
+def load_or_train(train: Part, test: Part, device: torch.device, say: Callable[[str], None]) -> Trained:
+    """Return the classifier of a dataset from the cache, or train it and cache it.
 
-    A file that is damaged is replaced; where none can be written, training is all that is lost; ``say`` is
-    told of either.
+    A damaged cache file is replaced. If no file can be written, the classifier is trained again next time.
+    Both cases are reported to ``say``.
 
     Args:
-        train: what it is trained on; has labels.
-        test: what its accuracy is of; has labels.
-        device: where it is trained, and stays.
-        say: told what is going on.
+        train: training images, with labels.
+        test: images that the accuracy is measured on, with labels.
+        device: device for training and for the result.
+        say: receives progress messages.
 
     Raises:
-        InputError: a dataset that is not one of ``DATASETS``, or that comes without labels.
+        InputError: the dataset is not one of ``DATASETS`` or has no labels.
     """
     if train.dataset not in DATASETS or train.labels is None or test.labels is None:
         raise InputError(
-            f"features 'digits' are for the labelled datasets {', '.join(DATASETS)}, got {train.dataset!r}; "
+            f"features 'digits' support the labelled datasets {', '.join(DATASETS)}, got {train.dataset!r}; "
             "choose pixels or inception"
         )
     name = f"{train.dataset}-{train.pixels.shape[-1]}-v{VERSION}-{_fingerprint(train)}"
     path = folder() / f"{name}.pt"
-    network = _new(train)
+    network = _untrained(train)
     if path.exists():
         try:
-            kept = load(path, whole=True)
-            network.load_state_dict(kept["state"])
-            return Trained(name, network.to(device).eval(), float(kept["accuracy"]))
+            saved = load(path, whole=True)
+            network.load_state_dict(saved["state"])
+            return Trained(name, network.to(device).eval(), float(saved["accuracy"]))
         except (InputError, KeyError, TypeError, RuntimeError) as error:
-            say(f"The classifier kept as {path} can't be used, a new one is trained: {error}")
-            network = _new(train)
+            say(f"The cached classifier {path} cannot be used and is trained again: {error}")
+            network = _untrained(train)
     say(f"Training the digits classifier on {len(train):,} images of {train.dataset}, once")
     fit(network.to(device), train)
     result = Trained(name, network.eval(), accuracy(network, test))
@@ -134,43 +134,43 @@ def obtain(train: Part, test: Part, device: torch.device, say: Callable[[str], N
         with replacing(path) as file:
             torch.save({"state": network.state_dict(), "accuracy": result.accuracy}, file)
     except OSError as error:
-        say(f"The classifier can't be kept as {path}: {error.strerror}; next time it is trained again")
+        say(f"Cannot cache the classifier as {path}: {error.strerror}; it will be trained again next time")
     return result
 
 
 def fit(network: Classifier, train: Part) -> None:
-    """Train in place: Adam with one cycle of its step size, cross-entropy, shuffled batches.
+    """Train ``network`` in place with Adam, a one-cycle learning rate, cross-entropy and shuffled batches.
 
-    Source: Smith and Topin, *Super-Convergence*, 2018, of the cycle.
+    Source of the one-cycle schedule: Smith and Topin, *Super-Convergence*, 2018.
     """
     device = next(network.parameters()).device
     labels = _labels(train)
-    random = torch.Generator().manual_seed(SEED)
-    batches_an_epoch = -(-len(train) // BATCH)
-    epochs = max(EPOCHS, -(-MINIMUM_STEPS // batches_an_epoch))
+    rng = torch.Generator().manual_seed(SEED)
+    batches_per_epoch = -(-len(train) // BATCH)
+    epochs = max(EPOCHS, -(-MIN_STEPS // batches_per_epoch))
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=epochs * batches_an_epoch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=epochs * batches_per_epoch)
     network.train()
     for _ in range(epochs):
-        for chosen in torch.randperm(len(train), generator=random).split(BATCH):
+        for chosen in torch.randperm(len(train), generator=rng).split(BATCH):
             logits = network(train.pixels[train.index[chosen]].to(device))
             loss = F.cross_entropy(logits, labels[chosen].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            cycle.step()
+            schedule.step()
 
 
 @torch.no_grad()
 def accuracy(network: Classifier, test: Part) -> float:
-    """The share of images whose largest logit is that of their label; the network is in eval mode."""
+    """Return the fraction of images whose largest logit is their label's; ``network`` is in eval mode."""
     device = next(network.parameters()).device
-    guesses = torch.cat([network(batch.to(device)).argmax(1).cpu() for batch in test.batches(500)])
-    return float((guesses == _labels(test)).double().mean())
+    predicted = torch.cat([network(batch.to(device)).argmax(1).cpu() for batch in test.batches(500)])
+    return float((predicted == _labels(test)).double().mean())
 
 
-def _new(train: Part) -> Classifier:
-    """Untrained, always from the same weights; the global random generator is as it was."""
+def _untrained(train: Part) -> Classifier:
+    """Return a classifier with the same initial weights every time; the global RNG state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return Classifier(train.pixels.shape[1], train.classes)
@@ -182,7 +182,7 @@ def _labels(part: Part) -> Tensor:
 
 
 def _fingerprint(train: Part) -> str:
-    """The first digits of a SHA-256 of the images' shape, pixels and labels."""
+    """Return the first digits of a SHA-256 of the images' shape, pixels and labels."""
     digest = hashlib.sha256(repr((len(train), *train.pixels.shape[1:], train.classes)).encode())
     for batch in train.batches(1000):
         digest.update(batch.contiguous().numpy())

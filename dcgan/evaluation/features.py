@@ -1,11 +1,11 @@
-"""Features of images: what two sets of images are compared by.
+"""Image features in which two sets of images are compared.
 
-* ``inception``: the 2,048 pooled features of the Inception network that FID is defined with, in the port of
-  its original weights to PyTorch that torch-fidelity has. Heusel et al., *GANs Trained by a Two Time-Scale
-  Update Rule Converge to a Local Nash Equilibrium*, NeurIPS 2017.
+* ``inception``: the 2,048 pooled features of the Inception network that defines FID, with its original
+  weights as ported to PyTorch by torch-fidelity. Heusel et al., *GANs Trained by a Two Time-Scale Update Rule
+  Converge to a Local Nash Equilibrium*, NeurIPS 2017.
 * ``digits``: the 128 penultimate features of a small classifier of the dataset itself, trained here
   (:mod:`dcgan.evaluation.classifier`).
-* ``pixels``: the images averaged to 8×8 pixels, C·64 numbers; needs no weights, and sees no detail.
+* ``pixels``: the images averaged to 8×8 pixels, C·64 numbers; needs no weights and ignores detail.
 """
 
 from __future__ import annotations
@@ -21,31 +21,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcgan import generation
+from dcgan import extras, generation
 from dcgan.errors import InputError
 from dcgan.evaluation import classifier
 from dcgan.evaluation.real import Part
 
 Name = Literal["inception", "digits", "pixels"]
 
-SIDE = 8
+PIXEL_GRID = 8
+"""Height and width to which ``pixels`` averages images."""
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-"""As torch-fidelity names the file; ends in the first digits of its SHA-256, as torch.hub has it."""
+"""File name used by torch-fidelity; it ends in the first digits of the SHA-256, as is usual for torch.hub."""
 
 INCEPTION_SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
 
 
 @dataclass(frozen=True)
 class Features:
-    """A map from images to vectors, and the names that distances between them go by.
+    """A map from images to feature vectors, with the names of the distances between them.
 
     Args:
-        name: of the set.
-        function: uint8 [N, C, H, W] on ``device`` to float [N, F].
-        frechet, kernel: what the two distances are called with these features.
-        about: where they are from, in words.
-        facts: likewise, as plain values.
+        name: name of the features.
+        function: maps uint8 [N, C, H, W] on ``device`` to float [N, F].
+        frechet, kernel: names of the two distances with these features.
+        about: description of their origin.
+        device: device on which they are computed.
+        facts: the same description as plain values.
     """
 
     name: Name
@@ -58,32 +60,32 @@ class Features:
 
     @torch.no_grad()
     def of(self, batches: Iterable[Tensor]) -> Tensor:
-        """The features of all images, float64 [N, F], on the CPU.
+        """Return the features of all images, float64 [N, F], on the CPU.
 
         Args:
-            batches: of images, uint8 or float in [-1, 1], [n, C, H, W] each. Floats are first made the 8-bit
-                images that a file of them would hold, since that is what real ones are.
+            batches: images [n, C, H, W], uint8 or float in [-1, 1]. Floats are first rounded to the 8-bit
+                levels that an image file would hold, because real images have those too.
 
         Raises:
-            RunError: an image has a NaN.
+            RunError: an image contains a NaN.
         """
         return torch.cat(
-            [self.function(eight_bits(batch).to(self.device)).cpu().double() for batch in batches]
+            [self.function(to_8_bits(batch).to(self.device)).cpu().double() for batch in batches]
         )
 
 
-def eight_bits(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as a file of them would have them; uint8 images as they are.
+def to_8_bits(images: Tensor) -> Tensor:
+    """Round images in [-1, 1] to the levels that an image file would hold; return uint8 images unchanged.
 
     Raises:
-        RunError: an image has a NaN.
+        RunError: an image contains a NaN.
     """
     return images if images.dtype == torch.uint8 else generation.to_uint8(images)
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] to float32 [N, C·64]: the means of 8×8 areas, in [-1, 1]."""
-    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, SIDE).flatten(1)
+    """Average uint8 images [N, C, H, W] over an 8×8 grid of areas: float32 [N, C·64] in [-1, 1]."""
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, PIXEL_GRID).flatten(1)
 
 
 def choose(
@@ -93,18 +95,18 @@ def choose(
     device: torch.device,
     say: Callable[[str], None],
 ) -> Features:
-    """The features by name; ``auto`` is the first of them that there is all for.
+    """Return the features with this name; ``auto`` selects the first of the three that is available.
 
     Args:
         name: 'auto', 'inception', 'digits' or 'pixels'.
-        train, test: two parts of the dataset: what a classifier is trained on, and what its accuracy is told
-            on.
-        device: where the features are computed.
-        say: told what takes time, and what is kept for the next time.
+        train, test: two parts of the dataset: a classifier is trained on the first, and its accuracy is
+            measured on the second.
+        device: device on which the features are computed.
+        say: receives messages about slow steps and about caching.
 
     Raises:
-        InputError: an unknown name; no weights of Inception, or others than they should be; 'digits' for a
-            dataset that it is not for.
+        InputError: an unknown name; Inception's weights are missing or damaged; 'digits' does not support the
+            dataset.
     """
     if name not in ("auto", *get_args(Name)):
         raise InputError(f"features must be one of auto, {', '.join(get_args(Name))}, got {name!r}")
@@ -128,7 +130,7 @@ def choose(
 
 
 def inception_weights() -> Path:
-    """Where torch-fidelity and torch.hub keep the weights of Inception once they are there."""
+    """Return the path under which torch-fidelity and torch.hub store the Inception weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
 
 
@@ -139,20 +141,20 @@ def _inception(device: torch.device) -> Features:
     except OSError as error:
         raise InputError(
             f"features 'inception' need the file {path}, which cannot be read ({error.strerror}); "
-            f"put there {INCEPTION_SOURCE}{INCEPTION_WEIGHTS}, or choose digits or pixels"
+            f"download it from {INCEPTION_SOURCE}{INCEPTION_WEIGHTS}, or choose digits or pixels"
         ) from error
     expected = path.stem.rpartition("-")[2]
-    found = hashlib.sha256(content).hexdigest()
-    if not found.startswith(expected):
+    actual = hashlib.sha256(content).hexdigest()
+    if not actual.startswith(expected):
         raise InputError(
-            f"features 'inception': the file {path} is damaged or another one; its SHA-256 must start with "
-            f"{expected}, and is {found}"
+            f"features 'inception': the file {path} is damaged or a different one: its SHA-256 must start "
+            f"with {expected}, but is {actual}; download it again from {INCEPTION_SOURCE}{INCEPTION_WEIGHTS}"
         )
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise InputError(
-            "features 'inception' need torch-fidelity: pip install 'dcgan-kernels[inception]'"
+            f"features 'inception' need torch-fidelity: run {extras.install('inception')}"
         ) from error
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
@@ -177,15 +179,15 @@ def _inception(device: torch.device) -> Features:
 
 
 def _digits(train: Part, test: Part, device: torch.device, say: Callable[[str], None]) -> Features:
-    trained = classifier.obtain(train, test, device, say)
+    trained = classifier.load_or_train(train, test, device, say)
     return Features(
         name="digits",
         function=trained.network.features,
         frechet=f"Fréchet distance, digits classifier features ({train.dataset})",
         kernel=f"Kernel distance, digits classifier features ({train.dataset})",
         about=(
-            f"a small classifier of {train.dataset}, trained on {len(train):,} images, right about "
-            f"{trained.accuracy:.2%} of {len(test):,} others"
+            f"a small classifier of {train.dataset}, trained on {len(train):,} images, with an accuracy of "
+            f"{trained.accuracy:.2%} on {len(test):,} others"
         ),
         device=device,
         facts={

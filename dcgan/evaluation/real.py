@@ -1,4 +1,4 @@
-"""Two disjoint sets of real images: one to compare with, one that says how small a distance can be."""
+"""Two disjoint sets of real images: one to compare with, and one that gives the floor of the distance."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from dcgan import data
 from dcgan.errors import InputError
 
-MINIMUM = 10
-"""Images in a set, at the least: below, neither covariance nor subsets mean anything."""
+MIN_IMAGES = 10
+"""Minimum number of images in a set; with fewer, neither the covariance nor subsets are meaningful."""
 
-HALVING_SEED = 0
-"""Which half an image is in depends on nothing else: a classifier's training images stay what they are."""
+SPLIT_SEED = 0
+"""RNG seed of the split into halves; it is fixed so that a classifier's training images never change."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a dataset's images, read only when asked for.
+    """A subset of a dataset's images, gathered only on demand.
 
     Args:
-        dataset: its name.
-        what: which part of it, in words.
-        pixels: of all its images, uint8 [N, C, H, W].
-        labels: likewise, int64 [N], or None where it has none.
-        classes: how many different labels there are.
-        index: which images, int64 [n].
+        dataset: name of the dataset.
+        what: description of the subset.
+        pixels: pixels of all images of the dataset, uint8 [N, C, H, W].
+        labels: labels of all images of the dataset, int64 [N], or None if it has none.
+        classes: number of different labels.
+        index: indices of the subset's images, int64 [n].
     """
 
     dataset: str
@@ -43,13 +43,13 @@ class Part:
         return len(self.index)
 
     def choose(self, n: int, seed: int) -> Part:
-        """``n`` of these images, or all where there are not as many; depends on ``seed`` and their number."""
-        random = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(self), generator=random)[:n].sort().values
+        """Return ``n`` of these images, or all if there are fewer; depends on ``seed`` and their number."""
+        rng = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self), generator=rng)[:n].sort().values
         return replace(self, index=self.index[chosen])
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Their pixels in order, uint8 [size, C, H, W]; the last batch may be short."""
+        """Yield the pixels in order, uint8 [size, C, H, W]; the last batch may be smaller."""
         for chosen in self.index.split(size):
             yield self.pixels[chosen]
 
@@ -57,13 +57,13 @@ class Part:
 def parts(
     name: str, root: Path, *, image_size: int, channels: int, say: Callable[[str], None]
 ) -> tuple[Part, Part]:
-    """A dataset's train split and test split, or where it has only one, the two halves of it.
+    """Return a dataset's train and test splits, or two halves of it if it has no test split.
 
     Args:
         name, root, image_size, channels, say: as for :func:`dcgan.data.load`.
 
     Raises:
-        InputError: what :func:`dcgan.data.load` refuses, or fewer than 10 images in either part.
+        InputError: as for :func:`dcgan.data.load`, or either part has fewer than 10 images.
     """
 
     def part(images: data.Images, what: str, index: Tensor) -> Part:
@@ -77,13 +77,13 @@ def parts(
             part(test, "test split", torch.arange(len(test))),
         )
     else:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HALVING_SEED))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
         first, second = order.tensor_split(2)
         result = part(train, "one half", first), part(train, "the other half", second)
-    for found in result:
-        if len(found) < MINIMUM:
+    for one in result:
+        if len(one) < MIN_IMAGES:
             raise InputError(
-                f"the dataset {name} has {len(found)} images in {found.what}; "
-                f"at least {MINIMUM} are needed in each of the two parts that are compared"
+                f"the dataset {name} has {len(one)} images in {one.what}; "
+                f"at least {MIN_IMAGES} are needed in each of the two parts that are compared"
             )
     return result

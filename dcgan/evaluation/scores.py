@@ -1,4 +1,4 @@
-"""Distances between two sets of features, and the cheap one of them that training is scored by."""
+"""Distances between two sets of features, including the cheap one that scores checkpoints during training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dcgan.errors import InputError, RunError
-from dcgan.evaluation.features import eight_bits, pixels
-from dcgan.evaluation.real import MINIMUM
+from dcgan.evaluation.features import pixels, to_8_bits
+from dcgan.evaluation.real import MIN_IMAGES
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
@@ -20,15 +20,15 @@ SUBSET_SIZE = 1000
 
 @dataclass(frozen=True)
 class Scores:
-    """How far two sets of images are apart by their features; lower is nearer.
+    """Distances between two sets of images in feature space; lower is closer.
 
     Args:
-        frechet: the Fréchet distance of the Gaussians with the sets' moments. Biased upwards by few images,
-            so compare figures of equally many.
-        kernel, kernel_std: the squared maximum mean discrepancy with the kernel (xᵀy/F + 1)³, unbiased, so it
-            may be slightly negative: mean and standard deviation over ``SUBSETS`` random subsets.
-        subset_size: images in each subset.
-        images: in either set.
+        frechet: the Fréchet distance between Gaussians with the moments of the sets. It is biased upwards for
+            few images, so compare only figures for the same number of images.
+        kernel, kernel_std: the squared maximum mean discrepancy with the kernel (xᵀy/F + 1)³, unbiased, hence
+            possibly slightly negative: mean and standard deviation over ``SUBSETS`` random subsets.
+        subset_size: number of images per subset.
+        images: number of images in the two sets.
     """
 
     frechet: float
@@ -38,8 +38,8 @@ class Scores:
     images: tuple[int, int]
 
 
-class _Given(nn.Module):
-    """torchmetrics' feature extractor for features that are there already: they serve several scores."""
+class _PrecomputedFeatures(nn.Module):
+    """An identity feature extractor for torchmetrics, so that several metrics share precomputed features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -50,36 +50,36 @@ class _Given(nn.Module):
 
 
 def compare(first: Tensor, second: Tensor, seed: int = 0) -> Scores:
-    """Fréchet and kernel distance of two sets of features, by torchmetrics, in float64.
+    """Compute the Fréchet and kernel distance of two sets of features with torchmetrics in float64.
 
     Args:
         first, second: [N, F] and [M, F], on the CPU.
-        seed: of the subsets; PyTorch's global generator is as it was.
+        seed: RNG seed of the subsets; PyTorch's global RNG state is unchanged.
 
     Raises:
-        InputError: fewer than 10 images in a set, or sets of different features.
+        InputError: a set has fewer than 10 images, or the features differ in shape.
 
     Source: Heusel et al. 2017; Bińkowski et al., *Demystifying MMD GANs*, ICLR 2018.
     """
     smallest = min(len(first), len(second))
-    if smallest < MINIMUM:
-        raise InputError(f"a set of images to compare must have at least {MINIMUM}, got {smallest}")
+    if smallest < MIN_IMAGES:
+        raise InputError(f"each set must have features of at least {MIN_IMAGES} images, got {smallest}")
     if first.shape[1:] != second.shape[1:]:
         raise InputError(
-            f"features must be of one kind, got shapes {list(first.shape)} and {list(second.shape)}"
+            "both sets must have the same number of features, got shapes "
+            f"{list(first.shape)} and {list(second.shape)}"
         )
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    given = _Given(first.shape[1])
+    identity = _PrecomputedFeatures(first.shape[1])
     subset_size = min(SUBSET_SIZE, smallest // 2)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings(
-            "ignore", message="Metric `Kernel Inception Distance`"
-        )  # that it takes memory
+        # The warning is about the metric's memory use.
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
         torch.manual_seed(seed)
-        fid = FrechetInceptionDistance(feature=given)
-        kid = KernelInceptionDistance(feature=given, subsets=SUBSETS, subset_size=subset_size)
+        fid = FrechetInceptionDistance(feature=identity)
+        kid = KernelInceptionDistance(feature=identity, subsets=SUBSETS, subset_size=subset_size)
         for metric in (fid.set_dtype(torch.float64), kid.set_dtype(torch.float64)):
             metric.update(first.double(), real=True)
             metric.update(second.double(), real=False)
@@ -94,20 +94,20 @@ def compare(first: Tensor, second: Tensor, seed: int = 0) -> Scores:
 
 
 def frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """The Fréchet (2-Wasserstein) distance, squared, of two Gaussians: FID, if the features are Inception's.
+    """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians; FID for Inception's features.
 
         ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½)
 
     Σ₁Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric and positive semi-definite, so that
-    tr (Σ₁Σ₂)^½ is the sum of their roots; what rounding makes negative is zero. Nothing below zero is
-    returned.
+    tr (Σ₁Σ₂)^½ is the sum of their square roots. Eigenvalues that rounding makes negative are clamped to
+    zero, and so is the result.
 
     Args:
         mean1, mean2: [F].
         cov1, cov2: [F, F], symmetric, positive semi-definite.
 
     Raises:
-        InputError: shapes that do not fit, or a value that is not finite.
+        InputError: the shapes do not match, or a value is not finite.
 
     Source: Dowson and Landau, *The Fréchet Distance between Multivariate Normal Distributions*, 1982; Heusel
     et al. 2017.
@@ -128,16 +128,16 @@ def frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
 
 
 class PixelScore:
-    """The Fréchet distance of generated images to the real ones by their 8×8 pixels: cheap, and coarse.
+    """The Fréchet distance between generated and real images in 8×8 pixel features: cheap but coarse.
 
-    Compares generators during one training. It is not FID: it sees brightness and layout, no detail.
+    It ranks the generators of one training run. It is not FID: it reflects brightness and layout, not detail.
 
     Args:
         real: uint8 [N, C, H, W].
-        samples: at most so many of them are used, evenly spread.
+        samples: maximum number of real images used; they are evenly spaced.
 
     Raises:
-        InputError: fewer than 2 images, images of another kind, or ``samples`` below 2.
+        InputError: fewer than 2 images, images of another dtype or shape, or ``samples`` below 2.
     """
 
     def __init__(self, real: Tensor, samples: int = 10_000) -> None:
@@ -154,29 +154,29 @@ class PixelScore:
 
     @torch.no_grad()
     def __call__(self, images: Iterable[Tensor]) -> float:
-        """The distance of images to the real ones; infinite where one of them has a NaN.
+        """Return the distance between ``images`` and the real images; infinite if one of them contains a NaN.
 
         Args:
             images: batches [n, C, H, W], float in [-1, 1] or uint8, of any size and on any device.
 
         Raises:
-            InputError: fewer than 2 images, or of other channels than the real ones.
+            InputError: fewer than 2 images, or a different number of channels from the real images.
         """
         try:
-            found = [pixels(eight_bits(batch)).cpu() for batch in images]
+            found = [pixels(to_8_bits(batch)).cpu() for batch in images]
         except RunError:
             return math.inf
         features = torch.cat(found) if found else torch.empty(0, 0)
         width = len(self._mean)
         if len(features) < 2 or features.shape[1] != width:
             raise InputError(
-                f"images must be at least 2, of {self._channels} channels, got {len(features)} "
+                f"images must be at least 2 images of {self._channels} channels, got {len(features)} "
                 f"of {features.shape[1] * self._channels // width}"
             )
         return frechet(self._mean, self._cov, *_moments(features))
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [F] and unbiased covariance [F, F], float64, of [N, F]."""
+    """Return the float64 mean [F] and unbiased covariance [F, F] of features [N, F]."""
     features = features.double()
     return features.mean(0), features.T.cov()

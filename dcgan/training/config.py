@@ -1,4 +1,4 @@
-"""What a training run is made of, besides its networks and its images."""
+"""Hyperparameters of the training loop."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Loss = Literal["non-saturating", "minimax"]
 
 @dataclass(frozen=True)
 class Config:
-    """The seed's hyper-parameters; its defaults are the seed's values.
+    """Hyperparameters of :func:`dcgan.training.train`; the defaults are those of the reference recipe.
 
     Args:
-        epochs: how often the loop goes through the images.
-        latent_dim: length of z; must be the Generator's.
-        lr: Adam's step size, of both networks.
-        beta1: Adam's first decay rate; the second is 0.999.
-        real_label: the target of D on real images, and of G's non-saturating loss. 1 turns one-sided label
-            smoothing off.
+        epochs: number of passes over the images.
+        latent_dim: length of z; must match the Generator.
+        lr: Adam's learning rate for both networks.
+        beta1: decay rate of Adam's first moment; that of the second is 0.999.
+        real_label: D's target on real images, and the target of G's non-saturating loss. 1 disables one-sided
+            label smoothing.
         loss: G's loss, see :func:`dcgan.training.train_step`.
-        seed: of the noise.
+        seed: RNG seed of the noise.
 
     Raises:
-        ValueError: a value out of its range; names the argument, the value and the range.
+        ValueError: if a value is out of range. The message names the argument, the value and the range.
     """
 
     epochs: int = 50

@@ -1,4 +1,4 @@
-"""What each step is given: a batch of real images and noise, functions of the seed and the step alone."""
+"""The inputs of each step: real images and noise, as pure functions of the RNG seed and the step."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from dcgan.data.order import permutation
 from dcgan.errors import InputError
 
 NOISE, FIXED_NOISE, SCORE_NOISE = 1, 2, 3
-"""Streams of random numbers that must not be each other's."""
+"""Identifiers of independent random streams."""
 
 
 class Share(NamedTuple):
-    """Which part of every batch is this process's: ``rank`` of ``world``."""
+    """This process's part of every batch: number ``rank`` of ``world``."""
 
     rank: int = 0
     world: int = 1
 
 
-ALONE = Share()
+SINGLE_PROCESS = Share()
 
 
 class Feed:
-    """Batches of real images on the networks' device, gone through in an order that each epoch has anew.
+    """Batches of real images on the networks' device, reshuffled every epoch, and noise.
 
-    An epoch's order is a function of (seed, epoch), and a step's noise of (seed, step): training resumes
-    anywhere without a state of its own, and on any number of processes, each of which takes its share of the
-    same batch. The last batch of an epoch may be short; it is cut to a multiple of the processes, so that
-    each image weighs the same.
+    An epoch's order is a function of (seed, epoch), and a step's noise of (seed, step). Training therefore
+    resumes anywhere without saved state, and on any number of processes, each of which takes its share of the
+    same batch. The last batch of an epoch may be short; it is cut to a multiple of the number of processes,
+    so that every image has the same weight.
 
-    Images stay uint8 until they are in a batch: on a GPU, where they fit into half of its free memory, they
-    are kept there.
+    Images stay uint8 until they are in a batch. They are kept in GPU memory if they fit into half of what is
+    free.
 
     Args:
         pixels: uint8 [N, C, H, W], on the CPU.
-        batch_size: images a step, on all processes together.
-        seed: of order and noise.
+        batch_size: images per step, over all processes.
+        seed: RNG seed of order and noise.
         latent_dim: length of z.
-        device: the networks'.
-        share: this process's.
+        device: the networks' device.
+        share: this process's share of each batch.
 
     Raises:
-        InputError: a batch larger than the images there are, or too small for so many processes.
+        InputError: if the batch is larger than the dataset, or not a multiple of the number of processes.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Feed:
         seed: int,
         latent_dim: int,
         device: torch.device,
-        share: Share = ALONE,
+        share: Share = SINGLE_PROCESS,
     ) -> None:
         if batch_size > len(pixels):
             raise InputError(
@@ -68,7 +68,7 @@ class Feed:
             )
         self._batch_size, self._seed, self._latent_dim = batch_size, seed, latent_dim
         self._device, self._share = device, share
-        self._pixels = self._placed(pixels)
+        self._pixels = self._place(pixels)
         self._transfers = device.type == "cuda" and not self._pixels.is_cuda
         short = len(pixels) % batch_size // share.world * share.world
         self._sizes = [batch_size] * (len(pixels) // batch_size)
@@ -77,42 +77,42 @@ class Feed:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Number of batches per epoch."""
         return len(self._sizes)
 
     @property
     def images(self) -> int:
-        """Images that an epoch goes through."""
+        """Number of images per epoch."""
         return sum(self._sizes)
 
     def size(self, batch: int) -> int:
-        """Images of a batch, on all processes together."""
+        """Return the number of images in a batch, over all processes."""
         return self._sizes[batch]
 
     def real(self, epoch: int, batch: int) -> Tensor:
-        """This process's share of a batch, float32 in [-1, 1]."""
+        """Return this process's share of a batch, float32 in [-1, 1]."""
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = permutation(len(self._pixels), self._seed, epoch).to(self._pixels.device)
         start = batch * self._batch_size
-        mine = self._mine(self._order[start : start + self._sizes[batch]])
-        chosen = self._pixels[mine]
+        indices = self._share_of(self._order[start : start + self._sizes[batch]])
+        images = self._pixels[indices]
         if self._transfers:
-            chosen = chosen.pin_memory().to(self._device, non_blocking=True)
-        return normalise(chosen)
+            images = images.pin_memory().to(self._device, non_blocking=True)
+        return normalise(images)
 
     def noise(self, step: int, size: int) -> Tensor:
-        """This process's share of the z of a step, [size / world, latent_dim, 1, 1], from N(0, 1)."""
-        pinned = self._device.type == "cuda"  # or a copy to the device would wait until it is idle
+        """Return this process's share of a step's z, [size / world, latent_dim, 1, 1], from N(0, 1)."""
+        pinned = self._device.type == "cuda"  # a copy from pageable memory would wait for the device
         z = normal(self._seed, NOISE, step, (size, self._latent_dim, 1, 1), pinned)
-        return self._mine(z).to(self._device, non_blocking=True)
+        return self._share_of(z).to(self._device, non_blocking=True)
 
-    def _mine(self, batch: Tensor) -> Tensor:
+    def _share_of(self, batch: Tensor) -> Tensor:
         rank, world = self._share
         each = len(batch) // world
         return batch[rank * each : (rank + 1) * each]
 
-    def _placed(self, pixels: Tensor) -> Tensor:
+    def _place(self, pixels: Tensor) -> Tensor:
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
             if pixels.nbytes < free // 2:
@@ -121,9 +121,9 @@ class Feed:
 
 
 def normal(seed: int, stream: int, index: int, shape: tuple[int, ...], pinned: bool = False) -> Tensor:
-    """float32 N(0, 1), a function of its arguments; drawn on the CPU, so that every device gets the same.
+    """Return float32 N(0, 1) samples that depend only on the arguments.
 
-    ``pinned``: in memory from which a GPU can copy by itself.
+    They are drawn on the CPU, so that they are the same for every device; ``pinned`` allocates pinned memory.
     """
     state = np.random.SeedSequence((seed, stream, index)).generate_state(2, np.uint32)
     random = torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))

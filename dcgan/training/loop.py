@@ -1,4 +1,4 @@
-"""The loop over epochs and batches."""
+"""The training loop over epochs and batches."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from dcgan.training.config import Config
-from dcgan.training.step import Result, optimizers, train_step
+from dcgan.training.reference_step import Result, optimizers, train_step
 
 
 class Step(NamedTuple):
-    """Where the loop is, and what the step just taken measured."""
+    """The position of the loop and the result of the step just taken."""
 
     epoch: int
     batch: int
     images: int
-    """Real images in this batch; the last of an epoch may be short."""
+    """Number of real images in this batch; the last batch of an epoch may be short."""
     result: Result
 
 
 def train(
     generator: nn.Module, discriminator: nn.Module, batches: Iterable[Tensor], config: Config
 ) -> Iterator[Step]:
-    """Train both networks in place, yielding after each step: who drives the loop draws the progress bar.
+    """Train both networks in place, and yield after each step so that the caller can report progress.
 
-    Stopping early is leaving the iteration. Both networks are put into training mode at the start and are
-    expected to be in it at each step. Noise is drawn from a random generator of the loop's own, seeded with
-    ``config.seed``, so a run repeats whatever else draws random numbers meanwhile; weights are as given.
+    To stop early, stop iterating. Both networks are put into training mode at the start and are expected to
+    be in it at each step. Noise is drawn from a private random generator seeded with ``config.seed``, so a
+    run is reproducible whatever else draws random numbers meanwhile. Initial weights are the caller's.
 
     Args:
-        generator: on the batches' device, of their dtype.
-        discriminator: likewise.
-        batches: real images, [N, channels, size, size] each; gone through anew for each epoch.
-        config: everything else.
+        generator: the generator, with the batches' device and dtype.
+        discriminator: the discriminator, with the same device and dtype.
+        batches: real images, [N, channels, size, size] each; iterated once per epoch.
+        config: the hyperparameters.
     """
     optimizer_g, optimizer_d = optimizers(generator, discriminator, config)
     generator.train()

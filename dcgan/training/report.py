@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what is left of it: progress, metrics, grids, a plot, an animation."""
+"""Reporting of a run: console progress, metrics, sample grids, a loss plot and an animation."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from dcgan.errors import InputError, RunError
 from dcgan.files import replacing, sweep
 from dcgan.generation import write_animation
 from dcgan.images import save_grid
-from dcgan.training.readings import Position, Row
+from dcgan.training.loss_readback import Position, Row
 from dcgan.training.run import Run
 
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
-LINE_SECONDS = 10.0
-"""Between two lines of progress where there is no terminal to draw a bar on."""
-FRAMES = 100
-"""Of the animation, at most: evenly chosen, the last always."""
+LINE_INTERVAL = 10.0
+"""Seconds between progress lines when the console is not a terminal."""
+MAX_FRAMES = 100
+"""Maximum number of frames in the animation; they are evenly spaced and include the last grid."""
 
 
 class Report:
-    """Writes into a run's folder and onto the console; a :class:`dcgan.training.run.Watcher`.
+    """Writes into a run's folder and to the console; a :class:`dcgan.training.run.Watcher`.
 
-    ``metrics.jsonl`` has a line a step, and one for each score; a resumed run first drops the lines of steps
-    that it will take again. ``samples/`` has a grid for each time, ``tensorboard/`` the same as events.
+    ``metrics.jsonl`` has one line per step and one per score; a resumed run first drops the lines of steps
+    that it will repeat. ``samples/`` holds the sample grids, and ``tensorboard/`` all of this as events.
 
     Args:
         out: the run's folder.
-        run: where it starts from, and how long it is.
-        console: where progress goes.
+        run: the run, at its start position.
+        console: the console for progress.
         tensorboard: whether to write event files.
 
     Raises:
-        InputError: TensorBoard is asked for and not installed.
-        RunError: the folder can't be written to.
+        InputError: if TensorBoard is requested but not installed.
+        RunError: if the folder cannot be written to.
     """
 
     def __init__(self, out: Path, run: Run, console: Console, tensorboard: bool) -> None:
@@ -57,14 +57,14 @@ class Report:
             raise RunError(f"cannot write into {out}: {error.strerror}") from error
         self._events = _events(out / TENSORBOARD, run.position.step) if tensorboard else None
         self._progress = Progress(
-            BarColumn(bar_width=10),  # leaves the text its place in 80 columns
+            BarColumn(bar_width=10),  # narrow enough for the text to fit into 80 columns
             TextColumn("{task.description}"),
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
         )
-        self._began, self._images = time.perf_counter(), run.position.images
-        self._said, self._first = self._began, run.position.step
+        self._start_time, self._start_images = time.perf_counter(), run.position.images
+        self._last_line_time, self._start_step = self._start_time, run.position.step
         self._task: TaskID | None = None
 
     def __enter__(self) -> Report:
@@ -78,16 +78,16 @@ class Report:
         if self._events is not None:
             self._events.close()
 
-    # --- told by the run ------------------------------------------------------------------------------------
+    # --- called by the run ----------------------------------------------------------------------------------
 
     def steps(self, rows: list[Row]) -> None:
         self._write([row._asdict() for row in rows])
         row = rows[-1]
         rate = self._rate(row.images)
         if self._events is not None:
-            for each in rows:
-                for tag, value in _scalars(each).items():
-                    self._events.add_scalar(tag, value, each.step)
+            for logged in rows:
+                for tag, value in _scalars(logged).items():
+                    self._events.add_scalar(tag, value, logged.step)
             self._events.add_scalar("images per second", rate, row.step)
         settings = self._run.settings
         line = (
@@ -98,12 +98,14 @@ class Report:
         self._progress.update(self._task, completed=row.step, description=line.replace("[", r"\["))
         now = time.perf_counter()
         if self._progress.disable and (
-            now - self._said >= LINE_SECONDS
+            now - self._last_line_time >= LINE_INTERVAL
             or row.batch == len(self._run.feed)
-            or row.step == self._first + 1
+            or row.step == self._start_step + 1
         ):
-            self._said = now
-            remaining = (self._run.steps - row.step) * (now - self._began) / (row.step - self._first)
+            self._last_line_time = now
+            remaining = (
+                (self._run.steps - row.step) * (now - self._start_time) / (row.step - self._start_step)
+            )
             self.say(f"{line} ETA {_duration(remaining)}")
 
     def samples(self, images: Tensor, position: Position) -> None:
@@ -127,12 +129,12 @@ class Report:
     # --- at the end -----------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """The plot of the losses and the animation of the grids."""
+        """Write the loss plot and the animation of the sample grids."""
         rows = [row for row in read_metrics(self._out / METRICS) if "loss_d" in row]
         plot(rows, len(self._run.feed), self._out / "losses.png")
         animate(sorted((self._out / SAMPLES).glob("step-*.png")), self._out / "samples.gif")
 
-    # --- pieces ---------------------------------------------------------------------------------------------
+    # --- helpers --------------------------------------------------------------------------------------------
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         try:
@@ -143,7 +145,7 @@ class Report:
             raise RunError(f"cannot write {self._out / METRICS}: {error.strerror}") from error
 
     def _rate(self, images: int) -> float:
-        return (images - self._images) / (time.perf_counter() - self._began)
+        return (images - self._start_images) / (time.perf_counter() - self._start_time)
 
 
 def _scalars(row: Row) -> dict[str, float]:
@@ -167,20 +169,20 @@ def _events(folder: Path, step: int) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; a last one that a crash cut short is left out."""
+    """Return the records of a ``metrics.jsonl``, without a last line truncated by a crash."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Leave the lines of steps that a run to be resumed has taken."""
+    """Drop the records of steps after ``step``, which a resumed run repeats."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     with replacing(path) as file:
         file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def plot(rows: list[dict[str, Any]], batches: int, path: Path) -> None:
-    """Losses, and D(x) and D(G(z)), by epoch: each step faint, a fortieth of the run's mean strong."""
+    """Plot the losses, D(x) and D(G(z)) by epoch: raw values, and a moving average over 1/40 of the run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -210,19 +212,19 @@ def plot(rows: list[dict[str, Any]], batches: int, path: Path) -> None:
 
 
 def animate(grids: list[Path], path: Path) -> None:
-    """The grids one after the other in some 8 seconds, the last one for a second and a half."""
+    """Write an animation of the grids that takes about 8 seconds and holds the last one for 1.5 seconds."""
     if not grids:
         return
-    if len(grids) > FRAMES:
-        grids = [grids[round(i * (len(grids) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    each = max(40, min(500, 8000 // len(grids)))
-    held = [grids[-1]] * (1500 // each)
-    write_animation(map(_read, [*grids, *held]), path, each)
+    if len(grids) > MAX_FRAMES:
+        grids = [grids[round(i * (len(grids) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
+    milliseconds = max(40, min(500, 8000 // len(grids)))
+    last_frames = [grids[-1]] * (1500 // milliseconds)
+    write_animation(map(_read, [*grids, *last_frames]), path, milliseconds)
 
 
 def _read(grid: Path) -> Tensor:
-    """A picture as a batch of one, uint8 [1, 1 or 3, H, W]."""
-    with Image.open(grid) as picture:
-        image = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
+    """Read an image as a batch of one, uint8 [1, 1 or 3, H, W]."""
+    with Image.open(grid) as file:
+        image = torch.from_numpy(np.asarray(file.convert("RGB")).copy()).permute(2, 0, 1)
     grey = bool((image == image[:1]).all())
     return image[None, :1] if grey else image[None]

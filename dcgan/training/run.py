@@ -1,7 +1,7 @@
-"""A run: networks, optimizers and where they are, from the first step to the last, through crashes.
+"""Training runs: networks, optimizers and position, which survive interruptions and crashes.
 
-:class:`Run` is what is saved and resumed; :func:`follow` drives it: when to read the losses, draw samples,
-score and save. What a person sees of it is :mod:`dcgan.training.report`'s.
+:class:`Run` holds the state that is saved and resumed. :func:`follow` drives it: it decides when to read the
+losses, generate samples, score and save. :mod:`dcgan.training.report` presents a run to the user.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from dcgan import models, pretrained
 from dcgan.batchnorm import SyncBatchNorm2d
 from dcgan.checkpoint import Checkpoint, CheckpointError, Folder
 from dcgan.data import Images
-from dcgan.devices import settled
+from dcgan.devices import resolve
 from dcgan.errors import InputError, RunError
 from dcgan.models import weights_init
 from dcgan.networks import Architecture
 from dcgan.training import distributed
-from dcgan.training.feed import ALONE, FIXED_NOISE, SCORE_NOISE, Feed, Share, normal
-from dcgan.training.fused import TrainStep
-from dcgan.training.readings import NotFiniteLoss, Position, Readings, Row
+from dcgan.training.fast_step import TrainStep
+from dcgan.training.feed import FIXED_NOISE, SCORE_NOISE, SINGLE_PROCESS, Feed, Share, normal
+from dcgan.training.loss_readback import NotFiniteLoss, Position, ResultQueue, Row
+from dcgan.training.reference_step import Result, optimizers
 from dcgan.training.settings import Settings
-from dcgan.training.step import Result, optimizers
 from dcgan.training.stop import Stop
 
 SAMPLES = 64
 SAMPLING_BATCH = 64
-SCORED = 2048
-"""Generated images that a score is of, at most."""
+SCORE_SAMPLES = 2048
+"""Maximum number of generated images that a score is computed from."""
 
 _GENERATORS = (models.Generator, models.MLPGenerator)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class NotFinite(RunError):
-    """A network's parameter is NaN or infinite."""
+    """A network parameter is NaN or infinite."""
 
 
 class Run:
-    """Networks, optimizers and position of one training run.
+    """The networks, optimizers and position of one training run.
 
     Args:
-        settings: the whole configuration.
-        images: what it learns from.
-        device: where; 'cuda' is the current GPU.
-        share: this process's part of each batch.
-        saved: what to go on from; None to start.
+        settings: the run's settings.
+        images: the training images.
+        device: the device to train on; 'cuda' is the current GPU.
+        share: this process's share of each batch.
+        saved: the checkpoint to resume from; None to start a new run.
 
     Raises:
-        InputError: settings that do not go together, or with the images or the device; a checkpoint of
-            another architecture or of other images, or one that lacks what training takes.
+        InputError: if settings conflict with each other, the images or the device; if the checkpoint belongs
+            to another architecture or dataset, or lacks the state that training needs.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Run:
         settings: Settings,
         images: Images,
         device: torch.device,
-        share: Share = ALONE,
+        share: Share = SINGLE_PROCESS,
         saved: Checkpoint | None = None,
     ) -> None:
         self.settings, self.images, self.share = settings, images, share
-        self.device = device = settled(device)
+        self.device = device = resolve(device)
         self.architecture: Architecture = settings.architecture(images.channels)
         if settings.sync_batchnorm and settings.model != "dcgan":
-            raise InputError(f"sync_batchnorm is for the model dcgan, got model {settings.model!r}")
+            raise InputError(f"sync_batchnorm requires model dcgan, got model {settings.model!r}")
         if settings.dtype == "tf32" and device.type != "cuda":
-            raise InputError(f"dtype tf32 is for a GPU, got device {device.type!r}; use float32")
+            raise InputError(f"dtype tf32 requires a GPU, got device {device.type!r}; use float32")
         self.feed = Feed(images.pixels, settings.batch_size, settings.seed, settings.nz, device, share)
         self.position = Position()
         if saved is not None:
@@ -92,7 +92,7 @@ class Run:
         for network, file in zip(networks, (settings.netG, settings.netD), strict=True):
             network.apply(weights_init)
             if start and file is not None:
-                _start_from(network, Path(file))
+                _load_initial_weights(network, Path(file))
         self.ema: nn.Module | None = None
         if settings.ema is not None:
             self.ema = self.architecture.generator(engine)
@@ -135,16 +135,16 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Total number of steps of the run."""
         return self.settings.epochs * len(self.feed)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """What the next step takes: real images and noise."""
+        """Return the inputs of the next step: real images and noise."""
         epoch, batch, step, _ = self.position
         return self.feed.real(epoch, batch), self.feed.noise(step, self.feed.size(batch))
 
     def step(self, real: Tensor, noise: Tensor) -> Result:
-        """Train on what :meth:`inputs` gave, and move on. Nothing waits for the device."""
+        """Take one step on these inputs and advance the position; does not wait for the device."""
         result = self._step(real, noise)
         epoch, batch, step, images = self.position
         images += self.feed.size(batch)
@@ -154,11 +154,11 @@ class Run:
         self.position = Position(epoch, batch, step + 1, images)
         return result
 
-    # --- pictures -------------------------------------------------------------------------------------------
+    # --- samples --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, noise: Tensor) -> Iterator[Tensor]:
-        """Images of the noise in [-1, 1], in batches, by G in eval mode, or its moving average."""
+        """Yield batches of images in [-1, 1] for the noise, from G's moving average if there is one."""
         generator = self.generator if self.ema is None else self.ema
         training = generator.training
         generator.eval()
@@ -169,16 +169,16 @@ class Run:
             generator.train(training)
 
     def samples(self) -> Tensor:
-        """64 images of always the same noise."""
+        """Return 64 images generated from the fixed noise."""
         return torch.cat(list(self.generate(self.fixed_noise)))
 
     # --- saving ---------------------------------------------------------------------------------------------
 
     def checkpoint(self, score: float | None = None) -> Checkpoint:
-        """All of it, on the device; to be written before the next step.
+        """Return a checkpoint of the run. Its tensors are not copied: write it before the next step.
 
         Raises:
-            NotFinite: a parameter is not, and nothing could go on from it.
+            NotFinite: if a parameter is not finite; such a checkpoint would be of no use.
         """
         for name, network in (("generator", self.generator), ("discriminator", self.discriminator)):
             for parameter, value in network.named_parameters():
@@ -206,16 +206,16 @@ class Run:
             was, now = asdict(saved.architecture), asdict(self.architecture)
             differing = [name for name in now if was[name] != now[name]]
             raise InputError(
-                f"the checkpoint is of {', '.join(f'{name}={was[name]!r}' for name in differing)}, "
-                f"the run is of {', '.join(f'{name}={now[name]!r}' for name in differing)}"
+                f"the checkpoint has {', '.join(f'{name}={was[name]!r}' for name in differing)}, "
+                f"the run has {', '.join(f'{name}={now[name]!r}' for name in differing)}"
             )
         if not saved.optimizer_g or not saved.optimizer_d:
-            raise CheckpointError("the checkpoint has no optimizers' states, and can't be resumed")
+            raise CheckpointError("the checkpoint has no optimizer states and cannot be resumed")
         batches = len(self.feed)
         if saved.batch >= batches or saved.step != saved.epoch * batches + saved.batch:
             raise InputError(
                 f"the run to be resumed took {saved.step} steps in {saved.epoch} epochs and {saved.batch} "
-                f"batches, but there are {batches} batches an epoch now: these are other images"
+                f"batches, but an epoch has {batches} batches now: the dataset has changed"
             )
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -234,31 +234,31 @@ class Run:
 
 
 def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """The state, but for what says how this device computes it: a run may go on on another one."""
+    """Restore the state, but keep the implementation flags: a run may resume on another kind of device."""
     own = optimizer.state_dict()["param_groups"]
     how = ("fused", "foreign", "capturable")
     groups = [
-        group | {name: mine[name] for name in how if name in mine}
-        for group, mine in zip(state["param_groups"], own, strict=True)
+        group | {name: new_group[name] for name in how if name in new_group}
+        for group, new_group in zip(state["param_groups"], own, strict=True)
     ]
     optimizer.load_state_dict(state | {"param_groups": groups})
 
 
-def _start_from(network: nn.Module, file: Path) -> None:
-    """The weights in the file, one of the same network."""
+def _load_initial_weights(network: nn.Module, file: Path) -> None:
+    """Load initial weights from a model file of the same architecture."""
     from_file = pretrained.generator if isinstance(network, _GENERATORS) else pretrained.discriminator
-    found = from_file(file, engine="reference")
+    pretrained_network = from_file(file, engine="reference")
     try:
-        network.load_state_dict(found.state_dict())
+        network.load_state_dict(pretrained_network.state_dict())
     except RuntimeError as error:
         raise InputError(f"{file} does not fit the run: {error}") from error
 
 
-# --- driving it ---------------------------------------------------------------------------------------------
+# --- training loop ------------------------------------------------------------------------------------------
 
 
 class Watcher(Protocol):
-    """Who is told how a run goes; :class:`dcgan.training.report.Report` is one."""
+    """Receives a run's progress; :class:`dcgan.training.report.Report` is one."""
 
     def steps(self, rows: list[Row]) -> None: ...
 
@@ -268,13 +268,13 @@ class Watcher(Protocol):
 
 
 @dataclass
-class Spent:
-    """Where the time went, in seconds."""
+class LoopTime:
+    """Time spent in the loop, in seconds."""
 
     inputs: float = 0.0
-    """Waiting for batches and noise."""
+    """Time to prepare batches and noise on the host."""
     steps: float = 0.0
-    """Those and the steps."""
+    """Total time of the steps, inputs included."""
 
 
 def follow(
@@ -285,27 +285,27 @@ def follow(
     *,
     score: Callable[[Iterator[Tensor]], float] | None = None,
     limit: int | None = None,
-) -> Spent:
-    """Train to the end, or until told to stop; then everything is saved. Every process calls it.
+) -> LoopTime:
+    """Train to the end or until asked to stop, and save the run. Every process must call it.
 
     Args:
-        run: the run, at its start or resumed.
-        folder: where checkpoints go.
-        watcher: who is told; None for no one.
-        stop: looked at after each step; with several processes whenever the losses are read.
-        score: of generated images, lower is better; taken once an epoch.
-        limit: steps to take at most.
+        run: the run, new or resumed.
+        folder: the folder of the checkpoints.
+        watcher: receives the progress; None for no reports.
+        stop: checked after each step, or with several processes whenever the losses are read.
+        score: maps generated images to a score, lower is better; computed once per epoch.
+        limit: maximum number of steps to take.
 
     Raises:
-        RunError: a loss or parameter that is not finite, naming the step and the last good checkpoint, which
-            stays the last; a checkpoint that can't be written.
+        RunError: if a loss or parameter is not finite (the message names the step and the last good
+            checkpoint, which stays the last), or a checkpoint cannot be written.
     """
     settings, first = run.settings, run.share.rank == 0
-    spent, readings, taken = Spent(), Readings(run.device), 0
+    spent, unread, taken = LoopTime(), ResultQueue(run.device), 0
 
-    def tell(everything: bool) -> None:
+    def report_rows(everything: bool) -> None:
         try:
-            rows = readings.read(everything)
+            rows = unread.read(everything)
         except NotFiniteLoss as error:
             raise RunError(f"{error}. {_last_good(folder)}") from error
         if rows and watcher is not None:
@@ -317,30 +317,30 @@ def follow(
         real, noise = run.inputs()
         ready = time.perf_counter()
         result = run.step(real, noise)
-        readings.add(before, run.position, result)
+        unread.add(before, run.position, result)
         taken += 1
         ended = run.position.batch == 0
         last = run.done or taken == limit
         saving = ended or last or _due(settings.checkpoint_interval, run.position.step)
-        drawing = ended or last or _due(settings.sample_interval, run.position.step)
-        reading = saving or drawing or _due(settings.log_interval, run.position.step)
+        sampling = ended or last or _due(settings.sample_interval, run.position.step)
+        reading = saving or sampling or _due(settings.log_interval, run.position.step)
         signal = stop.signal if run.share.world == 1 else 0
         if reading or signal:
-            tell(everything=bool(saving or drawing or signal))
-            signal = distributed.largest_of_all(stop.signal, run.device)
+            report_rows(everything=bool(saving or sampling or signal))
+            signal = distributed.max_over_processes(stop.signal, run.device)
             if signal:
-                tell(everything=True)
+                report_rows(everything=True)
         now = time.perf_counter()
         spent.inputs += ready - began
         spent.steps += now - began
-        if first and drawing and watcher is not None:
+        if first and sampling and watcher is not None:
             watcher.samples(run.samples(), run.position)
         if first and (saving or signal):
             _save(run, folder, watcher, score if ended else None)
         if signal:
             stop.signal = signal
             break
-    distributed.wait_for_all()
+    distributed.barrier()
     return spent
 
 
@@ -354,10 +354,10 @@ def _save(
     value = None
     if score is not None:
         noise = normal(
-            run.settings.seed, SCORE_NOISE, 0, (min(SCORED, len(run.images)), run.settings.nz, 1, 1)
+            run.settings.seed, SCORE_NOISE, 0, (min(SCORE_SAMPLES, len(run.images)), run.settings.nz, 1, 1)
         )
         value = score(run.generate(noise))
-        if watcher is not None:  # before the checkpoint, after which nobody would tell it again
+        if watcher is not None:  # before saving: once saved, the score is not computed again
             watcher.score(value, run.position)
     try:
         folder.save(run.checkpoint(value))

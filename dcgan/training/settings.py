@@ -1,4 +1,4 @@
-"""All that a run is made of, as plain values: defaults, a file's, a person's on the command line."""
+"""The settings of a training run, from defaults, a configuration file and the command line."""
 
 from __future__ import annotations
 
@@ -30,93 +30,169 @@ Score = Literal["pixels", "none"]
 
 
 class Option:
-    """What a field of :class:`Settings` is on the command line.
+    """The command-line option of a :class:`Settings` field.
 
     Args:
-        about: its help.
-        flags: its spellings; by default its name with dashes.
-        least: the least value allowed.
-        resumes: whether it may change when a run is resumed.
+        help_text: the option's help.
+        flags: the option's spellings; by default the field's name with dashes.
+        minimum: the smallest value allowed.
+        resumable: whether the value may change when a run is resumed.
     """
 
-    def __init__(self, about: str, *flags: str, least: float | None = None, resumes: bool = False) -> None:
-        self.about, self.flags, self.least, self.resumes = about, flags, least, resumes
+    def __init__(
+        self, help_text: str, *flags: str, minimum: float | None = None, resumable: bool = False
+    ) -> None:
+        self.help_text, self.flags, self.minimum, self.resumable = help_text, flags, minimum, resumable
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Each field is an option of ``dcgan train`` and a key of its configuration file.
+    """The settings of one run. Each field is an option of ``dcgan train`` and a key of its config file.
 
-    The defaults are the seed's. ``label_smoothing`` s makes D's target on real images 1 - s.
+    The defaults are those of the reference recipe. With ``label_smoothing`` s, D's target on real images is
+    1 - s.
 
     Raises:
-        InputError: a value of another type or out of its range; names the field, the value, what is allowed.
+        InputError: if a value has the wrong type or is out of range. The message names the field, the value
+            given and what is allowed.
     """
 
-    dataset: Annotated[str, Option("mnist, fashion-mnist, cifar10, celeba, folder, digits or fake.")] = (
-        "mnist"
-    )
-    dataroot: Annotated[str, Option("Folder of the images, or that the dataset is in.", resumes=True)] = (
-        "data"
-    )
+    dataset: Annotated[
+        str,
+        Option(
+            "Dataset to train on: mnist, fashion-mnist, cifar10, celeba, folder (a directory of images), "
+            "digits (the 1,797 8×8 digits of scikit-learn) or fake (random noise)."
+        ),
+    ] = "mnist"
+    dataroot: Annotated[
+        str,
+        Option(
+            "Directory that holds the dataset, or for --dataset folder the images. Missing datasets are "
+            "downloaded into it.",
+            resumable=True,
+        ),
+    ] = "data"
     classes: Annotated[
-        list[str] | None, Option("Only these classes of the dataset, separated by commas.")
+        list[str] | None,
+        Option("Train on these classes only, given as a comma-separated list. Default: all classes."),
     ] = None
-    limit: Annotated[int | None, Option("Only so many of its images.", least=1)] = None
-    workers: Annotated[int, Option("Threads that decode images, once.", least=1, resumes=True)] = 4
+    limit: Annotated[
+        int | None, Option("Use at most N images of the dataset. Default: all images.", minimum=1)
+    ] = None
+    workers: Annotated[
+        int,
+        Option("Number of threads that decode the images once, before training.", minimum=1, resumable=True),
+    ] = 4
     image_size: Annotated[
-        int, Option("Height and width: 32, 64, 128 or 256.", "--image-size", "--imageSize")
+        int, Option("Image height and width in pixels: 32, 64, 128 or 256.", "--image-size", "--imageSize")
     ] = 64
     channels: Annotated[
-        int | None, Option("Of the images; the dataset's own by default.", "--channels", "--nc")
+        int | None,
+        Option(
+            "Image channels: 1 (grayscale) or 3 (RGB). Default: those of the dataset.", "--channels", "--nc"
+        ),
     ] = None
-    nz: Annotated[int, Option("Length of the latent vector z.", least=1)] = 100
-    ngf: Annotated[int, Option("Channels of G's map of half the image's size.", least=1)] = 64
-    ndf: Annotated[int, Option("Channels of D's map of half the image's size.", least=1)] = 64
-    model: Annotated[Model, Option("dcgan, or mlp, the original fully connected GAN.")] = "dcgan"
-    engine: Annotated[Engine, Option("What runs the networks; auto: the fastest.", resumes=True)] = "auto"
-    compile: Annotated[bool, Option("Both networks through torch.compile.", resumes=True)] = False
-    device: Annotated[Device, Option("auto: the GPU if any.", resumes=True)] = "auto"
-    dtype: Annotated[Dtype, Option("bfloat16 and float16 under autocast, tf32 on a GPU.")] = "float32"
+    nz: Annotated[int, Option("Length of the latent vector z.", minimum=1)] = 100
+    ngf: Annotated[
+        int, Option("Channels of the generator's last hidden layer (half the image size).", minimum=1)
+    ] = 64
+    ndf: Annotated[
+        int, Option("Channels of the discriminator's first hidden layer (half the image size).", minimum=1)
+    ] = 64
+    model: Annotated[
+        Model, Option("Network architecture: dcgan, or mlp (the original fully connected GAN).")
+    ] = "dcgan"
+    engine: Annotated[
+        Engine,
+        Option("Kernels that run the networks; auto picks the fastest available engine.", resumable=True),
+    ] = "auto"
+    compile: Annotated[bool, Option("Compile both networks with torch.compile.", resumable=True)] = False
+    device: Annotated[
+        Device, Option("Device to train on; auto uses a GPU if there is one.", resumable=True)
+    ] = "auto"
+    dtype: Annotated[
+        Dtype, Option("Compute precision: float32, tf32 (GPU only), or bfloat16 / float16 under autocast.")
+    ] = "float32"
     batch_size: Annotated[
-        int, Option("Images a step, on all devices together.", "--batch-size", "--batchSize", least=1)
+        int,
+        Option("Images per step, over all processes together.", "--batch-size", "--batchSize", minimum=1),
     ] = 128
     epochs: Annotated[
-        int, Option("Times through the images.", "--epochs", "--niter", least=1, resumes=True)
+        int, Option("Number of passes over the dataset.", "--epochs", "--niter", minimum=1, resumable=True)
     ] = 50
-    lr: Annotated[float, Option("Adam's step size.")] = 0.0002
-    beta1: Annotated[float, Option("Adam's first decay rate.")] = 0.5
-    seed: Annotated[int, Option("Of weights, noise and order.", "--seed", "--manualSeed", least=0)] = 0
-    loss: Annotated[Loss, Option("G's loss; minimax is the original game's.")] = "non-saturating"
-    label_smoothing: Annotated[float, Option("How far below 1 D's target on real images is.")] = 0.1
-    clip: Annotated[float | None, Option("Largest norm of a network's gradients.")] = None
-    ema: Annotated[float | None, Option("Keep a moving average of G with this decay, e.g. 0.999.")] = None
-    sync_batchnorm: Annotated[bool, Option("With several processes: one BatchNorm over all.")] = False
+    lr: Annotated[float, Option("Adam's learning rate for both networks.")] = 0.0002
+    beta1: Annotated[
+        float, Option("Adam's beta1, the decay rate of the first moment; beta2 is always 0.999.")
+    ] = 0.5
+    seed: Annotated[
+        int,
+        Option(
+            "RNG seed for weight initialization, latent noise and data order.",
+            "--seed",
+            "--manualSeed",
+            minimum=0,
+        ),
+    ] = 0
+    loss: Annotated[
+        Loss, Option("Generator loss: non-saturating, or minimax (the saturating loss of the original GAN).")
+    ] = "non-saturating"
+    label_smoothing: Annotated[
+        float, Option("One-sided label smoothing s in [0, 1): the target for real images is 1 - s.")
+    ] = 0.1
+    clip: Annotated[
+        float | None, Option("Clip the gradient norm of each network to this value. Default: no clipping.")
+    ] = None
+    ema: Annotated[
+        float | None,
+        Option(
+            "Keep an exponential moving average of the generator with this decay, e.g. 0.999. "
+            "Default: no average."
+        ),
+    ] = None
+    sync_batchnorm: Annotated[
+        bool, Option("Compute BatchNorm statistics over all processes instead of per process.")
+    ] = False
     sample_interval: Annotated[
         int,
-        Option("Steps between grids of samples, besides one an epoch; 0: no others.", least=0, resumes=True),
+        Option(
+            "Write a grid of samples every N steps, in addition to one per epoch; 0 writes only those.",
+            minimum=0,
+            resumable=True,
+        ),
     ] = 0
     checkpoint_interval: Annotated[
-        int, Option("Steps between checkpoints, besides one an epoch; 0: no others.", least=0, resumes=True)
+        int,
+        Option(
+            "Save a checkpoint every N steps, in addition to one per epoch; 0 saves only those.",
+            minimum=0,
+            resumable=True,
+        ),
     ] = 200
-    log_interval: Annotated[int, Option("Steps between readings of the losses.", least=1, resumes=True)] = 10
-    keep: Annotated[int, Option("Checkpoints that are kept, besides the best.", least=1, resumes=True)] = 3
+    log_interval: Annotated[
+        int, Option("Read back and log the losses every N steps.", minimum=1, resumable=True)
+    ] = 10
+    keep: Annotated[
+        int,
+        Option("Number of recent checkpoints to keep, in addition to the best.", minimum=1, resumable=True),
+    ] = 3
     score: Annotated[
         Score,
         Option(
-            "What marks the best checkpoint, once an epoch: the Fréchet distance of 8×8 pixels.", resumes=True
+            "Score that selects the best checkpoint, computed once per epoch: pixels (Fréchet distance of "
+            "images reduced to 8×8 pixels; lower is better) or none.",
+            resumable=True,
         ),
     ] = "pixels"
-    tensorboard: Annotated[bool, Option("Write TensorBoard's event files.", resumes=True)] = True
-    netG: Annotated[str | None, Option("Start from the Generator in this file.", "--netG")] = None
-    netD: Annotated[str | None, Option("Start from the Discriminator in this file.", "--netD")] = None
+    tensorboard: Annotated[bool, Option("Write TensorBoard event files.", resumable=True)] = True
+    netG: Annotated[str | None, Option("Initialize the generator from this model file.", "--netG")] = None
+    netD: Annotated[str | None, Option("Initialize the discriminator from this model file.", "--netD")] = None
 
     def __post_init__(self) -> None:
         for name, (kind, option) in options().items():
             value = getattr(self, name)
             _check_type(name, value, kind)
-            if option.least is not None and value is not None and value < option.least:
-                raise InputError(f"{name} must be at least {option.least}, got {value!r}")
+            if option.minimum is not None and value is not None and value < option.minimum:
+                raise InputError(f"{name} must be at least {option.minimum}, got {value!r}")
         if self.image_size not in IMAGE_SIZES:
             allowed = ", ".join(map(str, IMAGE_SIZES))
             raise InputError(f"image_size must be one of {allowed}, got {self.image_size!r}")
@@ -136,7 +212,7 @@ class Settings:
             raise InputError("classes must name at least one class, got none")
 
     def architecture(self, channels: int) -> Architecture:
-        """The networks', for images of so many channels."""
+        """Return the architecture of both networks for images with `channels` channels."""
         return Architecture(
             model=self.model,
             latent_dim=self.nz,
@@ -147,7 +223,7 @@ class Settings:
         )
 
     def config(self) -> Config:
-        """What the step takes of it."""
+        """Return the part of the settings that the training loop and step use."""
         return Config(
             epochs=self.epochs,
             latent_dim=self.nz,
@@ -163,54 +239,60 @@ class Settings:
 
     @staticmethod
     def of(values: Mapping[str, Any], where: str = "the configuration") -> Settings:
-        """Settings of some values, the rest being the defaults.
+        """Return settings with these values, and defaults for the rest.
+
+        Args:
+            values: the values by field name.
+            where: where the values come from, for error messages.
 
         Raises:
-            InputError: a key that is none of the fields; a value as the constructor.
+            InputError: if a key is not a field, or the constructor rejects a value.
         """
         return Settings().updated(values, where)
 
     def updated(self, values: Mapping[str, Any], where: str = "the configuration") -> Settings:
-        """These settings with some values replaced. Raises InputError as :meth:`of`."""
+        """Return these settings with some values replaced. Raises InputError like :meth:`of`."""
         unknown = [key for key in values if key not in options()]
         if unknown:
-            raise InputError(f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(options())}")
+            raise InputError(
+                f"{where}: unknown setting {unknown[0]!r}; the settings are {', '.join(options())}"
+            )
         return replace(self, **values)
 
     def resumed(self, values: Mapping[str, Any]) -> Settings:
-        """These settings, a run's, with what may be changed when it is resumed.
+        """Return these settings of an existing run, updated with `values`, to resume the run with.
 
         Raises:
-            InputError: a value that differs from the run's where that would make another run of it.
+            InputError: if a value differs from the run's and its setting cannot change on resume.
         """
         for name, value in values.items():
-            if name in options() and not options()[name][1].resumes and value != getattr(self, name):
+            if name in options() and not options()[name][1].resumable and value != getattr(self, name):
                 raise InputError(
                     f"{name} is {getattr(self, name)!r} in the run to be resumed, got {value!r}; "
-                    "a run keeps it, start another one in a folder of its own"
+                    "it cannot change on resume, start a new run in another folder instead"
                 )
         return self.updated(values)
 
 
 @functools.cache
 def options() -> dict[str, tuple[Any, Option]]:
-    """Every field's type and option, by name."""
+    """Return the type and option of every field, by name."""
     hints = typing.get_type_hints(Settings, include_extras=True)
     return {name: get_args(hints[name]) for name in (f.name for f in fields(Settings))}
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
-    if not _is_of(value, kind):
-        raise InputError(f"{name} must be {_in_words(kind)}, got {value!r}")
+    if not _has_type(value, kind):
+        raise InputError(f"{name} must be {_describe_type(kind)}, got {value!r}")
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _has_type(value: Any, kind: Any) -> bool:
     if get_origin(kind) in (typing.Union, types.UnionType):
-        return any(_is_of(value, one) for one in get_args(kind))
+        return any(_has_type(value, member) for member in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(one, get_args(kind)[0]) for one in value)
+        return isinstance(value, list) and all(_has_type(item, get_args(kind)[0]) for item in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
@@ -218,14 +300,14 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_words(kind: Any) -> str:
+def _describe_type(kind: Any) -> str:
     if get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_in_words(one) for one in get_args(kind))
+        return " or ".join(_describe_type(member) for member in get_args(kind))
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is list:
-        return "a list of text"
-    words = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+        return "a list of strings"
+    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "None"}
     return words[kind]
 
 
@@ -233,7 +315,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _yaml() -> Any:
-    """A safe loader for which 2e-4 is a number, as it is for everyone but YAML 1.1."""
+    """Return a safe loader that also reads 2e-4 as a number; YAML 1.1 requires a decimal point."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -245,10 +327,10 @@ def _yaml() -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The values in a TOML or YAML file, by its ending.
+    """Return the values in a TOML or YAML file; the suffix decides the format.
 
     Raises:
-        InputError: it can't be read or parsed, has another ending, or is no table of settings.
+        InputError: if the file cannot be read or parsed, has another suffix, or is not a table of settings.
     """
     import yaml
 
@@ -260,7 +342,9 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is no {path.suffix[1:].upper()}: {' '.join(str(error).split())}") from error
+        raise InputError(
+            f"{path} is not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -269,7 +353,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def write_file(settings: Settings, path: Path) -> None:
-    """As YAML that :func:`read_file` reads."""
+    """Write the settings as YAML that :func:`read_file` reads."""
     import yaml
 
     with replacing(path, durable=True) as file:

@@ -1,4 +1,4 @@
-"""Stopping when asked to: the step is finished and saved first."""
+"""Graceful stop on SIGINT or SIGTERM: the current step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from types import FrameType
 
 
 class Stop:
-    """Whether SIGINT or SIGTERM has come: ``signal`` is its number, 0 while none has."""
+    """A stop request: ``signal`` is the number of the signal received, 0 if none."""
 
     def __init__(self) -> None:
         self.signal = 0
 
     @property
     def status(self) -> int:
-        """The exit status a shell expects of a process that the signal ended: 130 or 143."""
+        """The conventional exit status of a process ended by the signal: 130 or 143."""
         return 128 + self.signal
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
-    """Inside, the first signal is only noted; a second one does at once what it does by default.
+def recording_signals() -> Iterator[Stop]:
+    """Inside, record the first signal instead of acting on it; a second one has its previous effect at once.
 
-    Signals can be had in the main thread alone; elsewhere nothing is noted.
+    Only the main thread can handle signals; in other threads nothing is recorded.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -34,13 +34,13 @@ def listening() -> Iterator[Stop]:
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         stop.signal = number
         for each in signals:
             signal.signal(each, before[each])
 
     for number in signals:
-        signal.signal(number, note)
+        signal.signal(number, record)
     try:
         yield stop
     finally:

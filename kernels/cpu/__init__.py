@@ -1,37 +1,36 @@
-"""The native engine: csrc's layers on CPU tensors.
+"""The native engine: the layers of csrc/ on CPU tensors.
 
-:mod:`.library` loads the shared library, :mod:`.select` chooses a layer's algorithm. :mod:`.run` is
-inference: it packs weights (cached, :mod:`..weights`) and runs one layer or a chain of them, float32 inside,
-16-bit tensors converted at both ends. :mod:`.training` is training, float32: prologue, statistics, dgrad and
-wgrad, in memory of :mod:`.buffers`.
+:mod:`.library` loads the shared library, and :mod:`.algorithm_selection` chooses each layer's algorithm.
+:mod:`.inference` packs weights (cached by :mod:`..weight_cache`) and runs a layer or a chain of layers in
+float32; 16-bit inputs and outputs are converted. :mod:`.products` is training in float32: prologue,
+statistics, dgrad and wgrad, with memory from :mod:`.buffers`.
 """
 
 from ..call import Call, Outputs
-from . import run as inference
-from . import training
+from . import inference, products
+from .algorithm_selection import MAX_LAYERS, Geometry
+from .inference import Prepared
 from .library import problem
-from .run import Prepared
-from .select import MAX_LAYERS, Geometry
 
-__all__ = ["MAX_LAYERS", "Geometry", "Prepared", "problem", "run", "training", "why_not"]
+__all__ = ["MAX_LAYERS", "Geometry", "Prepared", "problem", "products", "run", "why_not"]
 
 
-def _of_training(call: Call) -> bool:
-    """Whether only the training kernels have what the call asks for."""
+def _needs_training_kernels(call: Call) -> bool:
+    """Return whether the call needs statistics or a prologue, which only the training kernels support."""
     return call.stats or call.scale is not None or call.in_act != "none"
 
 
 def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
-    """Why the native engine does not cover the call, or None if it does.
+    """Return the reason why the native engine does not cover the call, or None if it does.
 
-    Unless ``forced``, it leaves alone a call of inference whose weights it would transform for that call
-    only, where that takes longer than what it saves.
+    Unless ``forced``, it declines an inference call whose weights it would have to pack for that call alone
+    where that takes longer than it saves.
     """
-    if _of_training(call):
-        return training.why_not(call, transposed)
+    if _needs_training_kernels(call):
+        return products.why_not(call, transposed)
     return inference.why_not(call, transposed, forced)
 
 
 def run(call: Call, transposed: bool) -> Outputs:
-    """(y, mean, var) of a call that :func:`why_not` has nothing against."""
-    return (training.fprop if _of_training(call) else inference.run)(call, transposed)
+    """Return (y, mean, var) of a call that the engine covers (:func:`why_not`)."""
+    return (products.fprop if _needs_training_kernels(call) else inference.run)(call, transposed)

@@ -1,8 +1,8 @@
-"""Memory for the maps and gradients of training, kept from step to step.
+"""A memory pool for the activations and gradients of training.
 
-A step makes some 300 MB of activations and gradients at batch 64. The system would hand them out as fresh
-pages each time, and to zero those takes a tenth of the step. So memory goes back to a pool here, when the
-last tensor that uses it is gone, and to the next tensor of that size.
+A step allocates some 300 MB of activations and gradients at batch 64. The system would back them with fresh
+pages each time, and zeroing those takes a tenth of the step. So when the last tensor that uses a block is
+gone, the block returns to this pool, and the next tensor of that size reuses it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALL = 1 << 20  # bytes below which the allocator's own pool serves as well
-KEPT = 512 << 20  # bytes that may lie unused; the longest unused go back to the system
+SMALL = 1 << 20  # bytes below which PyTorch's allocator is as good
+KEPT = 512 << 20  # max unused bytes; the least recently used are returned to the system
 
-_free: collections.OrderedDict[int, list[mmap.mmap]] = collections.OrderedDict()  # by size, latest used last
+_free: collections.OrderedDict[int, list[mmap.mmap]] = collections.OrderedDict()  # by size, LRU first
 _unused = 0
-_lock = threading.RLock()  # a lease may end, by garbage collection, within a call of this module
+_lock = threading.RLock()  # reentrant: garbage collection may end a lease within a call of this module
 
 
 @functools.lru_cache(maxsize=256)
 def _lease_type(size: int) -> type[Any]:
-    """Memory that a storage holds; its end is the storage's."""
+    """Return the type of buffers of ``size`` bytes that go back to the pool when their storage is freed."""
 
     class Lease(ctypes.c_char * size):  # type: ignore[misc]
         def __del__(self) -> None:
@@ -65,7 +65,7 @@ def _take(size: int) -> mmap.mmap:
             return memory
     if hasattr(mmap, "MAP_ANONYMOUS"):
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:  # Windows, where memory that has no name is the process's own
+    else:  # Windows, where anonymous memory is private to the process
         memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -73,7 +73,7 @@ def _take(size: int) -> mmap.mmap:
 
 
 def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """An uninitialised float32 tensor on the CPU, dense in the order of its strides."""
+    """Allocate an uninitialized float32 tensor on the CPU; its strides must be dense, in any order."""
     count = math.prod(shape)
     if count * 4 < SMALL:
         return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
@@ -81,28 +81,28 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     lease = _lease_type(len(memory)).from_buffer(memory)
     lease.memory = memory
     whole = torch.frombuffer(lease, dtype=torch.float32)
-    # mypy takes that module's property for nothing.
+    # getattr, as mypy does not know this property of the module.
     fill: bool = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009
     if torch.are_deterministic_algorithms_enabled() and fill:
         whole.fill_(float("nan"))  # as torch.empty does
-    # Not a view, which autograd would follow to a tensor that no one has.
+    # Not a view, which autograd would trace to a base tensor that nobody holds.
     return torch.empty(0).set_(whole.untyped_storage(), 0, shape, strides)
 
 
 def empty_map(shape: Sequence[int], channels_last: bool) -> Tensor:
-    """:func:`empty` [N, C, H, W] in a memory format."""
+    """Allocate an :func:`empty` tensor [N, C, H, W] in a memory format."""
     _, c, h, w = shape
     return empty(shape, (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1))
 
 
 def empty_like(t: Tensor) -> Tensor:
-    """:func:`empty` of t's shape, with the strides that torch.empty_like gives it."""
+    """Allocate an :func:`empty` tensor of t's shape, with the strides of torch.empty_like."""
     like = torch.empty_like(t, device="meta")
     return empty(like.shape, like.stride())
 
 
 def release() -> None:
-    """Give what lies unused back to the system."""
+    """Return all unused memory to the system."""
     global _unused
     with _lock:
         _free.clear()

@@ -1,10 +1,10 @@
-"""What a launch computes, in plain PyTorch: what the kernels are checked against and raced with.
+"""Launches in plain PyTorch: the reference for the kernels' results and the baseline for their speed.
 
-:func:`product` and :func:`gradient` are functions of the launch as data (:class:`.launch.Product`,
-:class:`.wgrad.Gradient`), in the dtype of its tensors: float64 ones make them a reference, others what
-Inductor gets. Products are formed in the dtype of the operands and elementwise work in float32, as autocast
-has it. :func:`convolution` and :func:`convolution_weight` are the convolutions alone. :func:`exact` is the
-reference for one launch: it rounds where the kernels say they do, and nowhere else.
+:func:`product` and :func:`gradient` evaluate a launch description (:class:`.launch.Product`,
+:class:`.wgrad.Gradient`) in the dtype of its tensors: with float64 tensors they are a reference, with others
+they are what Inductor compiles. As under autocast, products use the dtype of the operands and elementwise
+work uses float32. :func:`convolution` and :func:`convolution_weight` are the convolutions alone.
+:func:`exact` is the reference for one launch: it rounds only where the kernels are documented to round.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .wgrad import Gradient
 aten = torch.ops.aten
 
 
-def _column(vector: Tensor) -> Tensor:
+def _channels(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-def prepared(x: Tensor, prologue: Prologue, slope: float) -> Tensor:
-    """What the convolution takes in place of x, rounded to x's dtype."""
+def apply_prologue(x: Tensor, prologue: Prologue, slope: float) -> Tensor:
+    """Return prologue(x), the convolution's operand, rounded to x's dtype."""
     kind = prologue.kind
     if kind == "none":
         return x
@@ -39,7 +39,7 @@ def prepared(x: Tensor, prologue: Prologue, slope: float) -> Tensor:
         assert prologue.center is not None
         assert prologue.scale is not None
         assert prologue.shift is not None
-        value = (value - _column(prologue.center)) * _column(prologue.scale) + _column(prologue.shift)
+        value = (value - _channels(prologue.center)) * _channels(prologue.scale) + _channels(prologue.shift)
         value = activate(value, prologue.act, slope)
     else:
         assert prologue.other is not None
@@ -47,16 +47,18 @@ def prepared(x: Tensor, prologue: Prologue, slope: float) -> Tensor:
         if kind == "gradient":
             value = activation_backward(value, other, prologue.act, slope)
             if prologue.scale is not None:
-                value = value * _column(prologue.scale)
+                value = value * _channels(prologue.scale)
         elif kind == "statistics":
             assert prologue.center is not None
             assert prologue.scale is not None
             assert prologue.shift is not None
             count = x.numel() // x.shape[1]
-            value = value + _column(prologue.shift / count)
-            value = value + _column(prologue.scale * 2 / count) * (other - _column(prologue.center))
+            value = value + _channels(prologue.shift / count)
+            value = value + _channels(prologue.scale * 2 / count) * (other - _channels(prologue.center))
         else:
-            raise ValueError(f"prologue.kind must be one of the kernels', got {kind!r}")
+            raise ValueError(
+                f"prologue.kind must be 'none', 'act', 'affine', 'gradient' or 'statistics', got {kind!r}"
+            )
     return value.to(x.dtype)
 
 
@@ -65,7 +67,7 @@ def _geometry(stride: int, padding: int) -> tuple[Any, ...]:
 
 
 def convolution(x: Tensor, product: Product) -> Tensor:
-    """The convolution alone, of what the prologue has made; an adjoint as autograd's backward runs it."""
+    """Return the convolution of the prologue's result x; an adjoint by the op of autograd's backward."""
     geometry = _geometry(product.stride, product.padding)
     if product.epilogue.kind == "adjoint" or product.prologue.kind in ("gradient", "statistics"):
         arguments = (x, product.y, product.weight, None, *geometry, not product.transposed, [0, 0], 1)
@@ -76,12 +78,12 @@ def convolution(x: Tensor, product: Product) -> Tensor:
 
 
 def product(it: Product) -> tuple[Tensor, ...]:
-    """(y, and the sums of its epilogue): of statistics mean and var, of the adjoint Σ g and Σ g·(x - c)."""
-    return finished(convolution(prepared(it.x, it.prologue, it.slope), it), it)
+    """Return (y, *sums): mean and var for statistics, Σ g and Σ g·(x - center) for the adjoint's epilogue."""
+    return apply_epilogue(convolution(apply_prologue(it.x, it.prologue, it.slope), it), it)
 
 
-def finished(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
-    """What the epilogue makes of the convolution."""
+def apply_epilogue(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
+    """Apply the epilogue to the raw convolution; returns (y, *sums) as :func:`product` does."""
     epilogue = it.epilogue
     y = raw.to(accumulator_dtype(raw.dtype))
     if epilogue.kind == "statistics":
@@ -90,9 +92,9 @@ def finished(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
     sums: tuple[Tensor, ...] = ()
     if epilogue.kind == "affine":
         if epilogue.scale is not None:
-            y = y * _column(epilogue.scale)
+            y = y * _channels(epilogue.scale)
         if epilogue.shift is not None:
-            y = y + _column(epilogue.shift)
+            y = y + _channels(epilogue.shift)
         y = activate(y, epilogue.act, it.slope)
     else:
         assert epilogue.input is not None
@@ -102,19 +104,19 @@ def finished(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
         else:
             assert epilogue.center is not None
             assert epilogue.shift is not None
-            apart = x - _column(epilogue.center)
-            taken = activate(
-                apart * _column(epilogue.scale) + _column(epilogue.shift), epilogue.act, it.slope
+            centered = x - _channels(epilogue.center)
+            activated = activate(
+                centered * _channels(epilogue.scale) + _channels(epilogue.shift), epilogue.act, it.slope
             )
-            g = activation_backward(y, taken, epilogue.act, it.slope)
-            sums = g.sum((0, 2, 3)), (g * apart).sum((0, 2, 3))
-            y = g * _column(epilogue.scale)
+            g = activation_backward(y, activated, epilogue.act, it.slope)
+            sums = g.sum((0, 2, 3)), (g * centered).sum((0, 2, 3))
+            y = g * _channels(epilogue.scale)
     return y.to(raw.dtype), *sums
 
 
 def convolution_weight(small: Tensor, large: Tensor, gradient: Gradient) -> Tensor:
-    """The weight gradient alone, of what the prologues have made, as autograd's backward runs it."""
-    weight = small.new_empty(gradient.shape)  # of which only the shape is looked at
+    """Return the weight gradient after both prologues, by the op that autograd's backward runs."""
+    weight = small.new_empty(gradient.shape)  # only its shape is used
     geometry = _geometry(gradient.stride, gradient.padding)
     arguments = (small, large, weight, None, *geometry, False, [0, 0], 1, [False, True, False])
     dweight: Tensor = aten.convolution_backward(*arguments)[1]
@@ -122,42 +124,42 @@ def convolution_weight(small: Tensor, large: Tensor, gradient: Gradient) -> Tens
 
 
 def gradient(it: Gradient) -> tuple[Tensor]:
-    """(dweight,)"""
-    small = prepared(it.small, it.small_prologue, it.slope)
-    large = prepared(it.large, it.large_prologue, it.slope)
+    """Return (dweight,)."""
+    small = apply_prologue(it.small, it.small_prologue, it.slope)
+    large = apply_prologue(it.large, it.large_prologue, it.slope)
     return (convolution_weight(small, large, it),)
 
 
 def compute(it: Product | Gradient) -> tuple[Tensor, ...]:
-    """:func:`product` or :func:`gradient`."""
+    """Evaluate :func:`product` or :func:`gradient`, whichever the launch is."""
     return product(it) if isinstance(it, Product) else gradient(it)
 
 
-def converted(value: Any, dtype: torch.dtype) -> Any:
-    """A launch's data with every tensor in ``dtype``."""
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a launch description with every tensor cast to ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(dtype)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(converted(item, dtype) for item in value))
+        return type(value)(*(cast(item, dtype) for item in value))
     return value
 
 
 def exact(it: Product | Gradient) -> tuple[Tensor, ...]:
-    """:func:`compute` in float64, of operands that the prologues have rounded to their dtype, as kernels do.
+    """Evaluate :func:`compute` in float64, on operands that the prologues round to their dtype as kernels do.
 
-    So a result is as far from it as its own rounding and its accumulation take it, and no further.
+    A kernel's result therefore differs from it only by its accumulation error and its own rounding.
     """
     if isinstance(it, Product):
-        x = prepared(it.x, it.prologue, it.slope).double()
+        x = apply_prologue(it.x, it.prologue, it.slope).double()
         bare = it.prologue._replace(center=None, scale=None, shift=None, other=None)
-        wide = converted(it._replace(prologue=bare), torch.float64)
-        return finished(convolution(x, wide), wide)
-    small = prepared(it.small, it.small_prologue, it.slope).double()
-    large = prepared(it.large, it.large_prologue, it.slope).double()
+        wide = cast(it._replace(prologue=bare), torch.float64)
+        return apply_epilogue(convolution(x, wide), wide)
+    small = apply_prologue(it.small, it.small_prologue, it.slope).double()
+    large = apply_prologue(it.large, it.large_prologue, it.slope).double()
     return (convolution_weight(small, large, it),)
 
 
 def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest ‖got - expected‖/‖expected‖; infinite where something is not finite."""
+    """Return the largest ‖got - expected‖/‖expected‖ over the tensors; infinite if any is not finite."""
     each = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True)]
     return max(each) if all(map(math.isfinite, each)) else math.inf

@@ -1,11 +1,12 @@
-"""The layers on a 1×1 map as a matrix product.
+"""dense: the convolutions to or from a 1×1 map, as a matrix product.
 
     transposed, x [N, C_in, 1, 1]:         y[n, co, kh, kw] = Σ_ci x[n, ci] · w[ci, co, kh, kw]
     otherwise, a kernel as large as x:     y[n, co, 0, 0] = Σ_{kh,kw,ci} x[n, ci, kh, kw] · w[co, ci, kh, kw]
 
-N rows; columns (kh, kw, co), the order of an NHWC output; reduction (kh, kw, ci), the order of an NHWC input.
-One of the two maps is 1×1. A program makes one [BLOCK_M, BLOCK_N] tile. Reads x at any strides, weights as
-:func:`..packing.dense_up` or :func:`..packing.dense_down`; writes y at any strides, each element once.
+M = N rows; columns (kh, kw, co), the order of an NHWC output; K = (kh, kw, ci), the order of an NHWC input.
+One of the two maps is 1×1. A program computes one [BLOCK_M, BLOCK_N] tile. It reads x at any strides and
+weights packed by :func:`..packing.dense_up` or :func:`..packing.dense_down`, and writes y at any strides,
+each element once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import epilogue, prologue
+from .device_functions import epilogue, prologue
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -99,7 +100,7 @@ def _dense_kernel(
         w = tl.load(w_at, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    # A column beyond the last is a channel beyond the last: none of its own is to be stored.
+    # Map columns beyond the last to channel C_OUT, which masks their stores.
     co = tl.where(column < COLUMNS, column % C_OUT, C_OUT)
     pixel = column // C_OUT
     h = pixel // Y_SIZE[2]
@@ -116,18 +117,19 @@ def _dense_kernel(
 
 
 def pixels(product: Product) -> int:
-    """Pixels of y: a row tile leaves partial sums for each."""
+    """Return the pixels of y: a row tile stores partial sums for each of them."""
     return product.y.shape[2] * product.y.shape[3]
 
 
 def problem(product: Product) -> Problem:
+    """Return the GEMM sizes of a product."""
     n, c_in, h, w = product.x.shape
     columns = product.y[0].numel()
     return product.problem("dense", n, columns, c_in * h * w, c_in)
 
 
 def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
-    """y [N, C_out, kH, kW] from x [N, C_in, 1, 1], or [N, C_out, 1, 1] from [N, C_in, kH, kW]."""
+    """Return the launch of y [N, C_out, kH, kW] from x [N, C_in, 1, 1], or y [.., 1, 1] from [.., kH, kW]."""
     sizes = problem(product)
     arguments, constants = common(product, packed, partial, sizes.rows)
     constants["C_PADDED"] = packed.shape[-1]

@@ -1,10 +1,10 @@
-"""The Discriminator's head, a matrix product with at most 4 columns, as one dot product a program.
+"""dense_narrow: the Discriminator's head, a product with at most 4 columns, as one dot product per program.
 
     y[n, co] = act(scale[co]·Σ_k x[n, k]·w[co, k] + shift[co]),   k = (kh, kw, ci), the order of an NHWC input
 
-A tile of a matrix instruction would use 1 of its 16 columns, and a batch of 64 would fill 1 of 132
-multiprocessors. The products are float32 whatever the inputs are (TF32 has nothing to gain here).
-Program (n, co) reads row n of x, at any strides, and weights as :func:`..packing.dense_down`.
+A tensor-core tile would use 1 of its 16 columns, and a batch of 64 would fill 1 of 132 SMs. Products are
+float32 whatever the dtype of the inputs: the kernel is bound by bytes, so TF32 would gain nothing. Program
+(n, co) reads row n of x, at any strides, and weights packed by :func:`..packing.dense_down`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import activate, prologue
+from .device_functions import activate, prologue
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile
 
@@ -71,21 +71,21 @@ def _dense_narrow_kernel(
         h = k // C_PADDED // W
         w = k // C_PADDED % W
         c = k % C_PADDED
-        seen = (k < DEPTH) & (c < C_IN)
+        valid = (k < DEPTH) & (c < C_IN)
         x_at = x_ptr + n * X_STRIDE[0] + h * X_STRIDE[2] + w * X_STRIDE[3] + c * X_STRIDE[1]
-        x = tl.load(x_at, mask=seen, other=0.0)
+        x = tl.load(x_at, mask=valid, other=0.0)
         other = x
         if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
             other_k = h * X_OTHER_STRIDE[2] + w * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1]
-            other = tl.load(x_other_ptr + n * X_OTHER_STRIDE[0] + other_k, mask=seen, other=0.0)
+            other = tl.load(x_other_ptr + n * X_OTHER_STRIDE[0] + other_k, mask=valid, other=0.0)
         x = prologue(
-            x, other, seen, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            x, other, valid, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
             C_IN, X_PROLOGUE, X_ACT, X_SCALED,
         )  # fmt: skip
         weight = tl.load(w_ptr + co * DEPTH + k, mask=k < DEPTH, other=0.0)
         acc += x.to(tl.float32) * weight.to(tl.float32)
 
-    tl.static_assert(EPILOGUE == "affine")  # one number a program has no statistics: those run as dense
+    tl.static_assert(EPILOGUE == "affine")  # statistics need a tile of rows: those products run as dense
     y = tl.sum(acc, axis=0)
     if HAS_SCALE:
         y = y * tl.load(scale_ptr + co)
@@ -99,12 +99,13 @@ pack = packing.dense_down
 
 
 def problem(product: Product) -> Problem:
+    """Return the GEMM sizes of a product."""
     n, c_in, h, w = product.x.shape
     return product.problem("dense_narrow", n, product.y.shape[1], c_in * h * w, c_in)
 
 
 def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
-    """y [N, C_out ≤ 4, 1, 1] from x [N, C_in, kH, kW] and the packed weight."""
+    """Return the launch of y [N, C_out ≤ 4, 1, 1] from x [N, C_in, kH, kW] and the packed weight."""
     sizes = problem(product)
     arguments, constants = common(product, packed, partial, sizes.rows)
     constants["C_PADDED"] = packed.shape[-1]

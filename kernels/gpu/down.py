@@ -2,12 +2,11 @@
 
     y[n, p, q, co] = Σ_{kh,kw} Σ_ci x[n, 2p-1+kh, 2q-1+kw, ci] · w[co, ci, kh, kw]
 
-M = N·H'·W' rows of the output (H' = ⌊H/2⌋), C_out columns, K = 16·C_in. A program makes a
-[BLOCK_M, BLOCK_N] tile; programs are numbered column tile first, so that those which read the same x share
-it in L2.
+M = N·H'·W' rows (H' = ⌊H/2⌋), C_out columns, K = 16·C_in. A program computes one [BLOCK_M, BLOCK_N] tile.
+The column tile is the fastest program index, so that programs which read the same x share it in L2.
 
-Reads x at any strides (NHWC is the fast one), weights as :func:`..packing.down`; writes y at any strides.
-Accumulates in float32; every output element is written by exactly one program.
+Reads x at any strides (NHWC is fastest) and weights packed by :func:`..packing.down`; writes y at any
+strides. Accumulates in float32; every output element is written by exactly one program.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import epilogue, prologue, rows
+from .device_functions import epilogue, prologue, rows
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -80,8 +79,8 @@ def _down_kernel(
         c = (step // 16) * BLOCK_K + k
         dh = tap // 4 - 1
         dw = tap % 4 - 1
-        seen = inside & (2 * p + dh >= 0) & (2 * p + dh < H) & (2 * q + dw >= 0) & (2 * q + dw < W)
-        mask = seen[:, None] & (c < C_IN)[None, :]
+        valid = inside & (2 * p + dh >= 0) & (2 * p + dh < H) & (2 * q + dw >= 0) & (2 * q + dw < W)
+        mask = valid[:, None] & (c < C_IN)[None, :]
         x_at = x_rows[:, None] + (dh * X_STRIDE[2] + dw * X_STRIDE[3] + c * X_STRIDE[1])[None, :]
         x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         other = x
@@ -115,13 +114,14 @@ pack = packing.down
 
 
 def problem(product: Product) -> Problem:
+    """Return the GEMM sizes of a product."""
     n, c_out, h, w = product.y.shape
     c_in = product.x.shape[1]
     return product.problem("down", n * h * w, c_out, 16 * c_in, c_in)
 
 
 def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
-    """y [N, C_out, H/2, W/2] from x [N, C_in, H, W] and the packed weight."""
+    """Return the launch of y [N, C_out, H/2, W/2] from x [N, C_in, H, W] and the packed weight."""
     sizes = problem(product)
     arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}

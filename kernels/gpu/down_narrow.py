@@ -1,11 +1,11 @@
-"""down from an image of at most 4 channels: one reduction step is the 16 taps of one channel.
+"""down_narrow: :mod:`.down` for an image of at most 4 channels; a K step is the 16 taps of one channel.
 
-With the channel as the contiguous index, as in :mod:`.down`, a one-channel image would fill 1 of 16 columns
-of every product. Here K = C_in·16 and a step takes all taps of a channel, so nothing is wasted, the weight's
-own layout [C_out, C_in·16] is the packed one, and an NCHW image is read as well as an NHWC one: one plane a
-step.
+With the channel as the contiguous K index, as in :mod:`.down`, a one-channel image would fill 1 of the 16
+K columns of every matrix instruction. Here K = C_in·16 and a step covers all taps of a channel, so nothing is
+wasted, the weight's own layout [C_out, C_in·16] needs no packing, and an NCHW image is read as efficiently as
+an NHWC one, one plane per step.
 
-A program makes a [BLOCK_M, BLOCK_N] tile; reads, writes and accumulates as :mod:`.down`.
+A program computes one [BLOCK_M, BLOCK_N] tile; it reads, writes and accumulates as :mod:`.down` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import epilogue, prologue, rows
+from .device_functions import epilogue, prologue, rows
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -70,19 +70,19 @@ def _down_narrow_kernel(
     tap = tl.arange(0, BLOCK_K)  # BLOCK_K = 16
     h = 2 * p[:, None] + (tap // 4 - 1)[None, :]
     w = 2 * q[:, None] + (tap % 4 - 1)[None, :]
-    seen = inside[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    valid = inside[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     x_at = x_ptr + n[:, None] * X_STRIDE[0] + h * X_STRIDE[2] + w * X_STRIDE[3]
     other_at = x_other_ptr + n[:, None] * X_OTHER_STRIDE[0] + h * X_OTHER_STRIDE[2] + w * X_OTHER_STRIDE[3]
     w_at = w_ptr + co[None, :] * (16 * C_IN) + tap[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for c in tl.static_range(C_IN):
-        patch = tl.load(x_at + c * X_STRIDE[1], mask=seen, other=0.0)  # [BLOCK_M, 16]
+        patch = tl.load(x_at + c * X_STRIDE[1], mask=valid, other=0.0)  # [BLOCK_M, 16]
         other = patch
         if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
-            other = tl.load(other_at + c * X_OTHER_STRIDE[1], mask=seen, other=0.0)
+            other = tl.load(other_at + c * X_OTHER_STRIDE[1], mask=valid, other=0.0)
         patch = prologue(
-            patch, other, seen, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
+            patch, other, valid, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
             C_IN, X_PROLOGUE, X_ACT, X_SCALED,
         )  # fmt: skip
         taps = tl.load(w_at + c * 16, mask=(co < C_OUT)[None, :], other=0.0)  # [16, BLOCK_N]
@@ -103,13 +103,14 @@ pack = packing.down_narrow
 
 
 def problem(product: Product) -> Problem:
+    """Return the GEMM sizes of a product."""
     n, c_out, h, w = product.y.shape
     c_in = product.x.shape[1]
     return product.problem("down_narrow", n * h * w, c_out, 16 * c_in, 16)
 
 
 def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
-    """y [N, C_out, H/2, W/2] from x [N, C_in ≤ 4, H, W] and the weight."""
+    """Return the launch of y [N, C_out, H/2, W/2] from x [N, C_in ≤ 4, H, W] and the weight."""
     sizes = problem(product)
     arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": 16}

@@ -1,4 +1,4 @@
-"""A kernel launch as data: made from shapes and strides alone, so that it can be run or only compiled."""
+"""Kernel launches as data, built from shapes and strides alone, to be run or only compiled."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ INT32_MAX = 2**31 - 1
 
 
 class Prologue(NamedTuple):
-    """What a convolution takes in place of an operand, as :func:`.device.prologue` says.
+    """The elementwise function applied to a convolution's operand; see :func:`.device_functions.prologue`.
 
-    ``kind``: 'none', 'act', 'affine', 'gradient' or 'statistics'.
+    ``kind`` is 'none', 'act', 'affine', 'gradient' or 'statistics'.
     """
 
     kind: str = "none"
@@ -29,9 +29,9 @@ class Prologue(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What becomes of the accumulator, as :func:`.device.epilogue` says.
+    """The function applied to the accumulator; see :func:`.device_functions.epilogue`.
 
-    ``kind``: 'affine', 'statistics' or 'adjoint'. ``input``, for the last, is x as the forward took it.
+    ``kind`` is 'affine', 'statistics' or 'adjoint'. ``input``, for 'adjoint', is the forward's x.
     """
 
     kind: str = "affine"
@@ -43,19 +43,19 @@ class Epilogue(NamedTuple):
 
     @property
     def sums(self) -> bool:
-        """Whether it leaves two numbers a tile and channel."""
+        """Whether the epilogue stores two partial sums per tile and channel."""
         return self.kind == "statistics" or (self.kind == "adjoint" and self.scale is not None)
 
 
 class Product(NamedTuple):
-    """epilogue(conv(prologue(x), weight)): a forward convolution, or the adjoint of one, in one launch."""
+    """One launch that computes y = epilogue(conv(prologue(x), weight)): a convolution or an adjoint."""
 
     x: Tensor
     weight: Tensor
-    """[C_in, C_out, kH, kW] if ``transposed``, else [C_out, C_in, kH, kW], for this direction."""
+    """[C_in, C_out, kH, kW] if ``transposed``, else [C_out, C_in, kH, kW], from x to y."""
     transposed: bool
     y: Tensor
-    """The output to be written."""
+    """The output, which the launch writes."""
     prologue: Prologue = Prologue()
     epilogue: Epilogue = Epilogue()
     slope: float = 0.0
@@ -65,7 +65,7 @@ class Product(NamedTuple):
     def problem(
         self, kernel: str, rows: int, columns: int, depth: int, channels_in: int, copies: int = 1
     ) -> Problem:
-        """Its sizes, for the choice of a tile."""
+        """Return the product's :class:`Problem` for tile selection."""
         fusion = f"{self.prologue.kind}+{self.epilogue.kind}"
         sizes = (rows, columns, depth, channels_in, copies)
         return Problem(kernel, precision(self.x.dtype), *sizes, fusion, (self.x.numel(),))
@@ -73,7 +73,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """``kernel[(programs,)](**arguments, **constants, num_warps=…, num_stages=…)``."""
+    """A launch ``kernel[(programs,)](**arguments, **constants, num_warps=…, num_stages=…)``."""
 
     kernel: Any
     programs: int
@@ -82,7 +82,7 @@ class Launch:
     tile: Tile
 
     def __call__(self) -> Any:
-        """Run it on the current device and stream; returns Triton's compiled kernel."""
+        """Launch on the current device and stream; returns Triton's compiled kernel."""
         return self.kernel[(self.programs,)](
             **self.arguments,
             **self.constants,
@@ -91,7 +91,7 @@ class Launch:
         )
 
     def compile(self) -> Any:
-        """Triton's compiled kernel for the current device; nothing is launched."""
+        """Compile for the current device without launching; returns Triton's compiled kernel."""
         return self.kernel.warmup(
             **self.arguments,
             **self.constants,
@@ -101,22 +101,22 @@ class Launch:
         )
 
     def spills(self) -> bool:
-        """Whether its code for the current device spills registers, or needs more than the device has.
+        """Return whether the code for the current device spills registers or exceeds the device's resources.
 
-        Compiles it; a launch after that finds the code compiled.
+        Compiles the kernel; a later launch reuses the compiled code.
         """
         try:
             compiled = self.compile()
-            compiled[(self.programs, 1, 1)]  # loads the code, from which Triton then reads what it takes
+            compiled[(self.programs, 1, 1)]  # loads the code, which makes Triton read n_spills
         except OutOfResources:
             return True
         return bool(compiled.n_spills > 0)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products are formed: '16bit', or for float32 'tf32' or 'ieee' as torch's setting for convolutions.
+    """Return the precision of products: '16bit', or for float32 'tf32' or 'ieee' by PyTorch's setting.
 
-    The setting is ``torch.backends.cudnn.conv.fp32_precision``; 'none' there defers to the wider ones.
+    The setting is ``torch.backends.cudnn.conv.fp32_precision``; 'none' defers to the enclosing scopes.
     """
     if dtype != torch.float32:
         return "16bit"
@@ -129,17 +129,17 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def extent(t: Tensor) -> int:
-    """The largest element offset inside ``t``."""
+    """Return the largest element offset in ``t``."""
     return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def wide(*tensors: Tensor | None, count: int) -> bool:
-    """Whether an offset, or a row number, needs 64 bits. Rows are rounded up to tiles of at most 256."""
+    """Return whether an offset or row index needs 64 bits; rows are rounded up to tiles of at most 256."""
     return max(*(0 if t is None else extent(t) for t in tensors), count + 256) > INT32_MAX
 
 
 def operand(name: str, x: Tensor, prologue: Prologue, absent: Tensor) -> dict[str, Any]:
-    """Pointers of an operand and of its prologue; what the kernel will not read is passed as ``absent``."""
+    """Return the pointers of an operand and its prologue, with ``absent`` for those that are not read."""
 
     def present(t: Tensor | None) -> Tensor:
         return absent if t is None else t
@@ -154,7 +154,7 @@ def operand(name: str, x: Tensor, prologue: Prologue, absent: Tensor) -> dict[st
 
 
 def operand_constants(name: str, x: Tensor, prologue: Prologue) -> dict[str, Any]:
-    """Its strides and its prologue: exact strides are what lets the compiler prove 16-byte accesses."""
+    """Return an operand's strides and prologue; constant strides let the compiler use 16-byte accesses."""
     return {
         f"{name}_STRIDE".upper(): x.stride(),
         f"{name}_OTHER_STRIDE".upper(): x.stride() if prologue.other is None else prologue.other.stride(),
@@ -167,7 +167,7 @@ def operand_constants(name: str, x: Tensor, prologue: Prologue) -> dict[str, Any
 def common(
     product: Product, packed: Tensor, partial: Tensor | None, rows: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What every kernel of a :class:`Product` takes: (arguments, constants) but for the tile."""
+    """Return (arguments, constants) that all kernels of a :class:`Product` share, without the tile."""
     x, y, prologue, epilogue = product.x, product.y, product.prologue, product.epilogue
     arguments = operand("x", x, prologue, absent=y) | {
         "w_ptr": packed,

@@ -1,6 +1,6 @@
-"""Compile a launch for a GPU that is not there, and read the machine code: what the compiler made of it.
+"""Offline compilation: compile a launch without a GPU and inspect its machine code.
 
-Needs Triton alone: its wheel holds ptxas, cuobjdump and nvdisasm.
+Only Triton is needed: its wheel contains ptxas, cuobjdump and nvdisasm.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*f
 
 
 class Report(NamedTuple):
-    """What one launch compiles to."""
+    """Properties of a launch's machine code."""
 
-    registers: int  # a thread
+    registers: int  # per thread
     spills: int  # local loads and stores in the code
-    stack: int  # bytes a thread
-    shared: int  # bytes a program
-    matrix: str  # the matrix instruction: 'HGMMA', 'HMMA', or 'FFMA' for none
-    async_copies: dict[int, int]  # asynchronous global → shared copies, by their bytes a thread
-    loads_by_width: dict[int, int]  # global loads into registers, likewise
+    stack: int  # bytes per thread
+    shared: int  # bytes per program
+    matrix: str  # 'HGMMA' (wgmma), 'HMMA' (mma.sync), or 'FFMA' without tensor cores
+    async_copies: dict[int, int]  # asynchronous global → shared copies, by bytes per thread
+    loads_by_width: dict[int, int]  # global loads into registers, by bytes per thread
     stores_by_width: dict[int, int]
 
     @property
     def loads(self) -> int:
-        """Global loads into registers."""
+        """Number of global loads into registers."""
         return sum(self.loads_by_width.values())
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """Triton's compiled kernel for sm_<capability>, specialised on divisibility as the JIT would."""
+    """Compile for sm_<capability>, specialized on divisibility as the JIT does."""
     names = launch.kernel.arg_names
     signature, attributes = {}, {}
     for i, name in enumerate(names):
@@ -80,7 +80,7 @@ def _cubin(compiled: Any) -> Iterator[str]:
 
 
 def machine_code(compiled: Any) -> tuple[str, str]:
-    """(resource usage, SASS) of a compiled kernel."""
+    """Return (resource usage, SASS) of a compiled kernel."""
     with _cubin(compiled) as path:
         return _tool("cuobjdump", "--dump-resource-usage", path), _tool("nvdisasm", "-c", path)
 
@@ -90,7 +90,7 @@ def _usage(text: str) -> dict[str, int]:
 
 
 def spills(launch: Launch, capability: int) -> bool:
-    """What :meth:`.launch.Launch.spills` would say on a GPU of that capability."""
+    """Return what :meth:`.launch.Launch.spills` would on a GPU of that capability."""
     compiled = compile_launch(launch, capability)
     if compiled.metadata.shared > SHARED_LIMIT[capability]:
         return True
@@ -102,13 +102,13 @@ _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
 def _by_width(instruction: str, sass: str) -> dict[int, int]:
-    """How often a memory instruction occurs, by its bytes a thread; without a modifier it is 4."""
+    """Count a memory instruction by its bytes per thread, which are 4 without a width modifier."""
     found = (modifiers.split(".") for modifiers in re.findall(rf"\b{instruction}\.([\w.]+)", sass))
     return dict(Counter(next((_WIDTHS[m] for m in each if m in _WIDTHS), 4) for each in found))
 
 
 def inspect(launch: Launch, capability: int) -> Report:
-    """Compile and read."""
+    """Compile a launch for sm_<capability> and report on its machine code."""
     compiled = compile_launch(launch, capability)
     usage, sass = machine_code(compiled)
     numbers = _usage(usage)
@@ -124,69 +124,74 @@ def inspect(launch: Launch, capability: int) -> Report:
     )
 
 
-def _vectorisable(tensor: Any, stride: tuple[int, ...]) -> bool:
-    """Whether an operand's channels can be copied 16 bytes at a time."""
+def _vectorizable(tensor: Any, stride: tuple[int, ...]) -> bool:
+    """Return whether an operand's channels can be accessed 16 bytes at a time."""
     channels = tensor.shape[1]
     return bool(channels >= 16 and channels * tensor.element_size() % 16 == 0 and stride[1] == 1)
 
 
-def _narrow(launch: Launch, report: Report) -> list[str]:
-    """Narrow accesses of a pass or of the sum of chunks.
+def _narrow_accesses(launch: Launch, report: Report) -> list[str]:
+    """Return faults about accesses that are not 16 bytes wide, in a prologue or split-K reduction kernel.
 
-    What tiles leave per channel is too little for 16 bytes a thread unless there are many tiles, and a dot
-    product's reduction may lie in any order.
+    The other reductions are exempt: per-channel partials offer too little data for 16 bytes per thread unless
+    there are many tiles, and a dot product's operands may have any layout.
     """
     constants, arguments = launch.constants, launch.arguments
     loads = stores = False
     if "out_ptr" in arguments:
         operands = {name: arguments[f"{name}_ptr"] for name in ("x", "x_other", "out")}
         strides = {name: constants[f"{name.upper()}_STRIDE"] for name in operands}
-        loads = stores = all(_vectorisable(t, strides[name]) for name, t in operands.items())
+        loads = stores = all(_vectorizable(t, strides[name]) for name, t in operands.items())
     elif "SPLITS" in constants:
         loads = constants["SIZE"][0] * constants["SIZE"][1] % 4 == 0
     found = []
     if loads and report.loads_by_width.keys() != {16}:
-        found.append(f"loads of other than 16 bytes: {report.loads_by_width}")
+        found.append(f"loads not 16 bytes wide, counts by width: {report.loads_by_width}")
     if stores and report.stores_by_width.keys() != {16}:
-        found.append(f"stores of other than 16 bytes: {report.stores_by_width}")
+        found.append(f"stores not 16 bytes wide, counts by width: {report.stores_by_width}")
     return found
 
 
 def faults(launch: Launch, report: Report, capability: int) -> list[str]:
-    """What is wrong with a launch's code.
+    """Return what is wrong with a launch's machine code; empty if nothing is.
 
-    Operands whose channels lie together are to come by asynchronous 16-byte copies and nothing else but the
-    4-byte ones of per-channel vectors; without prologue, epilogue vectors or a second tensor, all loads are.
-    A pass over such tensors loads and stores 16 bytes at a time, and so does the sum of chunks load them.
+    No launch may spill or exceed the shared memory limit. Operands with contiguous channels must be loaded by
+    asynchronous 16-byte copies, besides 4-byte copies of per-channel vectors; without a prologue, epilogue
+    vectors or a second tensor there must be no other loads at all. Standalone prologue kernels must load and
+    store such tensors 16 bytes at a time, and the split-K reduction must load its partials so.
     """
     constants = launch.constants
     found = []
     if report.spills or report.stack:
-        found.append(f"spills: {report.spills} local accesses, {report.stack} bytes of stack")
+        found.append(
+            f"spills: {report.spills} local memory accesses, {report.stack} bytes of stack per thread"
+        )
     if report.shared > SHARED_LIMIT[capability]:
-        found.append(f"{report.shared} bytes of shared memory, the chip has {SHARED_LIMIT[capability]}")
+        found.append(f"{report.shared} bytes of shared memory exceed the limit of {SHARED_LIMIT[capability]}")
     if "PRECISION" not in constants or "BLOCK_M" not in constants:
-        return found + _narrow(launch, report)  # no matrix instruction, nothing to stage
+        return found + _narrow_accesses(launch, report)  # no matrix instruction, no staged operands
     operands = [name for name in ("x", "small", "large") if f"{name}_ptr" in launch.arguments]
     tensors = [launch.arguments[f"{name}_ptr"] for name in operands]
     if tensors[0].dtype != torch.float32 or constants["PRECISION"] == "tf32":
-        # A warpgroup's instruction takes 64 rows.
+        # wgmma needs 64 rows.
         expected = "HGMMA" if capability >= 90 and launch.tile.block_m >= 64 else "HMMA"
         if report.matrix != expected:
-            found.append(f"{report.matrix} where {expected} should be")
+            found.append(f"matrix instruction {report.matrix} instead of {expected}")
     strides = [constants[f"{name.upper()}_STRIDE"] for name in operands]
-    if all(_vectorisable(t, stride) for t, stride in zip(tensors, strides, strict=True)):
+    if all(_vectorizable(t, stride) for t, stride in zip(tensors, strides, strict=True)):
         prologues = {constants[f"{name.upper()}_PROLOGUE"] for name in operands}
-        # TF32's operands must lie along the reduction in shared memory: a weight gradient's, which lie along
-        # the channels, are transposed on the way in by copies of 4 bytes.
+        # TF32 operands must be K-contiguous in shared memory. A weight gradient's are channel-contiguous and
+        # are transposed on the way in, by 4-byte copies.
         transposing = "small_ptr" in launch.arguments and constants["PRECISION"] == "tf32"
         allowed = {16} if prologues == {"none"} and not transposing else {16, 4}
-        wide = report.async_copies.get(16) or transposing
-        if not wide or report.async_copies.keys() - allowed:
-            found.append(f"operands not by asynchronous 16-byte copies: {report.async_copies}")
-        bare = constants.get("EPILOGUE") in ("affine", "statistics") and not (
+        vectorized = report.async_copies.get(16) or transposing
+        if not vectorized or report.async_copies.keys() - allowed:
+            found.append(
+                f"operands not loaded by asynchronous 16-byte copies, counts by width: {report.async_copies}"
+            )
+        plain_epilogue = constants.get("EPILOGUE") in ("affine", "statistics") and not (
             constants["HAS_SCALE"] or constants["HAS_SHIFT"]
         )
-        if prologues == {"none"} and bare and report.loads:
+        if prologues == {"none"} and plain_epilogue and report.loads:
             found.append(f"{report.loads} loads that are not asynchronous copies")
     return found

@@ -1,7 +1,7 @@
-"""Weight layouts of the kernels. Each is one or a few copy kernels; :mod:`..weights` keeps them in eval.
+"""Weight packing, each by one or a few copy kernels; :mod:`..weight_cache` caches the results in eval.
 
-Every matrix is [columns, reduction] with the reduction contiguous: TF32 on sm_90 takes its operand from
-shared memory only in that order, and 16-bit types take it as well as the other.
+Every packed weight is a matrix [columns, K] with K contiguous: wgmma reads TF32 operands from shared memory
+only in that order, and 16-bit operands in either.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NARROW = 4  # channels up to which a layer counts as narrow
-_VECTOR = 16  # reduction lengths are padded to this many elements, so that rows start on 16 bytes
+NARROW = 4  # a layer with at most this many channels is narrow
+_VECTOR = 16  # K is padded to a multiple of this many elements, so that rows are 16-byte aligned
 
 
 def up(weight: Tensor) -> Tensor:
-    """[C_in, C_out, 4, 4] → [parity, C_out, r, s, C_in], kh = 1-a+2r, kw = 1-b+2s, parity = 3-(2a+b).
+    """Pack [C_in, C_out, 4, 4] → [parity, C_out, r, s, C_in]: kh = 1-a+2r, kw = 1-b+2s, parity = 3-(2a+b).
 
-    An output row 2p+a sees input rows p+a-r. The parities are stored in the order in which the kernel rows
-    already lie, so that packing is a single transposition.
+    Output row 2p+a reads input rows p+a-r. The parities are stored in the order of the kernel's rows in
+    memory, so that packing is a single transposition.
     """
     c_in, c_out = weight.shape[:2]
     taps = weight.reshape(c_in, c_out, 2, 2, 2, 2)  # [C_in, C_out, r, 1-a, s, 1-b]
@@ -25,10 +25,10 @@ def up(weight: Tensor) -> Tensor:
 
 
 def up_narrow(weight: Tensor) -> Tensor:
-    """[C_in, C_out ≤ 4, 4, 4] → [a, b, 4, u, v, C_in]: all parities' columns over the 3×3 inputs they share.
+    """Pack [C_in, C_out ≤ 4, 4, 4] → [a, b, 4, u, v, C_in]: all parities as columns over their 3×3 inputs.
 
-    Output (2p+a, 2q+b) sees input (p+1-u, q+1-v) through kh = 2u+a-1, kw = 2v+b-1; what lies outside the
-    kernel is zero.
+    Output (2p+a, 2q+b) reads input (p+1-u, q+1-v) through kh = 2u+a-1, kw = 2v+b-1; taps outside the kernel
+    are zero.
     """
     c_in, c_out = weight.shape[:2]
     padded = torch.nn.functional.pad(weight, (1, 1, 1, 1, 0, NARROW - c_out))  # kh + 1 = 2u + a
@@ -37,25 +37,25 @@ def up_narrow(weight: Tensor) -> Tensor:
 
 
 def down(weight: Tensor) -> Tensor:
-    """[C_out, C_in, 4, 4] → [C_out, kh, kw, C_in]: a channels_last weight's own memory."""
+    """Pack [C_out, C_in, 4, 4] → [C_out, kh, kw, C_in]: a no-op for a channels_last weight."""
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
 def down_narrow(weight: Tensor) -> Tensor:
-    """[C_out, C_in, 4, 4], contiguous: the reduction runs over taps inside a channel."""
+    """Make [C_out, C_in, 4, 4] contiguous: K runs over the taps within each channel."""
     return weight.contiguous()
 
 
 def dense_up(weight: Tensor) -> Tensor:
-    """[C_in, C_out, kH, kW] → [kh, kw, C_out, C_in padded]."""
+    """Pack [C_in, C_out, kH, kW] → [kh, kw, C_out, C_in padded]."""
     return _padded(weight.permute(2, 3, 1, 0))
 
 
 def dense_down(weight: Tensor) -> Tensor:
-    """[C_out, C_in, kH, kW] → [C_out, kh, kw, C_in padded]."""
+    """Pack [C_out, C_in, kH, kW] → [C_out, kh, kw, C_in padded]."""
     return _padded(weight.permute(0, 2, 3, 1))
 
 
 def _padded(packed: Tensor) -> Tensor:
-    short = -packed.shape[-1] % _VECTOR
-    return (torch.nn.functional.pad(packed, (0, short)) if short else packed).contiguous()
+    padding = -packed.shape[-1] % _VECTOR
+    return (torch.nn.functional.pad(packed, (0, padding)) if padding else packed).contiguous()

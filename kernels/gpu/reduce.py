@@ -1,11 +1,11 @@
-"""Second steps of the reductions: what the tiles of a launch left, put together in a fixed order.
+"""Reduction of per-tile partials and split-K partials, in a fixed order.
 
     statistics   mean[c] = Σ_t n_t·mean_t[c] / N,   var[c] = (Σ_t M2_t[c] + n_t·(mean_t[c] - mean[c])²) / N
     sums         dshift[c] = Σ_t Σg,   dscale[c] = Σ_t Σg·(x - center),   dcenter[c] = -scale[c]·dshift[c]
-    chunks       dw[s, l, tap] = Σ_split partial[split, tap, s, l]
+    split_k      dw[s, l, tap] = Σ_split partial[split, tap, s, l]
 
-The first is Chan, Golub and LeVeque's merge of per-tile means and squared deviations over all tiles at once:
-nothing like E[y²] - E[y]², which cancels. No atomics: the same tiles give the same bits.
+``statistics`` is Chan, Golub and LeVeque's merge of per-tile means and squared deviations, over all tiles at
+once; unlike E[y²] - E[y]² it does not cancel. There are no atomics: the same tiles give the same bits.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .tiles import Tile, power_of_two
+from .tiles import Tile, next_power_of_two
 
-_BLOCK_C = 8  # channels a program: one 32-byte sector of a row, and many programs
+_BLOCK_C = 8  # channels per program: one 32-byte sector of a row, and many programs
 _TILE = Tile(1, 1, 1, 4, 1)
-_MERGING = Tile(1, 1, 1, 8, 1)  # few programs, which want many loads under way
+_MERGE_TILE = Tile(1, 1, 1, 8, 1)  # few programs, which need many loads in flight
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _statistics_kernel(
     TILES,
     M,  # rows of all row tiles
     C: tl.constexpr,
-    GROUP: tl.constexpr,  # tiles that share a row tile
+    GROUP: tl.constexpr,  # rows of partial per row tile
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -51,9 +51,9 @@ def _statistics_kernel(
         mask = (t < TILES)[:, None] & (c < C)[None, :]
         count = tl.minimum(M - (t // GROUP).to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)[:, None]
         at = partial_ptr + t[:, None] * C + c[None, :]
-        apart = tl.load(at, mask=mask, other=0.0) - mean[None, :]
-        within = tl.load(at + TILES * C, mask=mask, other=0.0)
-        squares += tl.where(mask, within + count * apart * apart, 0.0)
+        deviation = tl.load(at, mask=mask, other=0.0) - mean[None, :]
+        m2 = tl.load(at + TILES * C, mask=mask, other=0.0)
+        squares += tl.where(mask, m2 + count * deviation * deviation, 0.0)
     tl.store(mean_ptr + c, mean, mask=c < C)
     tl.store(var_ptr + c, tl.sum(squares, axis=0) / rows, mask=c < C)
 
@@ -86,7 +86,7 @@ def _sums_kernel(
 
 
 @triton.jit
-def _chunks_kernel(
+def _split_k_kernel(
     partial_ptr,  # [SPLITS, K_H·K_W, C_SMALL·C_LARGE]
     dw_ptr,
     SIZE: tl.constexpr,  # C_small, C_large, K_H, K_W
@@ -101,7 +101,7 @@ def _chunks_kernel(
     tap = tl.arange(0, BLOCK_T)
     mask = (tap < TAPS)[:, None] & (e < ELEMENTS)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
-    for split in tl.range(0, SPLITS, loop_unroll_factor=8):  # or each load would wait for the one before
+    for split in tl.range(0, SPLITS, loop_unroll_factor=8):  # otherwise each load waits for the previous one
         at = partial_ptr + (split * TAPS + tap)[:, None] * ELEMENTS + e[None, :]
         acc += tl.load(at, mask=mask, other=0.0)
     at = (e // SIZE[1]) * STRIDE[0] + (e % SIZE[1]) * STRIDE[1]
@@ -109,33 +109,39 @@ def _chunks_kernel(
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows_a_step(tiles: int) -> int:
-    return min(1024, power_of_two(tiles))
+def _rows_per_step(tiles: int) -> int:
+    return min(1024, next_power_of_two(tiles))
 
 
 def statistics(partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int, block_m: int) -> Launch:
-    """mean, var [C] from partial [2, T, C], whose row t has min(block_m, rows - t//group·block_m) rows."""
+    """Return the launch of mean, var [C] from partial [2, T, C].
+
+    Tile t has min(block_m, rows - t//group·block_m) rows.
+    """
     tiles, channels = partial.shape[1:]
     arguments = {"partial_ptr": partial, "mean_ptr": mean, "var_ptr": var, "TILES": tiles, "M": rows}
     constants = {"C": channels, "GROUP": group, "BLOCK_M": block_m}
-    constants |= {"BLOCK_T": _rows_a_step(tiles), "BLOCK_C": _BLOCK_C}
-    return Launch(_statistics_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGING)
+    constants |= {"BLOCK_T": _rows_per_step(tiles), "BLOCK_C": _BLOCK_C}
+    return Launch(_statistics_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGE_TILE)
 
 
 def sums(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift: Tensor) -> Launch:
-    """dcenter, dscale, dshift [C] from partial [2, T, C]."""
+    """Return the launch of dcenter, dscale, dshift [C] from partial [2, T, C]."""
     tiles, channels = partial.shape[1:]
     arguments = {"partial_ptr": partial, "scale_ptr": scale, "TILES": tiles}
     arguments |= {"dcenter_ptr": dcenter, "dscale_ptr": dscale, "dshift_ptr": dshift}
-    constants = {"C": channels, "BLOCK_T": _rows_a_step(tiles), "BLOCK_C": _BLOCK_C}
-    return Launch(_sums_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGING)
+    constants = {"C": channels, "BLOCK_T": _rows_per_step(tiles), "BLOCK_C": _BLOCK_C}
+    return Launch(_sums_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGE_TILE)
 
 
-def chunks(partial: Tensor, dw: Tensor) -> Launch:
-    """dw [C_small, C_large, kH, kW] of any strides and dtype from partial [splits, kH·kW, C_s, C_l]."""
-    block_t = power_of_two(dw.shape[2] * dw.shape[3])
-    block_e = max(1, min(1024 // block_t, power_of_two(dw.shape[0] * dw.shape[1])))
+def split_k(partial: Tensor, dw: Tensor) -> Launch:
+    """Return the launch of dw [C_small, C_large, kH, kW] from partial [splits, kH·kW, C_small, C_large].
+
+    dw may have any strides and dtype.
+    """
+    block_t = next_power_of_two(dw.shape[2] * dw.shape[3])
+    block_e = max(1, min(1024 // block_t, next_power_of_two(dw.shape[0] * dw.shape[1])))
     constants = {"SIZE": tuple(dw.shape), "STRIDE": dw.stride(), "SPLITS": partial.shape[0]}
     constants |= {"BLOCK_E": block_e, "BLOCK_T": block_t}
     programs = -(-dw.shape[0] * dw.shape[1] // block_e)
-    return Launch(_chunks_kernel, programs, {"partial_ptr": partial, "dw_ptr": dw}, constants, _TILE)
+    return Launch(_split_k_kernel, programs, {"partial_ptr": partial, "dw_ptr": dw}, constants, _TILE)

@@ -1,14 +1,13 @@
-"""up: the transposed convolution k4 s2 p1 as four dense 2×2 convolutions, one for each output parity.
+"""up: the transposed convolution k4 s2 p1 as four dense 2×2 convolutions, one per output parity.
 
     y[n, 2p+a, 2q+b, co] = Σ_{r,s ∈ {0,1}} Σ_ci x[n, p+a-r, q+b-s, ci] · w[ci, co, 1-a+2r, 1-b+2s]
 
-For one parity (a, b) that is a matrix product over M = N·⌈H'/2⌉·⌈W'/2⌉ rows, C_out columns and K = 4·C_in,
-whose left side is gathered from x (implicit GEMM): no zero is inserted or multiplied. A program makes one
-[BLOCK_M, BLOCK_N] tile of one parity. Programs are numbered column tile first, then parity, then row tile, so
-that those which read the same x run together and share it in L2. H' is 2H, or 2H+1 for the adjoint of a
-convolution of an odd map.
+Each parity (a, b) is an implicit GEMM with M = N·⌈H'/2⌉·⌈W'/2⌉ rows, C_out columns and K = 4·C_in: no zeros
+are inserted or multiplied. A program computes one [BLOCK_M, BLOCK_N] tile of one parity. The column tile is
+the fastest program index, then the parity, then the row tile, so that programs which read the same x run
+concurrently and share it in L2. H' is 2H, or 2H+1 for the adjoint of a convolution of an odd map.
 
-Reads x at any strides (NHWC is the fast one), weights as :func:`..packing.up`; writes y at any strides.
+Reads x at any strides (NHWC is fastest) and weights packed by :func:`..packing.up`; writes y at any strides.
 Accumulates in float32; every output element is written by exactly one program.
 """
 
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import epilogue, prologue, rows
+from .device_functions import epilogue, prologue, rows
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -82,15 +81,15 @@ def _up_kernel(
     other_rows = x_other_ptr + n * X_OTHER_STRIDE[0] + p * X_OTHER_STRIDE[2] + q * X_OTHER_STRIDE[3]
     w_columns = w_ptr + ((3 - parity) * C_OUT + co) * (4 * C_IN)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # The tap is the inner index of one flat loop: a loop over taps around one over channels would drain the
-    # pipeline at every tap, and channel = step % C_IN would hide from the compiler that loads are contiguous.
+    # One flat loop with the tap as inner index: nested loops over taps and channels would drain the pipeline
+    # at every tap, and channel = step % C_IN would hide from the compiler that loads are contiguous.
     for step in range(0, 4 * ((C_IN + BLOCK_K - 1) // BLOCK_K)):
         tap = step % 4
         c = (step // 4) * BLOCK_K + k
         dp = a - tap // 2
         dq = b - tap % 2
-        seen = inside & (p + dp >= 0) & (p + dp < H) & (q + dq >= 0) & (q + dq < W)
-        mask = seen[:, None] & (c < C_IN)[None, :]
+        valid = inside & (p + dp >= 0) & (p + dp < H) & (q + dq >= 0) & (q + dq < W)
+        mask = valid[:, None] & (c < C_IN)[None, :]
         x_at = x_rows[:, None] + (dp * X_STRIDE[2] + dq * X_STRIDE[3] + c * X_STRIDE[1])[None, :]
         x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         other = x
@@ -126,13 +125,14 @@ pack = packing.up
 
 
 def problem(product: Product) -> Problem:
+    """Return the GEMM sizes of a product."""
     n, c_out, h, w = product.y.shape
     c_in = product.x.shape[1]
     return product.problem("up", n * -(-h // 2) * -(-w // 2), c_out, 4 * c_in, c_in, copies=4)
 
 
 def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
-    """y [N, C_out, 2H, 2W] from x [N, C_in, H, W] and the packed weight; or, of an odd map, 2H+1 or 2W+1."""
+    """Return the launch of y [N, C_out, 2H, 2W] (2H+1, 2W+1 for odd maps) from x [N, C_in, H, W]."""
     sizes = problem(product)
     arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}

@@ -1,11 +1,11 @@
-"""up for an image of at most 4 channels: all four parities in one tile.
+"""up_narrow: :mod:`.up` for an image of at most 4 channels, with all four parities in one tile.
 
-A matrix instruction has at least 16 columns, so one parity at a time would waste 15 of 16 on a one-channel
-image. Here the columns are parity × channel (4 × 4), and the reduction runs over the 3×3 inputs that the four
-parities of a pixel share, each read once (see :func:`..packing.up_narrow`; 5 of 9 taps of a column are zero).
-Against one parity at a time that is 9 products where there were 16, and 9 gathers where there were 16.
+A tile has at least 16 columns, so one parity at a time would waste 15 of 16 on a one-channel image. Here the
+columns are parity × channel (4 × 4), and K runs over the 3×3 inputs that the four parities of a pixel share,
+each read once (see :func:`..packing.up_narrow`; 5 of 9 taps of a column are zero). This takes 9 products and
+9 gathers instead of the 16 and 16 of one parity at a time.
 
-A program makes a [BLOCK_M, 16] tile; reads, writes and accumulates as :mod:`.up`.
+A program computes one [BLOCK_M, 16] tile; it reads, writes and accumulates as :mod:`.up` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packing
-from .device import affine, prologue, rows
+from .device_functions import affine, prologue, rows
 from .launch import Launch, Product, common
 from .tiles import Problem, Tile, programs
 
@@ -76,8 +76,8 @@ def _up_narrow_kernel(
         c = (step // 9) * BLOCK_K + k
         dp = 1 - tap // 3
         dq = 1 - tap % 3
-        seen = inside & (p + dp >= 0) & (p + dp < H) & (q + dq >= 0) & (q + dq < W)
-        mask = seen[:, None] & (c < C_IN)[None, :]
+        valid = inside & (p + dp >= 0) & (p + dp < H) & (q + dq >= 0) & (q + dq < W)
+        mask = valid[:, None] & (c < C_IN)[None, :]
         x_at = x_rows[:, None] + (dp * X_STRIDE[2] + dq * X_STRIDE[3] + c * X_STRIDE[1])[None, :]
         x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         other = x
@@ -96,7 +96,7 @@ def _up_narrow_kernel(
         w = tl.load(w_at, mask=(c < C_IN)[:, None], other=0.0)  # [BLOCK_K, 16]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    # Statistics and the adjoint's sums would be by parity and channel: those launches run as up instead.
+    # Partial sums would have to be reduced over parities: such launches run as up instead.
     tl.static_assert(EPILOGUE == "affine")
     y = affine(acc, co, scale_ptr, shift_ptr, slope, C_OUT, HAS_SCALE, HAS_SHIFT, ACT)
     y_rows = y_ptr + n * Y_STRIDE[0] + 2 * p * Y_STRIDE[2] + 2 * q * Y_STRIDE[3]
@@ -112,13 +112,14 @@ pack = packing.up_narrow
 
 
 def problem(product: Product) -> Problem:
+    """Return the GEMM sizes of a product."""
     n, _, h, w = product.y.shape
     c_in = product.x.shape[1]
     return product.problem("up_narrow", n * -(-h // 2) * -(-w // 2), 16, 9 * c_in, c_in)
 
 
 def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
-    """y [N, C_out ≤ 4, 2H, 2W] from x [N, C_in, H, W] and the packed weight; 2H+1, 2W+1 of an odd map."""
+    """Return the launch of y [N, C_out ≤ 4, 2H, 2W] (2H+1, 2W+1 for odd maps) from x [N, C_in, H, W]."""
     sizes = problem(product)
     arguments, constants = common(product, packed, partial, sizes.rows)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": 16, "BLOCK_K": tile.block_k}

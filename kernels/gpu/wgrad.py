@@ -1,19 +1,19 @@
-"""wgrad: the gradient of a weight, for both convolutions, as a product over pixels.
+"""wgrad: the weight gradient of either convolution, as a product over pixels.
 
-A convolution and a transposed one are each other's adjoint, so one formula serves both. Of x̂ (the input after
-its prologue) and du (the output's gradient after its own), call ``small`` the one with fewer pixels: du for a
-convolution, x̂ for a transposed one.
+A convolution and a transposed convolution are adjoints of each other, so one formula serves both. Of x̂ (the
+input after its prologue) and du (the output's gradient after its prologue), ``small`` is the one with fewer
+pixels: du for a convolution, x̂ for a transposed one.
 
     dw[s, l, kh, kw] = Σ_{n,p,q} small[n, p, q, s] · large[n, S·p-P+kh, S·q-P+kw, l]
 
-which is in PyTorch's layout for either, [C_out, C_in, kH, kW] or [C_in, C_out, kH, kW]. M = C_small rows,
-columns (tap, l) with l padded to a power of two, reduction over the N·H·W pixels of ``small``, cut into
-SPLITS chunks where the tiles of the product alone would not fill the chip. A program makes one
-[BLOCK_M, BLOCK_N] tile of one chunk; where l has fewer channels than a tile has columns it spans several
-taps, all of them for an image. Programs of one chunk run together and share its pixels in L2.
+which is PyTorch's weight layout for either, [C_out, C_in, kH, kW] or [C_in, C_out, kH, kW]. M = C_small rows,
+columns (tap, l) with l padded to a power of two, and K = the N·H·W pixels of ``small``, with split-K (SPLITS)
+where the output tiles alone would not fill the GPU. A program computes one [BLOCK_M, BLOCK_N] tile of one
+split; if C_large is smaller than BLOCK_N, the tile spans several taps, for an image all of them. Programs of
+one split run concurrently and share its pixels in L2.
 
-Reads both at any strides; writes float32 sums by chunk, [SPLITS, taps, C_small, C_large], each once.
-:mod:`.reduce` adds the chunks in their order, so the result is the same whenever the chunks ran.
+Reads both operands at any strides; writes float32 split-K partials [SPLITS, taps, C_small, C_large], each
+once. :mod:`.reduce` adds them in a fixed order, so the result does not depend on scheduling.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import model, packing
-from .device import prologue, rows
+from . import cost_model, packing
+from .device_functions import prologue, rows
 from .launch import Launch, Prologue, operand, operand_constants, precision, wide
-from .tiles import Problem, Tile, power_of_two, programs
+from .tiles import Problem, Tile, next_power_of_two, programs
 
 
 @triton.jit
@@ -82,20 +82,20 @@ def _wgrad_kernel(
         column = (pid % COLUMN_TILES) * BLOCK_N + j
         tap = column // PADDED
         channel = column % PADDED
-        listed = (tap < TAPS) & (channel < C_LARGE)
+        valid_column = (tap < TAPS) & (channel < C_LARGE)
     else:
-        # channel = first % PADDED + j would hide that it starts on a multiple of BLOCK_N: scalar loads.
-        A_TAP: tl.constexpr = PADDED // BLOCK_N
-        tap = (pid % COLUMN_TILES) // A_TAP
-        channel = (pid % A_TAP) * BLOCK_N + j
-        listed = channel < C_LARGE
+        # channel = column % PADDED would hide that it starts at a multiple of BLOCK_N, giving scalar loads.
+        TILES_PER_TAP: tl.constexpr = PADDED // BLOCK_N
+        tap = (pid % COLUMN_TILES) // TILES_PER_TAP
+        channel = (pid % TILES_PER_TAP) * BLOCK_N + j
+        valid_column = channel < C_LARGE
     dh = tap // K_W - KERNEL[3]
     dw = tap % K_W - KERNEL[3]
 
     steps = (M + BLOCK_K - 1) // BLOCK_K
-    chunk = (steps + SPLITS - 1) // SPLITS
+    steps_per_split = (steps + SPLITS - 1) // SPLITS
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(split * chunk, tl.minimum((split + 1) * chunk, steps)):
+    for step in range(split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps)):
         inside, n, p, q = rows(step, M, SIZE_SMALL[1], SIZE_SMALL[2], BLOCK_K, WIDE)
         mask = inside[:, None] & (s < C_SMALL)[None, :]
         at = n * SMALL_STRIDE[0] + p * SMALL_STRIDE[2] + q * SMALL_STRIDE[3]
@@ -112,31 +112,33 @@ def _wgrad_kernel(
 
         h = (p * KERNEL[2])[:, None] + dh
         w = (q * KERNEL[2])[:, None] + dw
-        seen = inside[:, None] & (h >= 0) & (h < SIZE_LARGE[1]) & (w >= 0) & (w < SIZE_LARGE[2]) & listed
+        valid = (
+            inside[:, None] & (h >= 0) & (h < SIZE_LARGE[1]) & (w >= 0) & (w < SIZE_LARGE[2]) & valid_column
+        )
         at = (
             n[:, None] * LARGE_STRIDE[0]
             + h * LARGE_STRIDE[2]
             + w * LARGE_STRIDE[3]
             + channel * LARGE_STRIDE[1]
         )
-        large = tl.load(large_ptr + at, mask=seen, other=0.0)  # [BLOCK_K, BLOCK_N]
+        large = tl.load(large_ptr + at, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_N]
         other = large
         if LARGE_PROLOGUE == "gradient" or LARGE_PROLOGUE == "statistics":
             at = n[:, None] * LARGE_OTHER_STRIDE[0] + channel * LARGE_OTHER_STRIDE[1]
             at += h * LARGE_OTHER_STRIDE[2] + w * LARGE_OTHER_STRIDE[3]
-            other = tl.load(large_other_ptr + at, mask=seen, other=0.0)
+            other = tl.load(large_other_ptr + at, mask=valid, other=0.0)
         large = prologue(
-            large, other, seen, channel, large_center_ptr, large_scale_ptr, large_shift_ptr, slope, per_count,
-            C_LARGE, LARGE_PROLOGUE, LARGE_ACT, LARGE_SCALED,
+            large, other, valid, channel, large_center_ptr, large_scale_ptr, large_shift_ptr, slope,
+            per_count, C_LARGE, LARGE_PROLOGUE, LARGE_ACT, LARGE_SCALED,
         )  # fmt: skip
         acc = tl.dot(tl.trans(small), large, acc, input_precision=PRECISION)
 
     partial = partial_ptr + ((split * TAPS + tap) * C_SMALL + s[:, None]) * C_LARGE + channel
-    tl.store(partial, acc, mask=(s < C_SMALL)[:, None] & listed)
+    tl.store(partial, acc, mask=(s < C_SMALL)[:, None] & valid_column)
 
 
 class Gradient(NamedTuple):
-    """One weight gradient: its two operands with their prologues, and what the weight looks like."""
+    """One weight gradient: its two operands with their prologues, and the geometry of the weight."""
 
     small: Tensor
     large: Tensor
@@ -150,14 +152,14 @@ class Gradient(NamedTuple):
 
 
 def problem(gradient: Gradient) -> Problem:
-    """Rows C_small, columns (tap, l), depth the pixels."""
+    """Return the GEMM sizes: rows C_small, columns (tap, l), depth the pixels."""
     c_small, c_large, k_h, k_w = gradient.shape
     n, _, h, w = gradient.small.shape
     return Problem(
         "wgrad_narrow" if c_large <= packing.NARROW else "wgrad",
         precision(gradient.small.dtype),
         c_small,
-        k_h * k_w * power_of_two(c_large),
+        k_h * k_w * next_power_of_two(c_large),
         n * h * w,
         n * h * w,
         1,
@@ -167,14 +169,14 @@ def problem(gradient: Gradient) -> Problem:
 
 
 def launch(gradient: Gradient, partial: Tensor, tile: Tile) -> Launch:
-    """partial [splits, kH·kW, C_small, C_large] float32 from both operands."""
+    """Return the launch of partial [splits, kH·kW, C_small, C_large] float32 from both operands."""
     small, large = gradient.small, gradient.large
     sizes = problem(gradient)
     first, second = gradient.small_prologue, gradient.large_prologue
     arguments = operand("small", small, first, absent=partial) | operand(
         "large", large, second, absent=partial
     )
-    # Only du's prologue divides, by the number of du's pixels.
+    # Only du's prologue uses per_count, with the number of du's pixels.
     du = small if first.kind == "statistics" else large
     arguments |= {
         "partial_ptr": partial,
@@ -192,7 +194,7 @@ def launch(gradient: Gradient, partial: Tensor, tile: Tile) -> Launch:
         "PRECISION": "tf32" if precision(small.dtype) == "tf32" else "ieee",
         "WIDE": wide(small, large, first.other, second.other, count=sizes.depth),
         "SPLITS": partial.shape[0],
-        "PADDED": power_of_two(gradient.shape[1]),
+        "PADDED": next_power_of_two(gradient.shape[1]),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -200,8 +202,8 @@ def launch(gradient: Gradient, partial: Tensor, tile: Tile) -> Launch:
     return Launch(_wgrad_kernel, programs(tile, sizes) * partial.shape[0], arguments, constants, tile)
 
 
-def partials(gradient: Gradient, tile: Tile, multiprocessors: int) -> Tensor:
-    """The empty partial sums of a launch."""
+def partials(gradient: Gradient, tile: Tile, sm_count: int) -> Tensor:
+    """Allocate the split-K partials of a launch."""
     c_small, c_large, k_h, k_w = gradient.shape
-    count = model.splits(problem(gradient), tile, multiprocessors)
+    count = cost_model.splits(problem(gradient), tile, sm_count)
     return torch.empty(count, k_h * k_w, c_small, c_large, dtype=torch.float32, device=gradient.small.device)

@@ -1,4 +1,4 @@
-"""Providers that misbehave, for ``--providers rogue:NAME``."""
+"""Deliberately faulty providers, for ``--providers rogue:NAME``."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from bench.train_case import Training
-from bench.ways import Loop, adams, seeds_loop
+from bench.training_variants import Loop, adams, reference_loop
 from dcgan.training import Result
 
 Runner = Callable[[Tensor], Tensor]
 
 
 def wrong(model: nn.Module, example: Tensor, threads: int) -> Runner:
+    """Scale the output by 1.03."""
     return lambda x: model(x) * 1.03
 
 
 def stale(model: nn.Module, example: Tensor, threads: int) -> Runner:
-    """Right once: gives its first answer for ever."""
-    answer = model(example)
-    return lambda x: answer
+    """Return the output of the first call forever."""
+    output = model(example)
+    return lambda x: output
 
 
 def raises(model: nn.Module, example: Tensor, threads: int) -> Runner:
+    """Fail while it is built."""
     raise RuntimeError("no kernel\nand a second line")
 
 
 def dies(model: nn.Module, example: Tensor, threads: int) -> Runner:
+    """Exit the process at the first call."""
     return lambda x: os._exit(7)
 
 
 def dies_later(model: nn.Module, example: Tensor, threads: int) -> Runner:
-    """Passes the check, then dies while it is timed."""
+    """Pass the check, then exit the process while being timed."""
     calls = 0
 
     def run(x: Tensor) -> Tensor:
@@ -52,27 +55,28 @@ def dies_later(model: nn.Module, example: Tensor, threads: int) -> Runner:
 
 
 def hangs(model: nn.Module, example: Tensor, threads: int) -> Runner:
+    """Never finish building."""
     time.sleep(3600)
     raise AssertionError
 
 
-# --- ways of training, for ``bench train --providers rogue:NAME`` -------------------------------------------
+# --- training variants, for ``bench train --providers rogue:NAME`` ------------------------------------------
 
 
-def seeds(generator: Any, discriminator: Any, case: Training) -> Loop:
-    """The seed's loop, from outside."""
-    return seeds_loop(generator, discriminator, adams(generator, discriminator))
+def reference(generator: Any, discriminator: Any, case: Training) -> Loop:
+    """Run the reference loop, registered as an external variant."""
+    return reference_loop(generator, discriminator, adams(generator, discriminator))
 
 
 def half_a_gradient(generator: Any, discriminator: Any, case: Training) -> Loop:
-    """Right losses; one layer of G learns half as fast."""
+    """Compute correct losses, but halve the weight gradient of one layer of G."""
     generator.main[0].weight.register_hook(lambda gradient: gradient / 2)
-    return seeds(generator, discriminator, case)
+    return reference(generator, discriminator, case)
 
 
 def other_labels(generator: Any, discriminator: Any, case: Training) -> Loop:
-    """Gradients of the smoothed labels, a loss that is reported for others."""
-    loop = seeds(generator, discriminator, case)
+    """Compute correct gradients, but report a loss_d that is off by 0.1%."""
+    loop = reference(generator, discriminator, case)
 
     def step(real: Tensor, noise: Tensor) -> Result:
         result = loop.step(real, noise)
@@ -82,8 +86,8 @@ def other_labels(generator: Any, discriminator: Any, case: Training) -> Loop:
 
 
 def never_moves(generator: Any, discriminator: Any, case: Training) -> Loop:
-    """Computes everything and puts G's parameters back."""
-    loop = seeds(generator, discriminator, case)
+    """Compute everything, then restore G's parameters."""
+    loop = reference(generator, discriminator, case)
 
     def step(real: Tensor, noise: Tensor) -> Result:
         before = [p.detach().clone() for p in generator.parameters()]
@@ -97,13 +101,14 @@ def never_moves(generator: Any, discriminator: Any, case: Training) -> Loop:
 
 
 def forgets_its_optimizers(generator: Any, discriminator: Any, case: Training) -> Loop:
-    loop = seeds(generator, discriminator, case)
+    """Expose optimizers other than those it steps."""
+    loop = reference(generator, discriminator, case)
     return dataclasses.replace(loop, adams=adams(generator, discriminator))
 
 
 def remembers(generator: Any, discriminator: Any, case: Training) -> Loop:
-    """Right once: trains on the first batch for ever."""
-    loop = seeds(generator, discriminator, case)
+    """Train on the first batch forever."""
+    loop = reference(generator, discriminator, case)
     first: list[Tensor] = []
 
     def step(real: Tensor, noise: Tensor) -> Result:

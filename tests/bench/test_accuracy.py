@@ -1,4 +1,4 @@
-"""``python -m bench accuracy``: what it finds, what it marks, what it lets pass."""
+"""``python -m bench accuracy``: its findings, its marks and its exit status."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from native import NEEDED
 
-from bench import accuracy, cases, native, results
+from bench import accuracy, cases, native, records
 from bench.__main__ import main
 from bench.blocks import blocks
 from bench.cases import Case
@@ -24,7 +24,7 @@ def findings() -> list[accuracy.Finding]:
     return accuracy.examine("generate", {"features": 8, "image_size": 32}, None, 2, [4, 1], 1)
 
 
-def test_every_algorithm_of_every_layer_in_every_scenario(findings: list[accuracy.Finding]) -> None:
+def test_findings_cover_every_layer_algorithm_and_scenario(findings: list[accuracy.Finding]) -> None:
     scenarios = {"init", "init, noise", "lognormal", "channels", "pixels", "cancelling"}
     layers = {f.layer for f in findings} - {accuracy.WHOLE}
     assert len(layers) == 4
@@ -34,14 +34,16 @@ def test_every_algorithm_of_every_layer_in_every_scenario(findings: list[accurac
             own = ["dense"] if "@1→" in layer else ["narrow"] if "→1 @" in layer else ["direct", "f2", "f4"]
             assert found == ["eager", "channels_last", *own]
     picks = [f.picked for f in findings if f.scenario == "init" and f.layer in layers and f.picked]
-    assert sorted(n for picked in picks for n in picked) == [1, 1, 1, 1, 4, 4, 4, 4], "one a layer and batch"
+    assert sorted(n for picked in picks for n in picked) == [1, 1, 1, 1, 4, 4, 4, 4], (
+        "one pick per layer and batch size"
+    )
     whole = [(f.algorithm, f.scenario) for f in findings if f.layer == accuracy.WHOLE]
-    one = ["eager", "channels_last", "direct", "f2", "f4", "fast", "fast"]
-    assert whole == [(algorithm, scenario) for scenario in ("init", "lognormal") for algorithm in one]
+    algorithms = ["eager", "channels_last", "direct", "f2", "f4", "fast", "fast"]
+    assert whole == [(algorithm, scenario) for scenario in ("init", "lognormal") for algorithm in algorithms]
 
 
-def test_the_figures_are_errors(findings: list[accuracy.Finding]) -> None:
-    """In float32's range where nothing cancels; larger by the element than by the norm."""
+def test_errors_are_plausible(findings: list[accuracy.Finding]) -> None:
+    """Errors are in float32's range unless sums cancel; the largest element's error exceeds the norm's."""
     for f in findings:
         if f.scenario != "cancelling":
             assert 1e-9 < f.errors.norm < 1e-5
@@ -52,8 +54,8 @@ def test_the_figures_are_errors(findings: list[accuracy.Finding]) -> None:
     assert all(f.bound > accuracy.LAYER_BOUND for f in cancelling if f.bound is not None)
 
 
-def test_a_large_pixel_beside_small_ones(findings: list[accuracy.Finding]) -> None:
-    """What the norms do not show: F(4×4) shares the rounding of a tile's largest pixel among all of them."""
+def test_componentwise_error_of_winograd_with_a_large_pixel(findings: list[accuracy.Finding]) -> None:
+    """F(4×4) spreads the rounding error of a tile's largest pixel over the tile; the norms do not show it."""
     worst = {
         f.algorithm: f.errors.componentwise
         for f in findings
@@ -72,25 +74,27 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert out.count(heading) == len(accuracy.MEASURES)
     assert out.count("‖out − ref‖₂ / ‖ref‖₂") == 2
     assert out.count("Σ|x·w|") == 2
-    assert "over its bound" not in out
+    assert "exceeds its bound" not in out
     assert max(map(len, out.splitlines())) <= 140
-    rows = results.read(file)
+    rows = records.read(file)
     assert {row["command"] for row in rows} == {"generate", "discriminate"}
     assert {tuple(sorted(row)) for row in rows} == {tuple(sorted(rows[0]))}
     assert rows[0]["kind"] == "accuracy"
     assert set(rows[0]["errors"]) == set(accuracy.MEASURES)
 
 
-def test_a_pick_over_its_bound(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picked_algorithm_over_its_bound_is_reported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accuracy, "LAYER_BOUND", 1e-9)
     monkeypatch.setattr(cases, "TIMES_EAGER", 1e-3)
     assert main(["accuracy", "--network", "generate", *QUICK]) == 1
     out = capsys.readouterr().out
-    assert "over its bound: generate, 32→16 @4→8, " in out
+    assert "exceeds its bound: generate, 32→16 @4→8, " in out
     assert "e-07!" in out
 
 
-def test_what_is_not_finite_is_over() -> None:
+def test_nonfinite_errors_exceed_the_bound() -> None:
     errors = accuracy.Errors(float("inf"), float("nan"), None)
     finding = accuracy.Finding("a", "f2", "init", errors, 5e-6, (1,))
     assert finding.over
@@ -98,9 +102,9 @@ def test_what_is_not_finite_is_over() -> None:
     assert row["errors"] == {"norm": None, "largest": None, "componentwise": None}
 
 
-def test_an_engine_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = native.Chain.__call__
-    monkeypatch.setattr(native.Chain, "__call__", lambda self, x: right(self, x) * (1 + 1e-5))
+def test_a_wrong_engine_exceeds_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = native.Chain.__call__
+    monkeypatch.setattr(native.Chain, "__call__", lambda self, x: original(self, x) * (1 + 1e-5))
     case = Case("generate", 2, "float32", "cpu", 1, {"features": 4, "image_size": 32})
     (block, *_) = blocks(case.network())
     with torch.no_grad():
@@ -126,36 +130,36 @@ def scenarios(file: Path, *arguments: str) -> set[str]:
     rows.unlink(missing_ok=True)
     quick = ["--images", "2", "--batch", "1", "--threads", "1", "--json", str(rows)]
     assert main(["accuracy", *quick, *arguments]) == 0
-    return {row["scenario"] for row in results.read(rows)}
+    return {row["scenario"] for row in records.read(rows)}
 
 
-def test_a_state_dict(tmp_path: Path) -> None:
+def test_checkpoint_is_a_state_dict(tmp_path: Path) -> None:
     file = checkpoint(tmp_path, lambda states: states["generator"])
     found = scenarios(file, "--network", "generate", "--checkpoint", str(file))
     assert {"init", "trained", "trained, noise"} <= found
-    row = results.read(file.with_suffix(".jsonl"))[0]
+    row = records.read(file.with_suffix(".jsonl"))[0]
     assert row["sizes"] == {"latent_dim": 8, "channels": 1, "features": 2, "image_size": 32}
     assert row["checkpoint"] == str(file)
 
 
-def test_a_training_checkpoint_with_both_networks(tmp_path: Path) -> None:
+def test_checkpoint_contains_both_networks(tmp_path: Path) -> None:
     adam = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3}]}
     file = checkpoint(tmp_path, lambda states: {"epoch": 3, "models": states, "optimizer": adam})
     found = scenarios(file, "--checkpoint", str(file))
     assert "trained" in found
-    rows = results.read(file.with_suffix(".jsonl"))
+    rows = records.read(file.with_suffix(".jsonl"))
     assert {row["command"]: row["sizes"]["features"] for row in rows} == {"generate": 2, "discriminate": 4}
 
 
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        ({"epoch": 3}, [], "holds no state dict of either network"),
+        ({"epoch": 3}, [], "contains no state dict of either network"),
         (None, [], "is not a checkpoint"),
         ("generator", ["--features", "5"], "has features 2, not 5"),
     ],
 )
-def test_a_checkpoint_that_is_refused(
+def test_invalid_checkpoints_are_rejected(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: Any, arguments: list[str], message: str
 ) -> None:
     file = checkpoint(tmp_path, lambda states: states.get(content) if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""``python -m bench``: its options, and one run of it from end to end."""
+"""``python -m bench``: its options, and one end-to-end run."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import forward, results
+from bench import forward, records
 from bench.__main__ import main
 from bench.providers import PROVIDERS
 from dcgan.models import Generator
@@ -17,8 +17,8 @@ from dcgan.models import Generator
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The error of a command line, whose status must be 2."""
+def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run an invalid command line, check that its exit status is 2 and return its error message."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -40,32 +40,34 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plot", "no/such.jsonl"], "no/such.jsonl"),
     ],
 )
-def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert message in refused(capsys, *arguments)
+def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in usage_error(capsys, *arguments)
 
 
-def test_an_unknown_provider_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(capsys, "generate", "--providers", "eager", "tensorflow")
+def test_an_unknown_provider_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    error = usage_error(capsys, "generate", "--providers", "eager", "tensorflow")
     assert "no provider 'tensorflow'" in error
     assert all(name in error for name in PROVIDERS)
-    assert "no_such_module" in refused(capsys, "generate", "--providers", "no_such_module:build")
+    assert "no_such_module" in usage_error(capsys, "generate", "--providers", "no_such_module:build")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no GPU here" in refused(capsys, "generate", "--device", "cuda")
+    assert "no GPU here" in usage_error(capsys, "generate", "--device", "cuda")
 
 
-def test_a_checkpoint_of_other_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_checkpoint_of_different_sizes_is_rejected(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = tmp_path / "g.pt"
     torch.save(Generator(latent_dim=8, features=2, image_size=32).state_dict(), file)
-    error = refused(capsys, "generate", "--checkpoint", str(file), "--features", "4")
+    error = usage_error(capsys, "generate", "--checkpoint", str(file), "--features", "4")
     assert "has features 2, not 4" in error
     torch.save({"epoch": 3}, file)
-    assert "is not a state dict" in refused(capsys, "generate", "--checkpoint", str(file))
+    assert "is not a state dict" in usage_error(capsys, "generate", "--checkpoint", str(file))
 
 
-def test_every_dtype_with_every_batch_once() -> None:
+def test_one_case_per_dtype_and_batch() -> None:
     parser = argparse.ArgumentParser()
     forward.add_arguments(parser, "generate")
     options = ["--batch", "1", "64", "1", "--dtype", "float32", "bfloat16", "--device", "cpu"]
@@ -79,7 +81,7 @@ def test_every_dtype_with_every_batch_once() -> None:
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """In a pipe, from another folder: a wrong provider is refused, the others go on, the status is 1."""
+    """Piped, from another folder: a wrong provider is not timed, the others are, and the status is 1."""
     file = tmp_path / "results.jsonl"
     sizes = ["--features", "2", "--image-size", "32", "--latent-dim", "8"]
     time = ["--seconds", "0.02", "--rounds", "1", "--threads", "1"]
@@ -113,7 +115,7 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert done.stdout.count("no GPU here") == 2, "fast-graph and the last line"
         assert done.stdout.rstrip().endswith("cuda: no GPU here")
     assert max(map(len, done.stdout.splitlines())) <= 140
-    rows = results.read(file)
+    rows = records.read(file)
     assert [row["case"]["batch"] for row in rows] == 4 * [3]
     status = {row["provider"]: row["status"] for row in rows}
     assert status == {"eager": "ok", "fast": "ok", "fast-graph": "skipped", "rogue:wrong": "wrong"}

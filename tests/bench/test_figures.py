@@ -1,4 +1,4 @@
-"""The figures: arithmetic counted from layers, quartiles, ceilings, errors, and a case's weights."""
+"""FLOP counts, quartiles, ceilings, errors, and the weights of a case."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from dcgan.kernels.cpu import library
 from dcgan.models import Discriminator, Generator
 
 
-def test_the_seeds_generator_takes_a_fifth_of_a_gflop() -> None:
+def test_flops_of_the_reference_generator() -> None:
     layers = [100 * 512 * 16, 3 * [512 * 256 * 16 * 16], 64 * 16 * 32 * 32]
     macs = layers[0] + sum(layers[1]) + layers[2]
     work = count(Generator(), (100, 1, 1))
@@ -28,13 +28,13 @@ def test_the_seeds_generator_takes_a_fifth_of_a_gflop() -> None:
     assert work.activations == 2 * sum(maps) - maps[0] - maps[-1]
 
 
-def test_the_discriminator_is_the_generators_adjoint() -> None:
-    """Same products layer by layer, but for the ends: 512→1 on a 4×4 map instead of 100→512."""
+def test_flops_of_the_reference_discriminator() -> None:
+    """Its layers match the Generator's except at the end: 512→1 on a 4×4 map instead of 100→512."""
     generator, discriminator = count(Generator(), (100, 1, 1)), count(Discriminator(), (1, 64, 64))
     assert discriminator.flops == generator.flops - 2 * 99 * 512 * 16
 
 
-def test_counting_leaves_the_network_as_it_was() -> None:
+def test_counting_leaves_the_network_unchanged() -> None:
     network = Generator(features=2, image_size=32).train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     count(network, (100, 1, 1))
@@ -42,7 +42,7 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-def test_traffic_of_a_batch_shares_the_weights() -> None:
+def test_weight_traffic_is_shared_by_the_batch() -> None:
     work = count(Generator(), (100, 1, 1))
     assert work.bytes_per_image(1, 4) - work.bytes_per_image(2, 4) == 2 * work.weights
 
@@ -63,7 +63,7 @@ def test_the_better_of_two_ceilings() -> None:
 
 
 @NEEDED
-def test_a_cpus_ceiling_is_its_fma_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_ceiling_is_the_fma_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceiling, "SECONDS", 0.02)
     used = library.isa()
     found = ceiling.measure("cpu", "float32")
@@ -73,7 +73,7 @@ def test_a_cpus_ceiling_is_its_fma_units(monkeypatch: pytest.MonkeyPatch) -> Non
     assert library.isa() == used
 
 
-def test_without_the_engine_it_is_a_product_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_ceiling_without_the_engine_is_the_gemm_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "problem", lambda: "csrc was not built")
     monkeypatch.setattr(ceiling, "_gemm", lambda device, dtype, n: float(n))
     monkeypatch.setattr(ceiling, "_copy", lambda device, size: 1.0)
@@ -81,10 +81,10 @@ def test_without_the_engine_it_is_a_product_of_matrices(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("rate", "measure"), [(3e9, "bfloat16 GEMM peak"), (1e8, "float32 FMA peak")])
-def test_sixteen_bits_count_where_they_are_faster(
+def test_cpu_ceiling_uses_16_bit_gemm_only_if_faster(
     monkeypatch: pytest.MonkeyPatch, rate: float, measure: str
 ) -> None:
-    """A CPU that has to convert takes a minute for a large product: it is not asked for one."""
+    """Large products are skipped on a CPU without 16-bit arithmetic, where each would take a minute."""
     sizes: list[int] = []
 
     def gemm(device: str, dtype: torch.dtype, n: int) -> float:
@@ -99,7 +99,7 @@ def test_sixteen_bits_count_where_they_are_faster(
     assert sizes == ([256] if rate < 1e9 else [256, 1024, 2048])
 
 
-def test_errors_that_are_no_numbers_are_infinite() -> None:
+def test_errors_of_nonfinite_or_misshapen_outputs_are_infinite() -> None:
     expected = torch.ones(2, 3, dtype=torch.float64)
     assert relative_error(torch.full((2, 3), 1.5), expected) == 0.5
     assert relative_error(torch.ones(3, 2), expected) == math.inf
@@ -107,8 +107,8 @@ def test_errors_that_are_no_numbers_are_infinite() -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "discriminate"])
-def test_a_case_asks_for_something(command: str) -> None:
-    """Outputs vary, differ between the inputs and need the running statistics; a seed gives the same case."""
+def test_a_case_is_discriminating(command: str) -> None:
+    """Outputs vary, differ by input and depend on the running statistics; the RNG seed fixes the case."""
     case = Case(command, 8, "float32", "cpu", 1, {"features": 8})
     materials, again = Materials.of(case), Materials.of(case)
     first, second = materials.expected
@@ -121,7 +121,7 @@ def test_a_case_asks_for_something(command: str) -> None:
     assert relative_error(batch_statistics, first) > 10 * case.tolerance
 
 
-def test_a_checkpoints_weights(tmp_path: Path) -> None:
+def test_a_case_uses_the_checkpoint_weights(tmp_path: Path) -> None:
     network = Generator(latent_dim=8, features=2, image_size=32).eval()
     file = tmp_path / "g.pt"
     torch.save(network.state_dict(), file)
@@ -131,14 +131,14 @@ def test_a_checkpoints_weights(tmp_path: Path) -> None:
         assert relative_error(network(materials.inputs[0]), materials.expected[0]) < 1e-6
 
 
-def test_the_tolerance_follows_eager_only_where_eager_is_beyond_it() -> None:
+def test_tolerance_follows_eager_only_if_eager_exceeds_it() -> None:
     assert cases.allowed(5e-6, 1e-6, 4e-6) == 5e-6
     assert cases.allowed(5e-6, 1e-6, 2e-4) == pytest.approx(2e-3)
     assert Materials.of(Case("generate", 1, "float32", "cpu", 1, {"features": 2})).tolerance == 1e-5
 
 
-def test_a_discriminator_in_its_sigmoids_tail(tmp_path: Path) -> None:
-    """As training makes it: its answer's relative error is its logit's absolute one."""
+def test_tolerance_in_the_tail_of_the_sigmoid(tmp_path: Path) -> None:
+    """In a trained Discriminator, the output's relative error is the logit's absolute error."""
     case = Case("discriminate", 4, "float32", "cpu", 1, {"features": 8, "image_size": 32})
     network = case.network()
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_a_discriminator_in_its_sigmoids_tail(tmp_path: Path) -> None:
     assert case.tolerance < error < materials.tolerance < 0.1
 
 
-def test_materials_survive_their_file(tmp_path: Path) -> None:
+def test_materials_save_and_load(tmp_path: Path) -> None:
     case = Case("generate", 2, "bfloat16", "cpu", 1, {"features": 2, "image_size": 32})
     materials = Materials.of(case)
     materials.save(tmp_path / "case.pt")
@@ -164,23 +164,23 @@ def test_materials_survive_their_file(tmp_path: Path) -> None:
     assert loaded.state.keys() == materials.state.keys()
 
 
-def test_the_first_images_of_materials() -> None:
+def test_materials_of_a_smaller_batch() -> None:
     materials = Materials.of(Case("generate", 5, "float32", "cpu", 1, {"features": 2, "image_size": 32}))
     first = materials.first(2)
     assert [len(x) for x in (*first.inputs, *first.expected)] == [2, 2, 2, 2]
     assert torch.equal(first.expected[1], materials.expected[1][:2])
 
 
-def test_float64_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("generate", 5, "float32", "cpu", 1, {"features": 2, "image_size": 32})
     network, x = case.network(), case.inputs()[0]
     whole = float64(network, x)
-    monkeypatch.setattr(cases, "PIECE", 2)
+    monkeypatch.setattr(cases, "REFERENCE_BATCH", 2)
     assert relative_error(float64(network, x), whole) < 1e-14
-    assert next(network.parameters()).dtype == torch.float32, "the network is left as it was"
+    assert next(network.parameters()).dtype == torch.float32, "the network must stay unchanged"
 
 
-def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_loading_an_invalid_checkpoint_fails(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"x\.pt is not a checkpoint"):
         load_state(tmp_path / "x.pt")

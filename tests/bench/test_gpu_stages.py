@@ -1,4 +1,4 @@
-"""``python -m bench gpu tune``: what is tuned first and kept; with stand-ins for the GPU."""
+"""Tests of ``python -m bench gpu tune`` with a simulated GPU: order, selection and results files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from bench import gpu, pretend, shortlist, warm
+from bench import gpu, shortlist, simulated_gpu, warm
 from bench.budget import Budget
-from bench.layers import Layer, of_product, training
+from bench.layers import Layer, product_layer, training
 from dcgan import models
 from dcgan.kernels.gpu import aten, tiles
 from dcgan.kernels.gpu.launch import Product
@@ -24,40 +24,40 @@ SHARED = tiles.SHARED_LIMIT[90]
 
 
 def test_training_at_batch_64_is_tuned_first() -> None:
-    order = list(gpu.groups(gpu.TUNED_BATCHES))
-    assert order[:2] == [(64, "bfloat16"), (1024, "bfloat16")], "which `bench` then races"
+    order = list(gpu.tuning_order(gpu.TUNED_BATCHES))
+    assert order[:2] == [(64, "bfloat16"), (1024, "bfloat16")], "the cases that `bench` races"
     assert {dtype for _, dtype in order[-len(gpu.TUNED_BATCHES) :]} == {"float32"}
     phases = [task.layer.phase for task in gpu.tasks(64, "bfloat16", {}, 132, SHARED)]
     assert phases.index("eval") == len(phases) - phases.count("eval")
     assert set(phases) == {"forward", "dgrad", "wgrad", "eval"}
 
 
-def test_a_shortlist_has_both_ways_and_the_models_choice() -> None:
+def test_shortlists_and_candidates() -> None:
     tasks = gpu.tasks(64, "bfloat16", {}, 132, SHARED)
     assert all(0 < len(task.tiles) <= shortlist.KEEP for task in tasks)
     assert len({task.layer.problem.key() for task in tasks}) == len(tasks)
     for task in tasks:
-        every = shortlist.every(task.layer, SHARED)
+        every = shortlist.candidates(task.layer, SHARED)
         assert set(task.tiles) <= set(every)
         plain = task.layer.problem.fusion.split("+")[0] == "none" and task.layer.phase != "wgrad"
         assert not plain or all(tile.fused for tile in every)
         assert tiles.estimate(task.layer.problem, 132) in every
 
 
-def test_what_is_tuned_is_not_tuned_again() -> None:
+def test_tuned_problems_are_not_tuned_again() -> None:
     tasks = gpu.tasks(64, "bfloat16", {}, 132, SHARED)
     key = tasks[0].layer.problem.key()
     rest = gpu.tasks(64, "bfloat16", {key: tasks[0].tiles[0]}, 132, SHARED)
     assert len(rest) == len(tasks) - 1
 
 
-def test_float32_and_tf32_are_told_apart() -> None:
+def test_float32_and_tf32_are_separate_problems() -> None:
     (tf32, *_), (ieee, *_) = (gpu.tasks(8, dtype, {}, 132, SHARED) for dtype in ("tf32", "float32"))
     assert (tf32.layer.problem.precision, ieee.layer.problem.precision) == ("tf32", "ieee")
 
 
 class _Pool:
-    """Compiles nothing."""
+    """A fake warm.Compilers that compiles nothing."""
 
     def __enter__(self) -> Any:
         return self
@@ -71,54 +71,56 @@ class _Pool:
 
 @pytest.fixture
 def tuned_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """tune() where a tile's time, and its error, are what functions say; returns the file's tiles."""
+    """Return a function that runs tune() with given tile times and errors and returns the tiles written."""
     monkeypatch.setenv("DCGAN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: pretend.H100.name)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: pretend.H100)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: simulated_gpu.H100.name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: simulated_gpu.H100)
     monkeypatch.setattr(warm, "Compilers", _Pool)
-    listed = warm.listed
-    monkeypatch.setattr(warm, "listed", lambda *where: listed(*where[:4], "meta"))
+    all_layers = warm.all_layers
+    monkeypatch.setattr(warm, "all_layers", lambda *spec: all_layers(*spec[:4], "meta"))
 
     def run(times: Any, budget: Budget, error: Any = lambda layer, tile: 0.0) -> dict[str, tiles.Tile]:
-        monkeypatch.setattr(gpu, "time_tile", lambda layer, tile, processors: times(layer, tile))
+        monkeypatch.setattr(gpu, "time_tile", lambda layer, tile, sms: times(layer, tile))
         monkeypatch.setattr(gpu, "tile_error", lambda layer, tile, *rest: error(layer, tile))
         args = argparse.Namespace(out=tmp_path / "out", batch=[64])
         args.out.mkdir(exist_ok=True)
         assert gpu.tune(args, budget) == int((args.out / tiles.REFUSED).exists())
-        name = tiles.gpu_file(pretend.H100.name)
-        here, cached = tiles.read(args.out / name), tiles.read(tiles.cache_file(pretend.H100.name))
-        assert here == cached
-        return here
+        name = tiles.gpu_file(simulated_gpu.H100.name)
+        written, cached = tiles.read(args.out / name), tiles.read(tiles.cache_file(simulated_gpu.H100.name))
+        assert written == cached
+        return written
 
     return run
 
 
 def ticking(minutes: float) -> Budget:
-    """A second passes with every look at the clock."""
+    """Return a budget whose clock advances by one second per reading."""
     now = iter(range(10**9))
     return Budget(minutes, clock=lambda: float(next(now)))
 
 
-def test_tune_keeps_the_fastest_with_its_flag(tuned_with: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_keeps_the_fastest_tile_and_its_fusion(
+    tuned_with: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = tuned_with(lambda layer, tile: tile.fused + 1 / tile.block_m, ticking(0.3))
     assert 0 < len(found) < 40
     assert {key.split("/")[1] for key in found} == {"16bit"}, "bfloat16 is first"
     assert not any(tile.fused for key, tile in found.items() if "+statistics" in key and "affine+" in key)
-    apart = {key for key, tile in found.items() if not tile.fused}
-    assert apart
-    for key in apart:  # the product after the pass takes the same tile
+    standalone = {key for key, tile in found.items() if not tile.fused}
+    assert standalone
+    for key in standalone:  # the product after the standalone prologue uses the same tile
         first, second = key.split("/")[-1].split("+")
         plain = "none+none" if key.startswith("wgrad") else f"none+{second}"
         assert key.removesuffix(f"{first}+{second}") + plain in found
     out = capsys.readouterr().out
-    assert "the model's choice" in out
+    assert "the cost model chose" in out
     assert "not reached in time: up/" in out.splitlines()[-1] or "wgrad" in out.splitlines()[-1]
     more = tuned_with(lambda layer, tile: 1.0, ticking(0.3))
-    assert found.items() <= more.items(), "the second run goes on"
+    assert found.items() <= more.items(), "the second run continues"
     assert len(more) > len(found)
 
 
-def test_tune_passes_over_what_the_gpu_refuses(tuned_with: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_skips_tiles_that_the_gpu_refuses(tuned_with: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def times(layer: Layer, tile: tiles.Tile) -> float:
         if layer.phase == "dgrad" or tile.num_warps == 8:
             raise OutOfResources(250000, 232448, "shared memory")
@@ -133,10 +135,10 @@ def test_tune_passes_over_what_the_gpu_refuses(tuned_with: Any, capsys: pytest.C
 
 
 @pytest.mark.parametrize("off", [0.01, math.inf, math.nan])
-def test_tune_does_not_take_what_is_wrong(
+def test_tune_rejects_wrong_tiles(
     tuned_with: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], off: float
 ) -> None:
-    """Though it is the fastest: it is named, not timed, and put on the list of what is refused."""
+    """A wrong tile, though the fastest, is reported, not timed, and added to the refused tiles."""
     timed: list[tuple[str, tiles.Tile]] = []
 
     def times(layer: Layer, tile: tiles.Tile) -> float:
@@ -147,35 +149,35 @@ def test_tune_does_not_take_what_is_wrong(
         return layer.problem.kernel == "up" and tile.block_m == 128
 
     found = tuned_with(times, ticking(0.4), lambda layer, tile: off if is_wrong(layer, tile) else 0.005)
-    of_up = {key: tile for key, tile in found.items() if key.startswith("up/")}
-    assert of_up
-    assert all(tile.block_m < 128 for tile in of_up.values())
+    up_tiles = {key: tile for key, tile in found.items() if key.startswith("up/")}
+    assert up_tiles
+    assert all(tile.block_m < 128 for tile in up_tiles.values())
     assert not [tile for key, tile in timed if key.startswith("up/") and tile.block_m == 128]
     assert any(tile.block_m == 128 for key, tile in found.items() if not key.startswith("up/"))
-    said = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
-    assert said
-    assert all(line.startswith("up/16bit/") and "7.8e-03 is allowed" in line for line in said)
+    reported = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert reported
+    assert all(line.startswith("up/16bit/") and "7.8e-03 is allowed" in line for line in reported)
     refused = tiles.read_refused(tmp_path / "out" / tiles.REFUSED)
     assert list(refused) == [triton.__version__]
     assert all(name.startswith("up/16bit/") for name in refused[triton.__version__])
     assert {name.split("/")[3] for name in refused[triton.__version__]} == {"128"}
 
 
-def test_a_layers_outputs_are_held_against_float64() -> None:
-    """The forward's y, which the gradients' prologues read, is left as it was, whatever a tile made of it."""
+def test_best_tile_compares_with_float64() -> None:
+    """The forward's y, which the prologues of the backward pass read, is restored after every trial."""
     layer = next(
-        of_product(layer.name, layer.phase, aten.converted(layer.operation, torch.float64))
+        product_layer(layer.name, layer.phase, aten.cast(layer.operation, torch.float64))
         for layer in training(models.Generator(8, 1, 2, 32), 2, torch.float32, "cpu")
         if layer.problem.fusion == "affine+statistics"
     )
     product = layer.operation
     assert isinstance(product, Product)
     before = product.y.clone()
-    right = aten.exact(product)
+    exact = aten.exact(product)
     given: list[tuple[torch.Tensor, ...]] = []
 
-    def error(of: Layer, tile: tiles.Tile, processors: int, expected: Any) -> float:
-        assert all(torch.equal(a, b) for a, b in zip(expected, right, strict=True))
+    def error(layer: Layer, tile: tiles.Tile, sms: int, expected: Any) -> float:
+        assert all(torch.equal(a, b) for a, b in zip(expected, exact, strict=True))
         given.append(expected)
         product.y.fill_(math.nan)
         return 1.0 if len(given) == 1 else 0.0
@@ -184,14 +186,14 @@ def test_a_layers_outputs_are_held_against_float64() -> None:
     listed = [tiles.Tile(64, 64, 32, 4, stages) for stages in (2, 3, 4)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "tile_error", error)
-        patch.setattr(gpu, "time_tile", lambda layer, tile, processors: float(tile.num_stages))
+        patch.setattr(gpu, "time_tile", lambda layer, tile, sms: float(tile.num_stages))
         found = gpu.best_tile(layer, listed, [done] * 3, 132)
-    assert found == gpu.Found(listed[1], 3.0, [listed[0]])
+    assert found == gpu.TuningResult(listed[1], 3.0, [listed[0]])
     assert torch.equal(product.y, before)
-    assert all(expected is given[0] for expected in given), "once a layer"
+    assert all(expected is given[0] for expected in given), "computed once per layer"
 
 
-def test_refused_tiles_are_added_to_those_that_are_there(tmp_path: Path) -> None:
+def test_refused_tiles_are_merged_into_the_file(tmp_path: Path) -> None:
     path = tmp_path / "out" / tiles.REFUSED
     tiles.refuse(path, "up/b", "up/a")
     tiles.refuse(path, "up/c", "up/a")
@@ -201,7 +203,7 @@ def test_refused_tiles_are_added_to_those_that_are_there(tmp_path: Path) -> None
     assert tiles.read_refused(path) == {"0.1": ["down/x"], triton.__version__: ["up/a"]}
 
 
-def test_tuned_tiles_are_read_with_and_without_the_flag(tmp_path: Path) -> None:
+def test_tuned_tiles_are_read_with_and_without_the_fused_flag(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     tiles.write(path, {"a": tiles.Tile(64, 64, 32, 4, 3, False), "b": tiles.Tile(16, 64, 32, 4, 3)})
     assert '"a": [64, 64, 32, 4, 3, false]' in path.read_text()
@@ -210,24 +212,22 @@ def test_tuned_tiles_are_read_with_and_without_the_flag(tmp_path: Path) -> None:
     assert tiles.read(path)["old"].fused
 
 
-def test_compiling_ahead_is_what_the_launch_then_finds(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The same code as the launch itself would have compiled, by Triton's own key."""
+def test_launches_find_precompiled_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The launch finds the precompiled code under Triton's cache key and compiles nothing."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    layer = warm.listed("D", 1, 2, "bfloat16", "cpu")[0]
+    layer = warm.all_layers("D", 1, 2, "bfloat16", "cpu")[0]
     tile = tiles.estimate(layer.problem, 132)
     with warm.Compilers(1) as compilers:
-        where = warm.Where("D", 1, 2, "bfloat16", 0)
-        assert compilers.submit(where, tile, 132).result() is None
+        spec = warm.LayerSpec("D", 1, 2, "bfloat16", 0)
+        assert compilers.submit(spec, tile, 132).result() is None
     before = {path.name for path in tmp_path.iterdir()}
     assert before
     active: Any = triton.runtime.driver
     previous = active._active
-    active.set_active(pretend.Driver())
+    active.set_active(simulated_gpu.Driver())
     try:
         compiled = layer.launches(tile, 132).product.compile()
     finally:
         active._active = previous
     assert compiled.metadata.shared > 0
-    assert {path.name for path in tmp_path.iterdir()} == before, "nothing compiled anew"
+    assert {path.name for path in tmp_path.iterdir()} == before, "nothing was recompiled"

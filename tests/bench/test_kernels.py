@@ -1,4 +1,4 @@
-"""``python -m bench kernels``: contestants against float64, the file, the time, the table; without a GPU."""
+"""Tests of ``python -m bench kernels`` without a GPU: checks against float64, results file, budget, table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from float64_reference import Problem, expected_outputs, gradients, leaves
 from rich.console import Console
-from statement import Problem, gradients, leaves, state
 from torch import Tensor
 
 from bench import kernels, warm
@@ -20,12 +20,12 @@ from bench.__main__ import main
 from bench.budget import Budget
 from bench.ceiling import Ceiling
 from bench.kernels import Entry, Stage
-from bench.layers import of_gradient, of_product
+from bench.layers import gradient_layer, product_layer
 from bench.stats import Spread, summarise
 from dcgan import models
 from dcgan.kernels import gpu
 from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import aten, products, tiles
+from dcgan.kernels.gpu import aten, lowering, tiles
 
 RATE = Ceiling(1e12, 1e11, "a stand-in")
 
@@ -44,11 +44,11 @@ def detached(call: Call) -> Call:
 
 
 def operations(problem: Problem) -> tuple[list[Any], list[tuple[Tensor, ...]]]:
-    """The forward, the adjoint and the weight gradient of a call, and what they are to give."""
+    """Return the forward, dgrad and wgrad operations of a call, and their expected results."""
     call = problem.call(requires_grad=True)
-    outputs = state(call, problem.transposed)
+    outputs = expected_outputs(call, problem.transposed)
     given = problem.cotangents(call)
-    wanted = gradients(outputs, given, leaves(call))
+    expected = gradients(outputs, given, leaves(call))
     y, mean, var = (t.detach() for t in outputs)
     call = detached(call)
     back = Backward(
@@ -57,25 +57,25 @@ def operations(problem: Problem) -> tuple[list[Any], list[tuple[Tensor, ...]]]:
         (True, True, True, False, False),
     )  # fmt: skip
     transposed = problem.transposed
-    forward = products.forward(call, transposed, gpu.output(call, transposed))
-    adjoint = products.adjoint(back, transposed, torch.empty_like(call.x))
-    sums = (wanted["shift"], wanted["scale"]) if problem.prologue else ()
+    forward = lowering.forward(call, transposed, gpu.output(call, transposed))
+    adjoint = lowering.adjoint(back, transposed, torch.empty_like(call.x))
+    sums = (expected["shift"], expected["scale"]) if problem.prologue else ()
     return (
-        [forward, adjoint, products.weight_gradient(back, transposed)],
-        [(y, mean, var) if call.stats else (y,), (wanted["x"], *sums), (wanted["weight"],)],
+        [forward, adjoint, lowering.weight_gradient(back, transposed)],
+        [(y, mean, var) if call.stats else (y,), (expected["x"], *sums), (expected["weight"],)],
     )
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_plain_pytorch_computes_what_a_launch_does(problem: Problem) -> None:
-    """The function that Inductor gets, and that checks the kernels, against autograd in float64."""
+def test_aten_compute_matches_autograd(problem: Problem) -> None:
+    """The function that Inductor compiles, and that checks the kernels, matches autograd in float64."""
     for it, wanted in zip(*operations(problem), strict=True):
         for got, want in zip(aten.compute(it), wanted, strict=True):
             torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS[1:2], ids=str)
-def test_it_compiles_whole(problem: Problem) -> None:
+def test_aten_compute_compiles_as_one_graph(problem: Problem) -> None:
     torch._dynamo.reset()
     for it, wanted in zip(*operations(problem), strict=True):
         torch._dynamo.reset()
@@ -86,24 +86,24 @@ def test_it_compiles_whole(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_the_convolution_alone_is_that_of_eager(problem: Problem) -> None:
-    """What cuDNN is timed with: from its result and the epilogue follows the launch's."""
+def test_convolution_only_matches_eager(problem: Problem) -> None:
+    """The convolution that cuDNN is timed with matches PyTorch and autograd."""
     forward, adjoint, gradient = operations(problem)[0]
     call = detached(problem.call())
     convolve = torch.conv_transpose2d if problem.transposed else torch.conv2d
-    it, (x,) = kernels.prepared(of_product("", "forward", forward))
-    y = kernels.bare(it, (x,))
+    it, (x,) = kernels.materialized(product_layer("", "forward", forward))
+    y = kernels.convolution_only(it, (x,))
     torch.testing.assert_close(y, convolve(x, call.weight, None, call.stride, call.padding))
-    du = aten.prepared(adjoint.x, adjoint.prologue, adjoint.slope)
+    du = aten.apply_prologue(adjoint.x, adjoint.prologue, adjoint.slope)
     leaf, weight = x.clone().requires_grad_(), call.weight.clone().requires_grad_()
     dx, dw = torch.autograd.grad(convolve(leaf, weight, None, call.stride, call.padding), (leaf, weight), du)
-    it, (operand,) = kernels.prepared(of_product("", "dgrad", adjoint))
-    torch.testing.assert_close(kernels.bare(it, (operand,)), dx)
-    it, both = kernels.prepared(of_gradient("", gradient, call.weight))
-    torch.testing.assert_close(kernels.bare(it, both), dw)
+    it, (operand,) = kernels.materialized(product_layer("", "dgrad", adjoint))
+    torch.testing.assert_close(kernels.convolution_only(it, (operand,)), dx)
+    it, both = kernels.materialized(gradient_layer("", gradient, call.weight))
+    torch.testing.assert_close(kernels.convolution_only(it, both), dw)
 
 
-def test_error_sees_what_is_not_finite() -> None:
+def test_error_of_nonfinite_results_is_infinite() -> None:
     one = torch.ones(3, dtype=torch.float64)
     assert aten.error([one * 1.5], [one]) == pytest.approx(0.5)
     assert aten.error([one, torch.full((3,), float("nan"))], [one, one]) == float("inf")
@@ -116,8 +116,8 @@ def networks() -> dict[str, Any]:
     return {"G": models.Generator(6, 1, 4, 32), "D": models.Discriminator(1, 4, 32)}
 
 
-def once(calls: Sequence[Callable[[], Any]]) -> Spread:
-    """Runs every call, and says that it took a microsecond."""
+def run_once(calls: Sequence[Callable[[], Any]]) -> Spread:
+    """Run every call and report a time of one microsecond."""
     for call in calls:
         call()
     return summarise([1e-6])
@@ -129,19 +129,21 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stage(out: Path, budget: Budget | None = None) -> Stage:
-    return Stage(out, budget or Budget(10), "cpu", once, networks, sets=2)
+    return Stage(out, budget or Budget(10), "cpu", run_once, networks, sets=2)
 
 
-def test_what_is_measured_is_written_and_not_measured_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_results_are_not_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage(tmp_path).run([2], ["bfloat16"], ["cudnn", "eager"]) == 0
     assert "not reached in time: nothing" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / kernels.FILE).read_text().splitlines()]
     assert all(row["status"] == "ok" for row in rows)
     phases = {(row["network"], row["phase"], row["contestant"]) for row in rows}
-    assert {p for n, p, who in phases if (n, who) == ("D", "cudnn")} == {"forward", "dgrad", "wgrad"}
-    assert {p for n, p, who in phases if (n, who) == ("G", "eager")} == {"forward", "sum"}
+    assert {p for n, p, provider in phases if (n, provider) == ("D", "cudnn")} == {
+        "forward",
+        "dgrad",
+        "wgrad",
+    }
+    assert {p for n, p, provider in phases if (n, provider) == ("G", "eager")} == {"forward", "sum"}
     first = next(row for row in rows if row["network"] == "G")["layer"]
     assert not [row for row in rows if (row["layer"], row["phase"]) == (first, "dgrad")], "z has no gradient"
     assert all(row[f"{row['contestant']}_us"] == pytest.approx(1.0) for row in rows)
@@ -149,13 +151,13 @@ def test_what_is_measured_is_written_and_not_measured_again(
     def never(calls: Sequence[Callable[[], Any]]) -> Spread:
         raise AssertionError("measured again")
 
-    again = Stage(tmp_path, Budget(10), "cpu", never, networks, sets=2)
-    assert again.run([2], ["bfloat16"], ["cudnn", "eager"]) == 0
+    second = Stage(tmp_path, Budget(10), "cpu", never, networks, sets=2)
+    assert second.run([2], ["bfloat16"], ["cudnn", "eager"]) == 0
     assert len((tmp_path / kernels.FILE).read_text().splitlines()) == len(rows)
 
 
-def test_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The clock passes a minute a look: some is measured, the rest is named, and the next run does it."""
+def test_exhausted_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a clock that advances a minute per reading, the rest is reported and measured by the next run."""
     now = iter(range(0, 10**6, 60))
     budget = Budget(8, clock=lambda: float(next(now)))
     stage(tmp_path, budget).run([2], ["bfloat16"], ["cudnn"])
@@ -168,12 +170,14 @@ def test_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((tmp_path / kernels.FILE).read_text().splitlines()) == 4 * 3 + 3 * 3 + 2
 
 
-def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = kernels.bare
+def test_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution_only = kernels.convolution_only
     monkeypatch.setattr(
         kernels,
-        "bare",
-        lambda it, operands: bare(it, operands) * (1.1 if operands[0].dtype != torch.double else 1),
+        "convolution_only",
+        lambda it, operands: (
+            convolution_only(it, operands) * (1.1 if operands[0].dtype != torch.double else 1)
+        ),
     )
     stage(tmp_path).run([2], ["bfloat16"], ["cudnn"])
     rows = [json.loads(line) for line in (tmp_path / kernels.FILE).read_text().splitlines()]
@@ -181,7 +185,7 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(row["error"] == pytest.approx(0.1, abs=0.01) and "us" not in row for row in rows)
 
 
-def test_another_gpu_or_version_is_measured_for_itself(tmp_path: Path) -> None:
+def test_results_of_another_version_are_measured_again(tmp_path: Path) -> None:
     stage(tmp_path).run([2], ["bfloat16"], ["eager"])
     path = tmp_path / kernels.FILE
     rows = path.read_text().splitlines()
@@ -190,42 +194,42 @@ def test_another_gpu_or_version_is_measured_for_itself(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2 * len(rows)
 
 
-def test_what_is_timed_is_compiled_before_it_is_chosen(tmp_path: Path) -> None:
-    """By other processes, each problem once, with the tile that should be chosen; of the layers wanted."""
-    asked: list[tuple[warm.Where, tiles.Tile]] = []
+def test_precompilation(tmp_path: Path) -> None:
+    """Each problem of the requested layers is compiled once, with the tile predicted to be selected."""
+    submitted: list[tuple[warm.LayerSpec, tiles.Tile]] = []
 
     class Compilers:
-        def submit(self, where: warm.Where, tile: tiles.Tile, processors: int) -> Any:
-            asked.append((where, tile))
+        def submit(self, spec: warm.LayerSpec, tile: tiles.Tile, sms: int) -> Any:
+            submitted.append((spec, tile))
             return types.SimpleNamespace(exception=lambda: None)
 
     compilers: Any = Compilers()
     stage(tmp_path)._precompile(compilers, "D", 64, "bfloat16", ["64→128 @32→16"])
-    listed = warm.listed("D", 1, 64, "bfloat16", "meta")
-    of = [listed[where.position] for where, _ in asked]
-    assert [(layer.name, layer.phase) for layer in of] == [
+    every_layer = warm.all_layers("D", 1, 64, "bfloat16", "meta")
+    compiled = [every_layer[spec.position] for spec, _ in submitted]
+    assert [(layer.name, layer.phase) for layer in compiled] == [
         ("64→128 @32→16", phase) for phase in ("forward", "dgrad", "wgrad", "wgrad")
     ]
-    assert len({layer.problem.key() for layer in of}) == len(of)
-    assert [tile for _, tile in asked] == [tiles.estimate(layer.problem, 132) for layer in of]
+    assert len({layer.problem.key() for layer in compiled}) == len(compiled)
+    assert [tile for _, tile in submitted] == [tiles.estimate(layer.problem, 132) for layer in compiled]
 
 
-def figures(us: float, **more: Any) -> dict[str, Any]:
+def result(us: float, **more: Any) -> dict[str, Any]:
     return {"status": "ok", "us": us} | more
 
 
-def test_the_table(tmp_path: Path) -> None:
+def test_table(tmp_path: Path) -> None:
     made = stage(tmp_path)
-    of = Entry("G", "64→32 @4→8", "forward", 64, "bfloat16")
+    base = Entry("G", "64→32 @4→8", "forward", 64, "bfloat16")
     for phase in kernels.PHASES:
-        made._keep(
-            of._replace(phase=phase), "ours", figures(20.0, predicted_us=15.0, flops=10**7, bytes=10**5)
+        made._record(
+            base._replace(phase=phase), "ours", result(20.0, predicted_us=15.0, flops=10**7, bytes=10**5)
         )
-        made._keep(of._replace(phase=phase), "cudnn", figures(30.0))
-    made._keep(of._replace(phase="pack"), "ours", figures(5.0))
-    made._keep(of, "eager", figures(50.0))
-    made._keep(of._replace(phase="sum"), "eager", figures(170.0))
-    made._keep(of, "inductor", {"status": "failed", "reason": "no such template"})
+        made._record(base._replace(phase=phase), "cudnn", result(30.0))
+    made._record(base._replace(phase="pack"), "ours", result(5.0))
+    made._record(base, "eager", result(50.0))
+    made._record(base._replace(phase="sum"), "eager", result(170.0))
+    made._record(base, "inductor", {"status": "failed", "reason": "no such template"})
     console = Console(width=140, record=True)
     console.print(made.table("G", 64, "bfloat16", RATE))
     lines = [line.split() for line in console.export_text().splitlines() if "@4→8" in line]
@@ -236,7 +240,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert lines[4][2:] == ["sum", "65.0", "46%", "45.0", "90.0", "170.0", "–"]
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_invalid_results_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / kernels.FILE).write_text("not JSON\n")
     with pytest.raises(kernels.UsageError, match=r"kernels\.jsonl:1 is not JSON"):
         stage(tmp_path)
@@ -247,7 +251,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", [["kernels"], ["gpu", "tune"], ["gpu", "bench"], ["gpu", "sanitize"]])
-def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]) -> None:
+def test_commands_need_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
@@ -262,7 +266,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path, comma
         (["--out", "x", "--minutes", "0"], "must be a positive number of minutes, got '0'"),
         (["--out", "x", "--batch", "0"], "must be a whole number from 1"),
         (["--out", "x", "--dtype", "float32"], "invalid choice: 'float32'"),
-        (["--out", "x", "--contestants", "jax"], "invalid choice: 'jax'"),
+        (["--out", "x", "--providers", "jax"], "invalid choice: 'jax'"),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""``python -m bench ladder``: its C++, its steps, its table and picture."""
+"""``python -m bench ladder``: its C++ code, steps, table and plot."""
 
 import ctypes
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from native import NEEDED
 
-from bench import ceiling, ladder, plot, results
+from bench import ceiling, ladder, plot, records
 from bench.__main__ import main
 from bench.blocks import Block, blocks
 from bench.cases import Case, float64, relative_error
@@ -24,7 +24,7 @@ QUICK = ["--features", "8", "--image-size", "32", "--batch", "5", "--seconds", "
 
 
 @pytest.fixture(autouse=True)
-def short_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_peak_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceiling, "SECONDS", 0.01)
 
 
@@ -39,8 +39,8 @@ def layer(command: str, index: int) -> Block:
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("command", CASES)
-def test_every_step_is_the_layer(compiled: ctypes.CDLL, command: str, index: int) -> None:
-    """Dense, narrow and between; channels that fill no vector."""
+def test_every_step_computes_the_layer(compiled: ctypes.CDLL, command: str, index: int) -> None:
+    """Dense, narrow and spatial layers with channel counts that do not fill a vector."""
     block = layer(command, index)
     steps = ladder.steps(block, 5, 1, compiled)
     with torch.no_grad():
@@ -48,13 +48,13 @@ def test_every_step_is_the_layer(compiled: ctypes.CDLL, command: str, index: int
         errors = {step.name: relative_error(step.run(step.x), expected[: len(step.x)]) for step in steps}
     assert all(error < ladder.TOLERANCE for error in errors.values()), errors
     assert [len(step.x) for step in steps] == [ladder.NAIVE_IMAGES, *(len(steps) - 1) * [5]]
-    assert [step.mark for step in steps] == [*(len(steps) - 2) * [False], True, True]
+    assert [step.baseline for step in steps] == [*(len(steps) - 2) * [False], True, True]
 
 
-def test_what_each_step_multiplies() -> None:
-    """A transposed convolution with its zeros is four times the work, Winograd 9/16 and 25/64 of it."""
-    seeds = blocks(Case("generate", 1, "float32", "cpu", 1).network())
-    g = seeds[2].geometry
+def test_products() -> None:
+    """Zero insertion quadruples the work of a transposed convolution; Winograd needs 9/16 and 25/64 of it."""
+    layers = blocks(Case("generate", 1, "float32", "cpu", 1).network())
+    g = layers[2].geometry
     assert [ladder.products(g, step) for step in ("im2col", "direct", "f2", "f4")] == [4, 1, 9 / 16, 25 / 64]
     ragged = g._replace(height=5, width=4)
     assert ladder.products(ragged, "f4") == 25 / 64 * 8 / 5
@@ -67,10 +67,10 @@ def test_what_each_step_multiplies() -> None:
     ]
 
 
-def test_all_threads_are_a_step_of_their_own(compiled: ctypes.CDLL) -> None:
+def test_all_threads_are_a_separate_step(compiled: ctypes.CDLL) -> None:
     steps = ladder.steps(layer("generate", 1), 5, 3, compiled)
     assert [step.threads for step in steps] == [1, 1, 1, 1, 1, 3, 1, 1, 3, 3]
-    assert steps[5].name in {step.name for step in steps[2:5]}, "the one that the engine picks"
+    assert steps[5].name in {step.name for step in steps[2:5]}, "the algorithm that the engine chooses"
 
 
 def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert numbered == ["1", "2", "3", "4", "5", "6"]
     assert "GFLOP/s on 1 thread and " in out
     assert "the seven loops ran on 4 of the 5 images" in out
-    rows = results.read(file)
+    rows = records.read(file)
     assert [row["mark"] for row in rows] == [*6 * [False], *4 * [True]]
     assert all(row["error"] < ladder.TOLERANCE for row in rows)
     assert rows[0]["times"]["median"] * rows[0]["flops_per_s"] == pytest.approx(2 * 16 * 32 * 16 * 16 * 4)
@@ -94,7 +94,7 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_last_of_several_measurements_is_drawn(tmp_path: Path) -> None:
+def test_the_last_of_repeated_measurements_is_drawn(tmp_path: Path) -> None:
     row: dict[str, Any] = {
         "kind": "ladder",
         "case": CASES["generate"].to_json(),
@@ -104,38 +104,38 @@ def test_the_last_of_several_measurements_is_drawn(tmp_path: Path) -> None:
         "step": "seven loops",
         "threads": 1,
     }
-    ((_, bars),) = plot.DRAWN["ladder"][0]([row | {"flops_per_s": 1.0}, row | {"flops_per_s": 2.0}]).items()
+    ((_, bars),) = plot.PLOTS["ladder"][0]([row | {"flops_per_s": 1.0}, row | {"flops_per_s": 2.0}]).items()
     assert [bar["flops_per_s"] for bar in bars.values()] == [2.0]
 
 
 def test_a_wrong_step_is_not_timed(compiled: ctypes.CDLL) -> None:
     block = layer("generate", 1)
-    right, *_ = ladder.steps(block, 5, 1, compiled)
-    wrong = ladder.Step("wrong", lambda x: right.run(x) * 1.001, right.x, 1, 1.0)
+    correct, *_ = ladder.steps(block, 5, 1, compiled)
+    wrong = ladder.Step("wrong", lambda x: correct.run(x) * 1.001, correct.x, 1, 1.0)
     with torch.no_grad():
-        measured, roofs, refused = ladder.climb(block, [wrong, right], 0.01, 1)
-    assert [found.step.name for found in measured] == [right.name]
-    assert refused == ["wrong: error 1.0e-03 > 5e-06"]
-    assert list(roofs) == [1]
+        measured, peaks, messages = ladder.measure_steps(block, [wrong, correct], 0.01, 1)
+    assert [found.step.name for found in measured] == [correct.name]
+    assert messages == ["wrong: error 1.0e-03 > 5e-06"]
+    assert list(peaks) == [1]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
         main(["ladder", *QUICK, *arguments])
     assert stop.value.code == 2
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_a_layer_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(capsys, "--layer", "9")
+def test_an_invalid_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    error = usage_error(capsys, "--layer", "9")
     assert "the generate network has 1 100→32 @1→4, 2 32→16 @4→8, 3 16→8 @8→16, 4 8→1 @16→32; got 9" in error
 
 
 def test_without_a_compiler(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "ladder.cpp needs a C++ compiler; CXX is 'no-such-compiler'" in refused(capsys)
+    assert "ladder.cpp needs a C++ compiler; CXX is 'no-such-compiler'" in usage_error(capsys)
 
 
 def test_a_failing_compiler(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "FLAGS", ("--no-such-flag",))
-    assert "no-such-flag" in refused(capsys)
+    assert "no-such-flag" in usage_error(capsys)

@@ -1,11 +1,11 @@
-"""``python -m bench learn``: tiny runs from end to end, their file and their picture."""
+"""``python -m bench learn``: tiny end-to-end runs, their result file and their plot."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from bench import learning, plot_learn, results, soak
+from bench import learning, plot_learn, records, soak
 from bench.__main__ import main
 from bench.learn import Outcome
 from bench.learning import Settings
@@ -25,37 +25,37 @@ def test_end_to_end(
     out = capsys.readouterr().out
     assert out.startswith("4 steps on real digits · features 2 · image_size 32 · batch 4 · cpu, 1 thread")
     assert "\nPASS\n" in out or "\nFAIL\n" in out
-    rows = results.read(tmp_path / "learn.jsonl")
-    ways = [(row["way"], row.get("seed")) for row in rows if "way" in row]
-    runs = [(way, seed) for way in ("reference", "fast", "channels_last") for seed in (3, 5)]
-    assert ways == [*runs, ("real digits", None)]
+    rows = records.read(tmp_path / "learn.jsonl")
+    variants = [(row["way"], row.get("seed")) for row in rows if "way" in row]
+    runs = [(variant, seed) for variant in ("reference", "fast", "channels_last") for seed in (3, 5)]
+    assert variants == [*runs, ("real digits", None)]
     assert {len(curve) for row in rows[:6] for curve in row["curves"].values()} == {4}
     verdicts = {row["verdict"]: row["findings"] for row in rows if "verdict" in row}
     assert list(verdicts) == ["fast", "channels_last"]
     starts = [finding for finding in verdicts["fast"] if "start" in finding["quantity"]]
     assert [finding["ok"] for finding in starts] == [True, True]
 
-    picture = tmp_path / "learn.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    picture.unlink()
-    assert main(["plot", str(tmp_path / "learn.jsonl"), "--out", str(picture)]) == 0
-    assert picture.exists()
+    image = tmp_path / "learn.png"
+    assert image.read_bytes().startswith(b"\x89PNG")
+    image.unlink()
+    assert main(["plot", str(tmp_path / "learn.jsonl"), "--out", str(image)]) == 0
+    assert image.exists()
     older = [row | {"date": "2000-01-01"} for row in rows]
     assert plot_learn.arrange([*older, *rows]) == plot_learn.arrange(rows)
 
 
-def test_the_status_is_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_follows_the_verdict_on_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {ok: [learning.Finding("a", 1.0, 2.0), learning.Finding("b", 1.0, float(ok))] for ok in (0, 1)}
     assert [Outcome(Settings(), {}, {"fast": found[ok]}, {}).ok for ok in (0, 1)] == [False, True]
     rounding = {"fast": found[1], "channels_last": found[0]}
-    assert Outcome(Settings(), {}, rounding, {}).ok, "rounding is shown, not judged"
+    assert Outcome(Settings(), {}, rounding, {}).ok, "channels_last is shown but does not affect the verdict"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--seeds", "1", "1"], "at least two"), (["--image-size", "33"], "invalid choice: 33")],
 )
-def test_usage(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+def test_usage_errors(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["learn", *options])
     assert stop.value.code == 2

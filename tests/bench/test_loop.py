@@ -1,4 +1,4 @@
-"""``python -m bench loop``: a whole run beside its step."""
+"""``python -m bench loop``: a whole run compared with its step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = {"image_size": 32, "ngf": 4, "ndf": 4, "nz": 8, "sample_interval": 0}
 
 def test_measures_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "IMAGES", 64)
-    monkeypatch.setattr(loop, "COUNTED", 20)
+    monkeypatch.setattr(loop, "OVERHEAD_STEPS", 20)
     figures = loop.measure(8, "float32", torch.device("cpu"), 0.2, 2, **TINY)
     assert figures.keys() == FIGURES
     assert all(0 < value < float("inf") for value in figures.values())
@@ -35,12 +35,12 @@ def test_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def measure(batch: int, *of: Any) -> dict[str, float]:
+    def measure(batch: int, *_: Any) -> dict[str, float]:
         return dict.fromkeys(FIGURES, 100.0) | {"ratio": ratio, "run_images_s": 1000.0 * batch}
 
     monkeypatch.setattr(loop, "measure", measure)
     monkeypatch.setattr(loop.forward, "find_device", lambda name, dtypes: device)
-    monkeypatch.setattr(loop, "settled", torch.device)
+    monkeypatch.setattr(loop, "resolve", torch.device)
     path = tmp_path / "loop.jsonl"
     assert main(["loop", "--batch", "8", "64", "--json", str(path)]) == status
     out = capsys.readouterr().out

@@ -26,15 +26,15 @@ TINY = [
 def test_runs_are_trained_scored_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = {name: kind._replace(epochs=1) for name, kind in mnist.KINDS.items()}
-    monkeypatch.setattr(mnist, "KINDS", small)
+    small = {name: spec._replace(epochs=1) for name, spec in mnist.RUNS.items()}
+    monkeypatch.setattr(mnist, "RUNS", small)
     calls: list[tuple[str, ...]] = []
-    real = mnist.dcgan
+    original = mnist.dcgan
 
     def counted(*arguments: str) -> None:
         calls.append(arguments)
         extra = ["--features=pixels"] if arguments[0] == "eval" else ["--device=cpu"]
-        real(*arguments, *extra)
+        original(*arguments, *extra)
 
     monkeypatch.setattr(mnist, "dcgan", counted)
     given = ["mnist", "--dataset=digits", f"--out={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
@@ -46,12 +46,12 @@ def test_runs_are_trained_scored_and_drawn(
     ]
     assert [(row["run"], row["epoch"]) for row in rows] == [("dcgan", 1), ("reference", 1)]
     assert all(row["scores"]["generated"]["frechet"] > row["scores"]["floor"]["frechet"] for row in rows)
-    # One seed: the first steps on two engines differ by rounding.
+    # Both runs use the same RNG seed, so the first steps on the two engines differ only by rounding.
     assert rows[0]["means"] == pytest.approx(rows[1]["means"], rel=0.02)
     for name in ("mnist.png", "mnist-losses.png"):
         assert Image.open(tmp_path / "results" / name).size[0] == 1500
 
-    # What is there goes on, and finds nothing to do.
+    # Existing runs are resumed, with no epochs left to train.
     monkeypatch.setattr(mnist, "scores", lambda name, *_: [row for row in rows if row["run"] == name])
     before = len(calls)
     assert commands.main(given[:-1]) == 0

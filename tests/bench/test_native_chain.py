@@ -1,4 +1,4 @@
-"""Networks cut into blocks, and blocks run by an algorithm of one's choice."""
+"""Networks split into blocks, and blocks run by a chosen algorithm."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from bench.blocks import blocks
 from bench.cases import Case, float64, relative_error
 from bench.usage import UsageError
 from dcgan import fast
-from dcgan.kernels.cpu import library, select
+from dcgan.kernels.cpu import algorithm_selection, library
 
 SIZES = {"features": 6, "image_size": 32}
 CASES = [
@@ -21,7 +21,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}-{case.sizes['channels']}")
-def test_blocks_in_turn_are_the_network(case: Case) -> None:
+def test_the_blocks_compose_the_network(case: Case) -> None:
     network = case.network()
     found = blocks(network)
     x = case.inputs()[0]
@@ -35,7 +35,7 @@ def test_blocks_in_turn_are_the_network(case: Case) -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_names_and_arithmetic() -> None:
+def test_names_and_flops() -> None:
     found = blocks(Case("generate", 1, "float32", "cpu", 1).network())
     assert [block.name for block in found] == [
         "100→512 @1→4",
@@ -49,7 +49,7 @@ def test_names_and_arithmetic() -> None:
     assert [block.stage.mean is None for block in found] == [*4 * [False], True]
 
 
-def test_blocks_of_a_network_in_training_count_no_batch() -> None:
+def test_blocks_of_a_network_in_training_update_no_statistics() -> None:
     network = Case("generate", 1, "float32", "cpu", 1, SIZES).network().train()
     tracked = [m for name, m in network.named_buffers() if name.endswith("num_batches_tracked")]
     before = [int(count) for count in tracked]
@@ -59,7 +59,7 @@ def test_blocks_of_a_network_in_training_count_no_batch() -> None:
 
 @NEEDED
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}-{case.sizes['channels']}")
-def test_the_engines_picks_are_the_drop_in(case: Case) -> None:
+def test_the_chosen_algorithms_match_the_drop_in(case: Case) -> None:
     network = case.network().requires_grad_(False)
     x = case.inputs()[0]
     chain = native.Chain([block.stage for block in blocks(network)], x.shape, threads=case.threads)
@@ -82,23 +82,23 @@ def test_every_algorithm_of_every_block(case: Case) -> None:
             expected = float64(block.modules, x)
             results = {
                 algorithm: native.Chain([block.stage], x.shape, [algorithm])(x)
-                for algorithm in select.candidates(block.geometry)
+                for algorithm in algorithm_selection.candidates(block.geometry)
             }
             assert results
             assert all(relative_error(y, expected) < 5e-6 for y in results.values())
             for (a, y), (b, z) in itertools.combinations(results.items(), 2):
-                assert not torch.equal(y, z), f"{a} is {b}"
+                assert not torch.equal(y, z), f"{a} and {b} are the same algorithm"
             x = block.modules(x.clone())
 
 
 @NEEDED
-def test_sizes_are_told_without_running() -> None:
+def test_sizes_are_available_without_running() -> None:
     stages = [block.stage for block in blocks(Case("generate", 1, "float32", "cpu", 1).skeleton().eval())]
     chain = native.Chain(stages, (64, 100, 1, 1), ["dense", "f4", "f2", "direct", "narrow"])
     assert chain.algorithms == ("dense", "f4", "f2", "direct", "narrow")
     weights = [100 * 512 * 16, 512 * 256 * 100, 256 * 128 * 36, 128 * 64 * 16, 64 * 16]
     assert chain.packed_bytes >= 4 * sum(weights)
-    assert chain.packed_bytes == pytest.approx(4 * sum(weights), rel=0.05), "but for padding to panels"
+    assert chain.packed_bytes == pytest.approx(4 * sum(weights), rel=0.05), "apart from padding to panels"
     assert chain.workspace > 0
 
 

@@ -1,4 +1,4 @@
-"""What is printed, written and drawn."""
+"""Printed tables, JSON records and plots."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import plot, results, table
+from bench import plot, records, table
 from bench.cases import Case
 from bench.ceiling import Ceiling
 from bench.flops import Work
@@ -25,8 +25,8 @@ def timed(name: str, seconds: float, columns: tuple[str, ...] = ("warm",)) -> Ou
     return Outcome(PROVIDERS[name], "ok", "", 6e-7, 1e-5, dict.fromkeys(columns, spread), 50_000_000)
 
 
-def report(*outcomes: Outcome, device: str = "cpu", batch: int = 64) -> results.Report:
-    return results.Report(Case("generate", batch, "float32", device, 2), WORK, CEILING, list(outcomes))
+def report(*outcomes: Outcome, device: str = "cpu", batch: int = 64) -> records.Report:
+    return records.Report(Case("generate", batch, "float32", device, 2), WORK, CEILING, list(outcomes))
 
 
 MIXED = report(
@@ -40,13 +40,13 @@ MIXED = report(
 )
 
 
-def printed(thing: object) -> list[str]:
+def printed(renderable: object) -> list[str]:
     out = io.StringIO()
-    Console(file=out, width=table.PIPED_WIDTH).print(thing)
+    Console(file=out, width=table.PIPED_WIDTH).print(renderable)
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def test_the_table_of_a_case() -> None:
+def test_race_table() -> None:
     lines = printed(table.race_table(MIXED))
     assert lines[0].strip() == "generate · batch 64 · float32 · cpu, 2 threads"
     rows = [line.split() for line in lines if line.strip() and line.split()[0] in PROVIDERS]
@@ -58,49 +58,49 @@ def test_the_table_of_a_case() -> None:
     assert rest["compile"] == "WRONG: error 3.0e-02 > 1e-05"
     assert rest["zentorch"].startswith("FAILED: RuntimeError: long")
     assert rest["fast-graph"] == "no GPU here"
-    assert len(rows) == 7, "a row each, none wrapped"
+    assert len(rows) == 7, "one row each, not wrapped"
 
 
-def test_a_heading_names_the_sizes_and_is_not_wrapped() -> None:
+def test_heading_names_the_sizes_and_is_not_wrapped() -> None:
     sizes = {"channels": 3, "features": 128, "image_size": 128}
     case = Case("generate", 1, "float32", "cpu", 1, sizes)
-    lines = printed(table.race_table(results.Report(case, WORK, CEILING, [timed("eager", 1)])))
+    lines = printed(table.race_table(records.Report(case, WORK, CEILING, [timed("eager", 1)])))
     assert (
         lines[0]
         == "generate · channels 3 · features 128 · image_size 128 · batch 1 · float32 · cpu, 1 thread"
     )
 
 
-def test_what_ran_stands_beside_the_figures() -> None:
+def test_race_table_shows_notes() -> None:
     noted = timed("fast", 0.04)
     noted.note = "native avx2"
     assert any(line.endswith("6.0e-07   native avx2") for line in printed(table.race_table(report(noted))))
 
 
-def test_a_failures_reason_is_printed_whole() -> None:
+def test_failure_reasons_are_printed_in_full() -> None:
     assert table.failures(MIXED) == ["zentorch: FAILED: RuntimeError: " + 60 * "long "]
 
 
-def test_the_ceilings_lines() -> None:
+def test_ceiling_legend() -> None:
     direct, memory = table.ceiling_lines(MIXED)
     assert direct.startswith("ceiling: 1,000 images/s by direct convolution (200 GFLOP/s, float32 FMA peak")
-    assert "0.2 GFLOP an image" in direct
+    assert "0.2 GFLOP per image" in direct
     assert memory.startswith("memory:  20,253 images/s (20.0 GB/s, copy)")
 
 
-def test_a_gpus_columns() -> None:
+def test_race_table_on_a_gpu() -> None:
     lines = printed(table.race_table(report(timed("eager", 0.1, ("warm", "cold", "graph")), device="cuda")))
-    assert any("cold L2   in a graph" in line for line in lines)
+    assert any("cold L2   CUDA graph" in line for line in lines)
     assert any(line.split() == ["eager", "640", "10%", "640", "640", *line.split()[5:]] for line in lines)
 
 
-def test_without_a_baseline_there_is_no_ratio() -> None:
+def test_no_ratio_without_a_baseline() -> None:
     lone = report(timed("fast", 0.04))
     assert lone.fastest_baseline() is None
     assert any(" – " in line for line in printed(table.race_table(lone)) if "fast" in line)
 
 
-def test_the_summary() -> None:
+def test_summary_table() -> None:
     lines = printed(
         table.summary_table([report(timed("eager", 0.01), batch=1), report(timed("eager", 0.128))])
     )
@@ -109,22 +109,22 @@ def test_the_summary() -> None:
     assert any(line.split() == ["ceiling", "1,000", "1,000"] for line in lines)
 
 
-def test_the_exit_status() -> None:
+def test_exit_status() -> None:
     assert status([MIXED]) == 1, "compile is wrong"
     failed = Outcome(PROVIDERS["zentorch"], "failed", "x")
-    assert status([report(timed("eager", 1), failed)]) == 0, "a rival's failure"
+    assert status([report(timed("eager", 1), failed)]) == 0, "a baseline may fail"
     assert status([report(timed("eager", 1), Outcome(PROVIDERS["fast"], "failed", "x"))]) == 1
 
 
-def test_the_rows(tmp_path: Path) -> None:
+def test_json_rows(tmp_path: Path) -> None:
     file = tmp_path / "new" / "results.jsonl"
-    results.append(file, results.rows([MIXED]))
-    results.append(file, results.rows([MIXED]))
-    rows = results.read(file)
+    records.append(file, records.rows([MIXED]))
+    records.append(file, records.rows([MIXED]))
+    rows = records.read(file)
     assert len(rows) == 14
     best = rows[0]
     assert best["provider"] == "fast"
-    assert best["schema"] == results.SCHEMA
+    assert best["schema"] == records.SCHEMA
     assert best["images_per_s"] == pytest.approx(1600)
     assert best["flops_per_s"] == pytest.approx(320e9)
     assert best["ratio_to_fastest_baseline"] == pytest.approx(2)
@@ -141,31 +141,31 @@ def test_the_rows(tmp_path: Path) -> None:
     assert wrong["reason"] == "error 3.0e-02 > 1e-05"
 
 
-def test_an_infinite_error_is_written_as_none(tmp_path: Path) -> None:
-    row = results.rows([report(Outcome(PROVIDERS["eager"], "wrong", "error inf", float("inf")))])[0]
+def test_an_infinite_error_is_recorded_as_none(tmp_path: Path) -> None:
+    row = records.rows([report(Outcome(PROVIDERS["eager"], "wrong", "error inf", float("inf")))])[0]
     assert row["error"] is None
     json.dumps(row, allow_nan=False)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"schema": 99}'])
-def test_a_foreign_file_is_refused(tmp_path: Path, line: str) -> None:
+def test_reading_an_invalid_file_fails(tmp_path: Path, line: str) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"x\.jsonl:1 is no"):
-        results.read(file)
+    with pytest.raises(ValueError, match=r"x\.jsonl:1 is not"):
+        records.read(file)
 
 
-def test_panels_are_of_one_network() -> None:
-    wide = results.Report(
+def test_plot_has_one_panel_per_network() -> None:
+    wide = records.Report(
         Case("generate", 1, "float32", "cpu", 2, {"features": 128}), WORK, CEILING, [timed("eager", 1)]
     )
-    panels = plot.arrange(results.rows([report(timed("eager", 1)), wide]))
+    panels = plot.arrange(records.rows([report(timed("eager", 1)), wide]))
     assert [network for network, _, _ in panels] == ["generate", "generate · features 128"]
 
 
-def test_a_plot(tmp_path: Path) -> None:
+def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = results.rows([MIXED, report(timed("eager", 0.01), batch=1)])
+    rows = records.rows([MIXED, report(timed("eager", 0.01), batch=1)])
     panels = plot.arrange(rows)
     ((_, batches),) = panels.items()
     assert {batch: sorted(found) for batch, found in batches.items()} == {

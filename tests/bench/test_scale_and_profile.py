@@ -1,4 +1,4 @@
-"""``python -m bench scale`` and ``profile``: what they measure on tiny networks, print, write and draw."""
+"""``python -m bench scale`` and ``profile`` on tiny networks: measurements, tables, records and plots."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from native import NEEDED
 
-from bench import profile, results, scale
+from bench import layer_times, records, scale
 from bench.__main__ import main
 from bench.cases import Case
 from bench.ceiling import Ceiling
@@ -16,18 +16,18 @@ pytestmark = NEEDED
 TINY = ["--features", "4", "--image-size", "32", "--seconds", "0.01", "--rounds", "1"]
 
 
-def test_the_workspace_is_a_blocks() -> None:
-    """It grows up to some batch and no further, whatever the batch's maps would take."""
+def test_workspace_is_that_of_one_block() -> None:
+    """The workspace stops growing at some batch size, unlike the batch's activations."""
     sizes = [
-        (scale.chain(case).workspace, scale.maps(case))
+        (scale.chain(case).workspace, scale.layerwise_bytes(case))
         for case in (Case("generate", batch, "float32", "cpu", 2) for batch in (1, 1024, 16384))
     ]
     assert sizes[0][0] < sizes[1][0] == pytest.approx(sizes[2][0], rel=0.1)
-    assert [maps / sizes[0][1] for _, maps in sizes] == [1, 1024, 16384]
+    assert [layerwise / sizes[0][1] for _, layerwise in sizes] == [1, 1024, 16384]
     assert sizes[0][1] == 4 * (128 * 16 * 16 + 64 * 32 * 32)
 
 
-def test_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_points(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     monkeypatch.setattr(scale.machine, "cores", lambda: 6)
     assert scale.default_threads() == [1, 2, 4, 6]
@@ -52,7 +52,7 @@ def test_scale_end_to_end(
     points = [line for line in lines if line and line[0] in ("1", "3")]
     assert [(line[0], line[3]) for line in points] == [("1", "1.00×"), ("3", "1.00×")]
     assert "workspace: " in out
-    rows = results.read(file)
+    rows = records.read(file)
     assert [(row["kind"], row["case"]["batch"]) for row in rows] == [("scale", 1), ("scale", 3)]
     assert all(row["error"] < row["tolerance"] for row in rows)
     assert all(row["workspace_bytes"] > 0 for row in rows)
@@ -70,23 +70,25 @@ def test_profile_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert main(["profile", *options]) == 0
     out = capsys.readouterr().out
     assert out.startswith("generate · features 4 · image_size 32 · batch 2 · float32 · cpu, 1 thread")
-    names = ["100→16 @1→4", "16→8 @4→8", "8→4 @8→16", "4→1 @16→32", profile.TOGETHER, profile.WHOLE]
+    names = ["100→16 @1→4", "16→8 @4→8", "8→4 @8→16", "4→1 @16→32", layer_times.TOGETHER, layer_times.WHOLE]
     at = [out.index(name) for name in names]
     assert at == sorted(at)
-    rows = results.read(file)
-    assert [row["layer"] for row in rows] == [name for name in names if name != profile.TOGETHER]
+    rows = records.read(file)
+    assert [row["layer"] for row in rows] == [name for name in names if name != layer_times.TOGETHER]
     assert rows[0]["algorithm"] == "dense"
     assert rows[-1]["flops"] == sum(row["flops"] for row in rows[:-1])
     assert sum(row["share"] for row in rows[:-1]) == pytest.approx(1)
 
 
-def test_no_picture_of_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plot_rejects_unsupported_and_mixed_results(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = tmp_path / "rows.jsonl"
-    results.append(file, [results.common("profile")])
+    records.append(file, [records.common("profile")])
     with pytest.raises(SystemExit):
         main(["plot", str(file)])
-    assert "there is no picture of profile results, only of race, scale, ladder" in capsys.readouterr().err
-    results.append(file, [results.common("scale")])
+    assert "cannot plot profile results, only those of race, scale, ladder" in capsys.readouterr().err
+    records.append(file, [records.common("scale")])
     with pytest.raises(SystemExit):
         main(["plot", str(file)])
-    assert "results of one command at a time, not of profile, scale" in capsys.readouterr().err
+    assert "cannot plot the results of several commands together: profile, scale" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The situations: each edit leaves a network that runs, and both networks the same; verdicts; the command."""
+"""``python -m bench situations``: edited networks still match, verdicts, and the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = NEEDED
 @pytest.mark.parametrize("network", ["G", "D"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_pair_computes_the_same(network: str, training: bool, edit: str) -> None:
+def test_edited_networks_match(network: str, training: bool, edit: str) -> None:
     situation = Situation(network, "float32", "training" if training else "inference", edit, 8, 32, 3)
     eager, ours, x = situations.networks(situation)
     assert eager.training is training
@@ -50,7 +50,7 @@ def test_verdicts(fast: float, error: float, verdict: str) -> None:
     assert Measured(situation, spread(1.0), spread(fast), error, 1e-4).verdict == verdict
 
 
-def test_the_list_has_every_dtype_mode_and_edit() -> None:
+def test_situations_cover_every_dtype_mode_and_edit() -> None:
     listed = situations.situations(16)
     assert len(listed) == len(set(listed))
     for network in ("G", "D"):
@@ -72,10 +72,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert row["ratio"] == pytest.approx(row["eager_s"] / row["fast_s"])
     assert row["error"] < 1e-4
     assert "image size 32" in printed
-    assert status == int(row["ratio"] < situations.SLOWER)
+    assert status == int(row["ratio"] < situations.MIN_RATIO)
 
 
-def test_words_that_no_row_has_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_with_unmatched_words_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, UsageError)):
         main(["situations", "--only", "nonsense"])
     assert "argument --only: no situation has all of the words 'nonsense'" in capsys.readouterr().err

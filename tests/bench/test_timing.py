@@ -1,4 +1,4 @@
-"""Bursts: how often and on what the callable is called, and CUDA's events with a pretended clock."""
+"""Tests of bursts: number and inputs of calls, and CUDA events with a simulated clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INPUTS = [torch.zeros(1), torch.ones(1)]
 
 
 class Device:
-    """A pretended GPU: its clock advances by 1 ms a call and 10 ms a flush."""
+    """A simulated GPU whose clock advances by 1 ms per call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -53,7 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return Device(monkeypatch)
 
 
-def test_a_slow_call_is_timed_three_times() -> None:
+def test_slow_calls_are_timed_at_least_three_times() -> None:
     seen: list[float] = []
 
     def run(x: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ def test_a_slow_call_is_timed_three_times() -> None:
     times = timing.CpuSampler(run, INPUTS).burst(1e-9)
     assert len(times["warm"]) == timing.MIN_CALLS
     assert all(t > 0 for t in times["warm"])
-    assert seen == [0, 0, 1, 0], "one call to wake up, then the inputs in turn"
+    assert seen == [0, 0, 1, 0], "one warm-up call, then cycle through the inputs"
 
 
-def test_events_time_calls_without_the_flush(device: Device) -> None:
+def test_events_exclude_the_l2_flush(device: Device) -> None:
     sampler = timing.CudaSampler(device.run, INPUTS, capture=False)
     flushed: list[int] = []
     sampler._flush = type("Flush", (), {"zero_": lambda self: flushed.append(len(device.calls))})()  # type: ignore[assignment]
@@ -76,7 +76,7 @@ def test_events_time_calls_without_the_flush(device: Device) -> None:
     assert flushed[1:] == list(range(flushed[1], flushed[1] + timing.MIN_CALLS)), "before each call"
 
 
-def test_a_graphs_time_is_that_of_one_call(device: Device) -> None:
+def test_graph_times_are_per_call(device: Device) -> None:
     times = timing.CudaSampler(device.run, INPUTS, capture=True).burst(1e-9)
     assert times["graph"] == [pytest.approx(0.25e-3)] * timing.MIN_CALLS
 
@@ -86,7 +86,7 @@ def test_large_batches_are_not_captured(device: Device) -> None:
     assert "graph" not in timing.CudaSampler(device.run, large, capture=True).burst(1e-9)
 
 
-def test_what_cannot_be_captured_is_timed_without(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_failure_omits_the_graph_column(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(graph: object, stream: object) -> contextlib.AbstractContextManager[None]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -96,8 +96,8 @@ def test_what_cannot_be_captured_is_timed_without(device: Device, monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "tf32"])
-def test_tf32_is_on_or_off_for_every_reader(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """torch.compile reads the older flags, kernels the newer ones; none of them may raise."""
+def test_set_precision_sets_old_and_new_tf32_flags(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """torch.compile reads the older flags and kernels the newer ones; reading either must not raise."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     try:

@@ -1,4 +1,4 @@
-"""``python -m bench train``: who is timed and who is refused, what a step costs, and where its time goes."""
+"""``python -m bench train``: the check of each variant, the cost of a step, its profile, and the command."""
 
 import copy
 import io
@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench import answers, phases, plot, results, table, train, train_worker
+from bench import expected_results, phases, plot, records, table, train, train_worker
 from bench.__main__ import main
-from bench.answers import Materials, moved
 from bench.ceiling import Ceiling
+from bench.expected_results import Materials, update_error
 from bench.phases import Part, Profile
 from bench.providers import PROVIDERS
 from bench.race import Outcome
-from bench.results import Report
+from bench.records import Report
 from bench.stats import Spread
-from bench.train_case import FLOOR, Batch, Training
-from bench.ways import WAYS, adams, seeds_loop
+from bench.train_case import MIN_TOLERANCE, Batch, Training
+from bench.training_variants import VARIANTS, adams, reference_loop
 from bench.worker import Prepared
 from dcgan.models import Discriminator, Generator
 from dcgan.training import TrainStep
@@ -46,7 +46,7 @@ def rogues(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checked(name: str, materials: Path) -> Prepared:
-    """What a worker finds, here; memory is not looked at."""
+    """Run a worker's check in this process, without measuring memory."""
     worker = train_worker.TrainWorker()
     worker._reset_peak = lambda: None  # type: ignore[method-assign]
     return worker.prepare(TINY, name, str(materials))
@@ -56,20 +56,20 @@ def checked(name: str, materials: Path) -> Prepared:
 
 
 @pytest.mark.parametrize(
-    "name", ["eager", "channels_last", "cudnn-graph", "fast", "train-step", "rogue:seeds"]
+    "name", ["eager", "channels_last", "cudnn-graph", "fast", "train-step", "rogue:reference"]
 )
 @pytest.mark.usefixtures("rogues")
-def test_a_right_way(materials: Path, name: str) -> None:
+def test_correct_variants_pass(materials: Path, name: str) -> None:
     found = checked(name, materials)
-    assert 0 < found.error < FLOOR
+    assert 0 < found.error < MIN_TOLERANCE
     assert found.wrong == ""
-    steps = ("cudnn-graph", "train-step")  # both take the loss from its operator
+    steps = ("cudnn-graph", "train-step")  # both use this project's loss operator
     assert bool(found.note) == (name in ("fast", *steps))
 
 
-def test_the_strongest_rival_is_our_step_around_cudnn() -> None:
-    """On a GPU one CUDA graph of the reference networks, channels_last; on a CPU the same, eagerly."""
-    loop = WAYS["cudnn-graph"].build(*TINY.networks(), TINY)
+def test_the_strongest_baseline_is_our_step_around_cudnn() -> None:
+    """On a GPU: one CUDA graph of the reference networks in channels_last. On a CPU: the same, eagerly."""
+    loop = VARIANTS["cudnn-graph"].build(*TINY.networks(), TINY)
     assert isinstance(loop.step, TrainStep)
     assert loop.step.why_not_captured == "the networks are on cpu"
     for network, kind in ((loop.step.generator, Generator), (loop.step.discriminator, Discriminator)):
@@ -78,44 +78,44 @@ def test_the_strongest_rival_is_our_step_around_cudnn() -> None:
             memory_format=torch.channels_last
         )
     assert all(group["fused"] for adam in loop.adams for group in adam.param_groups)
-    way, provider = WAYS["cudnn-graph"], PROVIDERS["cudnn-graph"]
-    assert way.searches
+    variant, provider = VARIANTS["cudnn-graph"], PROVIDERS["cudnn-graph"]
+    assert variant.searches
     assert provider.searches
     assert provider.replays
-    assert not way.ours
-    assert way.unavailable(TINY) == provider.unavailable(TINY) != ""
+    assert not variant.ours
+    assert variant.unavailable(TINY) == provider.unavailable(TINY) != ""
 
 
 @pytest.mark.parametrize("name", ["half_a_gradient", "remembers", "forgets_its_optimizers"])
 @pytest.mark.usefixtures("rogues")
-def test_wrong_gradients(materials: Path, name: str) -> None:
+def test_wrong_gradients_are_detected(materials: Path, name: str) -> None:
     assert checked(f"rogue:{name}", materials).error > 0.1
 
 
 @pytest.mark.usefixtures("rogues")
-def test_a_wrong_loss_is_named(materials: Path) -> None:
+def test_a_wrong_loss_is_reported(materials: Path) -> None:
     found = checked("rogue:other_labels", materials)
-    assert found.error < FLOOR
-    assert found.wrong.startswith("loss_d 1.")
-    assert ", not 1." in found.wrong
+    assert found.error < MIN_TOLERANCE
+    assert found.wrong.startswith("loss_d is 1.")
+    assert ", expected 1." in found.wrong
 
 
 @pytest.mark.usefixtures("rogues")
-def test_parameters_that_stand_still(materials: Path) -> None:
+def test_a_missing_parameter_update_is_detected(materials: Path) -> None:
     found = checked("rogue:never_moves", materials)
-    assert found.error < FLOOR
-    assert found.wrong == "the parameters moved other than Adam's state says: error 1.0e+00 > 1e-03"
+    assert found.error < MIN_TOLERANCE
+    assert found.wrong == "the parameter update does not match Adam's state: error 1.0e+00 > 1e-03"
 
 
-def test_the_answers_are_autograds() -> None:
-    """D's gradient is that of its own phase, and no step has moved anything."""
+def test_step_results_match_autograd() -> None:
+    """D's gradient is that of D's phase, and the steps leave the parameters unchanged."""
     generator, discriminator = (network.double() for network in TINY.networks())
     real, noise = (t.double() for t in TINY.batches()[1])
-    loop = seeds_loop(generator, discriminator, adams(generator, discriminator))
+    loop = reference_loop(generator, discriminator, adams(generator, discriminator))
     before = copy.deepcopy(dict(discriminator.named_parameters()))
-    _, answer = answers.answers(loop, [Batch(*(t.double() for t in b)) for b in TINY.batches()])
+    _, result = expected_results.step_results(loop, [Batch(*(t.double() for t in b)) for b in TINY.batches()])
     assert all(torch.equal(p, before[n]) for n, p in discriminator.named_parameters())
-    assert loop.adams[0].param_groups[0]["lr"] == answers.LR
+    assert loop.adams[0].param_groups[0]["lr"] == expected_results.LR
 
     loss = torch.nn.BCELoss()
     on_real, fake = discriminator(real), generator(noise)
@@ -123,53 +123,55 @@ def test_the_answers_are_autograds() -> None:
     loss_d = loss(on_real, torch.full_like(on_real, 0.9)) + loss(on_fake, torch.zeros_like(on_fake))
     loss_g = loss(on_fake, torch.full_like(on_fake, 0.9))
     for network, of, found in zip(
-        (generator, discriminator), (loss_g, loss_d), answer.gradients, strict=True
+        (generator, discriminator), (loss_g, loss_d), result.gradients, strict=True
     ):
         gradients = torch.autograd.grad(of, list(network.parameters()), retain_graph=True)
-        expected = answers.flat(gradients)
+        expected = expected_results.flat(gradients)
         assert (found - expected).norm() < 1e-12 * expected.norm()
-    assert answer.figures == pytest.approx(
+    assert result.figures == pytest.approx(
         [loss_d.item(), loss_g.item(), *map(float, (on_real.detach().mean(), on_fake.detach().mean()))]
     )
 
 
-def test_the_materials_survive_their_file(materials: Path) -> None:
+def test_materials_save_and_load(materials: Path) -> None:
     loaded = Materials.load(materials)
-    assert loaded.tolerance >= FLOOR
-    assert [len(answer.gradients) for answer in loaded.answers] == [2, 2]
-    assert all(g.dtype == torch.float64 for answer in loaded.answers for g in answer.gradients)
-    for first, second in zip(*(answer.gradients for answer in loaded.answers), strict=True):
-        assert (first - second).norm() > 0.1 * first.norm(), "a way that remembers is to be caught"
+    assert loaded.tolerance >= MIN_TOLERANCE
+    assert [len(result.gradients) for result in loaded.step_results] == [2, 2]
+    assert all(g.dtype == torch.float64 for result in loaded.step_results for g in result.gradients)
+    for first, second in zip(*(result.gradients for result in loaded.step_results), strict=True):
+        assert (first - second).norm() > 0.1 * first.norm(), (
+            "a variant that repeats its first result must be detectable"
+        )
 
 
-def test_sixteen_bits_are_held_against_eagers_own() -> None:
+def test_16_bit_tolerance_follows_eager() -> None:
     case = Training("train", 4, "bfloat16", "cpu", 1, SIZES)
     found = Materials.of(case)
     assert 1e-2 < found.tolerance < 1
     networks = case.networks()
-    error, figure, _ = answers.answers(WAYS["fast"].build(*networks, case), case.batches())[0].errors(
-        found.answers[0]
-    )
+    error, figure, _ = expected_results.step_results(VARIANTS["fast"].build(*networks, case), case.batches())[
+        0
+    ].errors(found.step_results[0])
     assert 1e-3 < error < found.tolerance
     assert figure < found.figure_tolerance
     assert all(p.dtype == torch.float32 for network in networks for p in network.parameters())
 
 
-def test_no_step_of_an_optimizer_at_all() -> None:
+def test_a_step_without_optimizer_steps_is_detected() -> None:
     generator, discriminator = TINY.networks()
-    loop = seeds_loop(generator, discriminator, adams(generator, discriminator))
+    loop = reference_loop(generator, discriminator, adams(generator, discriminator))
 
     def step(real: Tensor, noise: Tensor) -> object:
         return None
 
-    assert moved(type(loop)(step, loop.adams), TINY.batches()[0]) == float("inf")  # type: ignore[arg-type]
+    assert update_error(type(loop)(step, loop.adams), TINY.batches()[0]) == float("inf")  # type: ignore[arg-type]
 
 
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def test_what_a_step_costs() -> None:
-    """12 forwards' worth of products less those of the gradients that go nowhere."""
+def test_flops_of_a_step() -> None:
+    """The products of 12 forwards, minus those of the gradients that are not needed."""
     work = Training("train", 64, "float32", "cpu", 2).work()
     first_g, middle, first_d, last_d = 100 * 512 * 16, 3 * 512 * 256 * 256, 16 * 64 * 1024, 512 * 16
     g, d = first_g + middle + first_d, first_d + middle + last_d
@@ -178,20 +180,20 @@ def test_what_a_step_costs() -> None:
 
 
 def outcome(name: str, seconds: float, peak: int) -> Outcome:
-    return Outcome(WAYS[name], "ok", "", 6e-4, 2e-3, {"warm": Spread(seconds, seconds, seconds, 9)}, peak)
+    return Outcome(VARIANTS[name], "ok", "", 6e-4, 2e-3, {"warm": Spread(seconds, seconds, seconds, 9)}, peak)
 
 
-def printed(thing: object) -> list[str]:
+def printed(renderable: object) -> list[str]:
     out = io.StringIO()
-    Console(file=out, width=table.PIPED_WIDTH).print(thing)
+    Console(file=out, width=table.PIPED_WIDTH).print(renderable)
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def test_the_table() -> None:
+def test_race_table() -> None:
     case = Training("train", 64, "float32", "cpu", 2)
-    absent = Outcome(WAYS["reduce-overhead"], "skipped", "no GPU here")
-    ways = [outcome("eager", 1.28, 1000_000_000), outcome("channels_last", 1.0, 900_000_000)]
-    report = Report(case, case.work(), CEILING, [*ways, absent, outcome("train-step", 0.4, 600_000_000)])
+    absent = Outcome(VARIANTS["reduce-overhead"], "skipped", "no GPU here")
+    baselines = [outcome("eager", 1.28, 1000_000_000), outcome("channels_last", 1.0, 900_000_000)]
+    report = Report(case, case.work(), CEILING, [*baselines, absent, outcome("train-step", 0.4, 600_000_000)])
     rows = [line.split() for line in printed(train.race_table(report)) if line.strip()]
     assert rows[0][:4] == ["train", "·", "batch", "64"]
     assert rows[3] == ["train-step", "160", "0%", "9", "390", "2.50×", "195%", "600", "60%", "6.0e-04"]
@@ -203,7 +205,7 @@ def test_the_table() -> None:
     assert train.memory_share(without, without.outcomes[0]) is None
 
 
-def test_the_parts_of_a_step() -> None:
+def test_profile_table_and_rows() -> None:
     parts = [
         Part("G fprop", "2→1 @4→8", "native", 1, 0.1, 10**10),
         Part("D wgrad", "1→2 @8→4", "native", 3, 0.2, 10**10),
@@ -213,25 +215,25 @@ def test_the_parts_of_a_step() -> None:
     lines = [line.split() for line in printed(train.profile_table(TINY, "fast", profile, CEILING)) if line]
     assert ["D", "wgrad", "1→2", "@8→4", "native", "3", "200", "40%", "10.0", "50.0", "25%"] in lines
     assert ["everything", "else", "150", "30%"] in lines
-    assert ["a", "step", "500", "100%", "20.0", "40.0", "20%"] in lines
+    assert ["total", "500", "100%", "20.0", "40.0", "20%"] in lines
     rows = train.profile_rows(TINY, "fast", profile, CEILING, None)
     assert sum(row["share"] for row in rows) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ["fast", "train-step"])
-def test_every_product_is_seen(name: str) -> None:
-    """As many as a step has, with the arithmetic that is counted from the layers."""
+def test_profile_covers_every_product(name: str) -> None:
+    """The number of calls and FLOPs match those counted from the layers."""
     generator, discriminator = TINY.networks()
-    loop = WAYS[name].build(generator, discriminator, TINY)
+    loop = VARIANTS[name].build(generator, discriminator, TINY)
     profile = phases.measure(loop, TINY.batches(), rounds=1, device="cpu")
     calls = {phase: sum(p.calls for p in profile.parts if p.phase == phase) for phase in phases.PHASES}
-    passes = 3 if name == "fast" else 2  # of D's in which its weights have a gradient
+    wgrads = 3 if name == "fast" else 2  # backwards of D that compute wgrad
     layers = 4
     assert calls == {
         "G fprop": layers,
         "D fprop": 3 * layers,
         "D dgrad": 3 * layers - 2,
-        "D wgrad": passes * layers,
+        "D wgrad": wgrads * layers,
         "G dgrad": layers - 1,
         "G wgrad": layers,
     }
@@ -241,10 +243,10 @@ def test_every_product_is_seen(name: str) -> None:
         assert sum(part.flops for part in profile.parts) == TINY.batch * TINY.work().flops
 
 
-def test_a_step_without_our_operators_has_no_parts() -> None:
+def test_profiling_a_step_without_our_operators_fails() -> None:
     generator, discriminator = TINY.networks()
     with pytest.raises(ValueError, match="no call of a fused operator"):
-        phases.record(WAYS["eager"].build(generator, discriminator, TINY), TINY.batches()[0])
+        phases.record(VARIANTS["eager"].build(generator, discriminator, TINY), TINY.batches()[0])
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -256,10 +258,21 @@ def test_end_to_end(
 ) -> None:
     file = tmp_path / "train.jsonl"
     monkeypatch.setattr(train, "measure_ceiling", lambda case: CEILING)
-    monkeypatch.setenv("DCGAN_ENGINE", "native")  # of itself it would leave so small a network to PyTorch
+    monkeypatch.setenv("DCGAN_ENGINE", "native")  # by default, so small a network falls back to PyTorch
     sizes = ["--features", "4", "--image-size", "32", "--latent-dim", "8", "--batch", "4", "--threads", "1"]
-    ways = ["--providers", "fast", "reduce-overhead", "rogue:half_a_gradient"]
-    options = [*sizes, *ways, "--device", "cpu", "--seconds", "0.01", "--rounds", "2", "--json", str(file)]
+    providers = ["--providers", "fast", "reduce-overhead", "rogue:half_a_gradient"]
+    options = [
+        *sizes,
+        *providers,
+        "--device",
+        "cpu",
+        "--seconds",
+        "0.01",
+        "--rounds",
+        "2",
+        "--json",
+        str(file),
+    ]
     assert main(["train", *options]) == 1
     out = capsys.readouterr().out
     assert "WRONG: error" in out
@@ -268,16 +281,16 @@ def test_end_to_end(
         < out.index("G fprop")
         < out.index("everything else")
     )
-    rows = results.read(file)
-    raced = {row["provider"]: row for row in rows if "status" in row}
-    assert {name: row["status"] for name, row in raced.items()} == {
+    rows = records.read(file)
+    timed = {row["provider"]: row for row in rows if "status" in row}
+    assert {name: row["status"] for name, row in timed.items()} == {
         "fast": "ok",
         "reduce-overhead": "skipped",
         "rogue:half_a_gradient": "wrong",
     }
     assert {row["kind"] for row in rows} == {"train"}
-    assert raced["fast"]["times"]["warm"]["count"] >= 2
-    assert 0 < raced["fast"]["peak_bytes"] < 1 << 30
+    assert timed["fast"]["times"]["warm"]["count"] >= 2
+    assert 0 < timed["fast"]["peak_bytes"] < 1 << 30
     assert {row["phase"] for row in rows if "phase" in row} == {*phases.PHASES, "optimizers", "other"}
 
     pytest.importorskip("matplotlib")
@@ -287,25 +300,25 @@ def test_end_to_end(
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_profile_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that can be taken apart, without a race; a failure is said."""
-    asked: list[str] = []
+def test_profile_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the variants that can be profiled run, without a race; a failure is reported."""
+    profiled: list[str] = []
 
     def fail(case: Training, name: str, rounds: int) -> Profile:
-        asked.append(name)
+        profiled.append(name)
         raise train.WorkerFailed("no memory")
 
     monkeypatch.setattr(train, "measure_ceiling", lambda case: CEILING)
     monkeypatch.setattr(train, "measure_profile", fail)
     assert main(["train", "--profile", "--features", "4", "--batch", "2", "--device", "cpu"]) == 1
-    assert asked == ["fast", "train-step"]
-    assert "fast: where the time goes: FAILED: no memory" in capsys.readouterr().out
+    assert profiled == ["fast", "train-step"]
+    assert "fast: profiling: FAILED: no memory" in capsys.readouterr().out
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--providers", "fastest"])
-    assert "there are eager, channels_last, compile" in capsys.readouterr().err
+    assert "choose from eager, channels_last, compile" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train", "--device", "cpu", "--dtype", "tf32"])
     assert "tf32 is a setting of CUDA devices" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A capture that fails leaves the process as it was; with a stand-in for what is called of torch.cuda."""
+"""A failed CUDA graph capture restores the process's CUDA state; torch.cuda is faked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dcgan.capturing import capturing
-from dcgan.training.graph import Cuda
+from dcgan.training.captured_step import Cuda
 
 POOL = (0, 7)
 
@@ -24,7 +24,7 @@ class Graph:
 
 
 class FakeCuda:
-    """torch.cuda, where an exception inside of a capture leaves the capture's stream the current one."""
+    """A fake torch.cuda; an exception inside a capture leaves the captured stream the current one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
         self.calls: list[Any] = []
@@ -33,14 +33,14 @@ class FakeCuda:
         fake = self
 
         @contextlib.contextmanager
-        def graph(made: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        def graph(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
             fake.current = stream
             yield
             fake.current = fake.outside
 
         class Random:
             def clone_state(self) -> str:
-                return "a clone of before"
+                return "the state before"
 
             def graphsafe_set_state(self, state: str) -> None:
                 fake.calls.append(("random", state))
@@ -63,20 +63,20 @@ class FakeCuda:
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
 
 
-def test_what_it_calls_is_there() -> None:
-    """None of it is torch's public interface, or it would need no stand-in to be missed."""
+def test_the_private_functions_exist() -> None:
+    """capturing() uses private interfaces of torch, whose absence the fake would hide."""
     assert callable(torch._C._cuda_endAllocateToPool)
     assert all(hasattr(torch.Generator, name) for name in ("clone_state", "graphsafe_set_state"))
 
 
-@pytest.mark.parametrize("ended", [False, True], ids=["CUDA gave it up", "the step raised"])
+@pytest.mark.parametrize("ended", [False, True], ids=["CUDA invalidated it", "the step raised"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_capture_leaves_the_process_as_it_was(
+def test_a_failed_capture_restores_the_state(
     error: type[BaseException], ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its stream, its allocator and its generator of random numbers."""
+    """The current stream, the allocator and the random number generator are restored."""
     fake = FakeCuda(monkeypatch, ended)
-    graph, side = (cast(Any, made) for made in (Graph(), fake.side))
+    graph, side = (cast(Any, value) for value in (Graph(), fake.side))
 
     def capture() -> None:
         with capturing(graph, side):
@@ -86,10 +86,10 @@ def test_a_failed_capture_leaves_the_process_as_it_was(
     with pytest.raises(error, match="no"):
         capture()
     assert fake.current is fake.outside
-    assert fake.calls == [("end", 1, POOL), ("random", "a clone of before")]
+    assert fake.calls == [("end", 1, POOL), ("random", "the state before")]
 
 
-def test_a_step_can_be_captured_after_one_that_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_succeeds_after_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda(monkeypatch, ended=False)
     backend = Cuda(torch.device("cuda", 1))
 

@@ -1,4 +1,4 @@
-"""Datasets: pixels are torchvision's on PIL images, for every mode and layout; what is wrong is named."""
+"""Datasets: pixels match torchvision on PIL images for every mode and layout; errors name the cause."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from dcgan.data import DATASETS, Images, digits, load, normalise, pictures
+from dcgan.data import DATASETS, Images, decoding, digits, load, normalise
 from dcgan.data import cache as image_cache
 from dcgan.data.order import permutation
 from dcgan.errors import InputError
@@ -56,7 +56,7 @@ def save(path: Path, pixels: np.ndarray) -> Path:
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """torchvision on a PIL image of [H, W] or [H, W, 3], as int [C, size, size]."""
+    """Resize and crop [H, W] or [H, W, 3] with torchvision on a PIL image; int [C, size, size]."""
     pipeline = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
     return np.asarray(pipeline(Image.fromarray(pixels)), int).reshape(size, size, -1).transpose(2, 0, 1)
 
@@ -71,9 +71,9 @@ def luma(rgb: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_pixels_are_torchvisions(width: int, height: int, size: int, channels: int) -> None:
+def test_pixels_match_torchvision(width: int, height: int, size: int, channels: int) -> None:
     pixels = noise(height, width, 3) if channels == 3 else noise(height, width)
-    got = pictures.pixels_of(Image.fromarray(pixels), channels, size)
+    got = decoding.to_pixels(Image.fromarray(pixels), channels, size)
     assert got.shape == (channels, size, size)
     assert got.dtype == np.uint8
     assert got.flags.c_contiguous
@@ -82,29 +82,29 @@ def test_pixels_are_torchvisions(width: int, height: int, size: int, channels: i
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 28, 32, 64, 100])
-@pytest.mark.parametrize("was", [1, 3])
-def test_many_at_once_are_as_one_by_one(was: int, size: int, channels: int) -> None:
-    pixels = noise(5, was, 28, 28)
-    got = pictures.resized(torch.from_numpy(pixels), channels, size)
+@pytest.mark.parametrize("source_channels", [1, 3])
+def test_resize_batch_matches_to_pixels(source_channels: int, size: int, channels: int) -> None:
+    pixels = noise(5, source_channels, 28, 28)
+    got = decoding.resize_batch(torch.from_numpy(pixels), channels, size)
     assert got.shape == (5, channels, size, size)
     for image, one in zip(got, pixels, strict=True):
-        picture = Image.fromarray(np.squeeze(one.transpose(1, 2, 0)))
-        want = pictures.pixels_of(picture, channels, size).astype(int)
-        assert np.abs(image.numpy() - want).max() <= 1  # on a CPU without AVX2 PyTorch may round once more
+        pil_image = Image.fromarray(np.squeeze(one.transpose(1, 2, 0)))
+        expected = decoding.to_pixels(pil_image, channels, size).astype(int)
+        assert np.abs(image.numpy() - expected).max() <= 1  # without AVX2, PyTorch may round once more
 
 
-def test_the_seeds_whole_transform(tmp_path: Path) -> None:
+def test_the_transform_of_the_reference_recipe(tmp_path: Path) -> None:
     pixels = noise(37, 37)
     save(tmp_path / "a.png", pixels)
-    seeds = transforms.Compose(
+    reference = transforms.Compose(
         [transforms.Resize(64), transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
     )
     got = normalise(load("folder", tmp_path).pixels[0])
-    assert (got - seeds(Image.fromarray(pixels))).abs().max() <= 2**-22
+    assert (got - reference(Image.fromarray(pixels))).abs().max() <= 2**-22
 
 
 def modes() -> dict[str, tuple[str, Callable[[Path], None], np.ndarray]]:
-    """By name: the file's extension, what writes it, and its colours, [H, W] or [H, W, 3]."""
+    """Return, by name, a file extension, a writer and the expected colours, [H, W] or [H, W, 3]."""
     grey, rgb, alpha = noise(40, 33), noise(40, 33, 3, seed=1), noise(40, 33, seed=2)
     index, colours = noise(40, 33, seed=3) % 16, noise(16, 3, seed=4)
     deep = np.random.default_rng(5).integers(0, 65536, (40, 33), np.uint16)
@@ -168,8 +168,8 @@ def modes() -> dict[str, tuple[str, Callable[[Path], None], np.ndarray]]:
 def test_every_mode(mode: str, channels: int, tmp_path: Path) -> None:
     extension, write, colours = modes()[mode]
     write(tmp_path / f"a{extension}")
-    said: list[str] = []
-    images = load("folder", tmp_path, image_size=32, channels=channels, say=said.append)
+    messages: list[str] = []
+    images = load("folder", tmp_path, image_size=32, channels=channels, say=messages.append)
     assert not images.skipped
     if channels == 3 and colours.ndim == 2:
         colours = np.repeat(colours[:, :, None], 3, axis=2)
@@ -178,7 +178,7 @@ def test_every_mode(mode: str, channels: int, tmp_path: Path) -> None:
     assert np.abs(images.pixels[0].numpy() - resized(colours, 32)).max() <= 1
 
 
-def test_grey_and_colour_agree_on_white_and_black(tmp_path: Path) -> None:
+def test_grey_and_colour_agree_about_white_and_black(tmp_path: Path) -> None:
     Image.new("I;16", (40, 40), 65535).save(tmp_path / "a.png")
     Image.new("RGB", (40, 40), "white").save(tmp_path / "b.png")
     Image.new("I;16", (40, 40), 0).save(tmp_path / "c.png")
@@ -187,7 +187,7 @@ def test_grey_and_colour_agree_on_white_and_black(tmp_path: Path) -> None:
 
 
 def png(path: Path, levels: np.ndarray) -> None:
-    """A PNG of 16 bits a channel, which Pillow writes of grey alone: [H, W] or [H, W, 3 or 4]."""
+    """Write a 16-bit PNG of [H, W] or [H, W, 3 or 4]; Pillow writes only grey ones."""
     height, width = levels.shape[:2]
     kind = {2: 0, 3: {3: 2, 4: 6}.get(levels.shape[-1])}[levels.ndim]
     rows = levels.astype(">u2").reshape(height, -1).view(np.uint8)
@@ -199,12 +199,12 @@ def png(path: Path, levels: np.ndarray) -> None:
 
 
 def tiff(path: Path, levels: np.ndarray) -> None:
-    """A TIFF of any integers, which Pillow writes of few."""
+    """Write a TIFF of any integer dtype; Pillow writes only a few."""
     tiff_of(path, levels, levels.astype(levels.dtype.newbyteorder("<")).tobytes(), 8 * levels.itemsize)
 
 
 def tiff_of(path: Path, levels: np.ndarray, data: bytes, bits: int) -> None:
-    """A TIFF, uncompressed: its data, then its tags, which are number, type, count and value."""
+    """Write an uncompressed TIFF: the data, then the tags (number, type, count and value)."""
     signed = levels.dtype.kind == "i"
     height, width = levels.shape
     tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 1)]
@@ -214,9 +214,10 @@ def tiff_of(path: Path, levels: np.ndarray, data: bytes, bits: int) -> None:
     path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + table + b"\0\0\0\0")
 
 
-def said_of(folder: Path, **arguments: object) -> tuple[Images, list[str]]:
-    said: list[str] = []
-    return load("folder", folder, image_size=32, channels=1, say=said.append, **arguments), said
+def load_grey(folder: Path, **arguments: object) -> tuple[Images, list[str]]:
+    """Load a folder as 32×32 grey images; return them and the messages."""
+    messages: list[str] = []
+    return load("folder", folder, image_size=32, channels=1, say=messages.append, **arguments), messages
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint32])
@@ -232,8 +233,8 @@ def said_of(folder: Path, **arguments: object) -> tuple[Images, list[str]]:
         (2**31 - 1, 2**31 - 1),
     ],
 )
-def test_32_bit_integers_have_one_white_for_all(top: int, white: int, dtype: type, tmp_path: Path) -> None:
-    """The least 2^n - 1 that the largest of all reaches, so that darker pictures stay darker."""
+def test_32_bit_integers_share_one_white_level(top: int, white: int, dtype: type, tmp_path: Path) -> None:
+    """It is the smallest 2^n - 1 not below the largest level of all images, so darker images stay darker."""
     levels = np.random.default_rng(0).integers(0, top, (3, 32, 32), endpoint=True)
     levels[0, 0, 0] = top
     levels[1] //= 4
@@ -241,40 +242,40 @@ def test_32_bit_integers_have_one_white_for_all(top: int, white: int, dtype: typ
         tiff(tmp_path / f"{i}.tif", one.astype(dtype))
     save(tmp_path / "3.png", noise(32, 32))
     for workers in (0, 2):
-        images, said = said_of(tmp_path, workers=workers, cache=tmp_path / f"cache-{workers}")
+        images, messages = load_grey(tmp_path, workers=workers, cache=tmp_path / f"cache-{workers}")
         assert not images.skipped
         expected = np.floor(levels * 255.0 / white + 0.5)
         assert np.abs(images.pixels[:3, 0].numpy() - expected).max() <= 1
         assert images.pixels[0].max() >= 127
         assert torch.equal(images.pixels[3, 0], torch.from_numpy(noise(32, 32)))
-        line = next(line for line in said if "3 images are of 32-bit or signed integers" in line)
-        assert f"up to {top} in 0.tif: white is taken to be {white} in all of them" in line
+        line = next(line for line in messages if "3 images have 32-bit or signed integers" in line)
+        assert f"up to {top} in 0.tif; the white level of all of them is assumed to be {white}" in line
 
 
-def test_32_bit_integers_of_no_known_black_are_skipped_and_named(tmp_path: Path) -> None:
+def test_images_of_unknown_black_level_are_skipped_and_named(tmp_path: Path) -> None:
     tiff(tmp_path / "a.tif", np.array([[-5, 7], [1, 2]], np.int32))
     tiff(tmp_path / "b.tif", np.array([[0, 3_000_000_000], [1, 2]], np.uint32))  # Pillow's own are signed
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "c.tif")
     tiff(tmp_path / "d.tif", np.array([[0, 255], [1, 2]], np.int32))
-    images, said = said_of(tmp_path)
+    images, messages = load_grey(tmp_path)
     assert images.skipped == ("a.tif", "b.tif", "c.tif")
-    line = next(line for line in said if "Skipped 3" in line)
-    assert "a.tif (integers from -5 to 7, and no black is known below 0)" in line
+    line = next(line for line in messages if "Skipped 3" in line)
+    assert "a.tif (integers from -5 to 7; negative levels are not supported)" in line
     assert (
         "c.tif (floating-point pixels, whose range is not known; save them as 8 or 16-bit integers)" in line
     )
-    assert any("up to 255 in d.tif" in line for line in said)
+    assert any("up to 255 in d.tif" in line for line in messages)
 
 
-def test_pictures_of_32_bits_alone_have_their_own_white() -> None:
+def test_convert_derives_the_white_level_from_a_single_32_bit_image() -> None:
     for top, white in ((3, 255), (300, 511)):
         levels = np.array([[0, top]], np.int32)
-        got = np.asarray(pictures.converted(Image.fromarray(levels), 1))
+        got = np.asarray(decoding.convert(Image.fromarray(levels), 1))
         assert got.tolist() == [[0, round(top * 255 / white)]]
-        got = np.asarray(pictures.converted(Image.fromarray(levels), 1, 1023))
+        got = np.asarray(decoding.convert(Image.fromarray(levels), 1, 1023))
         assert got.tolist() == [[0, round(top * 255 / 1023)]]
-    with pytest.raises(ValueError, match="integers up to 300, above the white of 299"):
-        pictures.converted(Image.fromarray(levels), 1, 299)
+    with pytest.raises(ValueError, match="integers up to 300, above the white level 299"):
+        decoding.convert(Image.fromarray(levels), 1, 299)
 
 
 DEEP: dict[str, tuple[str, Callable[[Path, np.ndarray], None]]] = {
@@ -290,65 +291,66 @@ DEEP: dict[str, tuple[str, Callable[[Path, np.ndarray], None]]] = {
     ("top", "dark"), [(0, False), (255, True), (1023, True), (4095, True), (4096, False), (65535, False)]
 )
 @pytest.mark.parametrize("kind", DEEP)
-def test_12_bits_in_16_are_said(kind: str, top: int, dark: bool, tmp_path: Path) -> None:
-    """Whether decoded or from the cache; their pixels are those of 16 bits all the same."""
+def test_12_bit_levels_in_16_bit_files_are_reported(kind: str, top: int, dark: bool, tmp_path: Path) -> None:
+    """They are reported both when decoded and when read from the cache, and are scaled as 16-bit levels."""
     suffix, write = DEEP[kind]
     levels = np.linspace(0, top, 32 * 32).round().astype(np.int64).reshape(32, 32)
-    if kind in ("colour PNG", "PNG with alpha"):  # of which Pillow keeps the upper 8 bits
+    if kind in ("colour PNG", "PNG with alpha"):  # Pillow keeps only their upper 8 bits
         top, dark = top | 255, dark or top == 0
     write(tmp_path / f"a{suffix}", levels)
     save(tmp_path / "b.png", noise(32, 32))
     for _ in range(2):
-        images, said = said_of(tmp_path)
+        images, messages = load_grey(tmp_path)
         assert not images.skipped
         assert np.abs(images.pixels[0, 0].numpy() - levels * 255 / 65535).max() <= 1
-        lines = [line for line in said if "come out dark" in line]
+        lines = [line for line in messages if "look dark" in line]
         assert len(lines) == dark
         if dark:
             assert f"a{suffix} (up to {top})" in lines[0]
-            assert "1 images of 16 bits have no level above 4095" in lines[0]
-            assert "white is taken to be 65535; where it is 4095, multiply them by 16" in lines[0]
+            assert "1 16-bit images have no level above 4095" in lines[0]
+            assert "assumed to be 65535; if it is 4095, multiply their levels by 16" in lines[0]
 
 
 def test_many_dark_images_are_counted(tmp_path: Path) -> None:
     for i in range(7):
         png(tmp_path / f"{i}.png", np.full((32, 32), 100 + i))
-    _, said = said_of(tmp_path)
-    line = next(line for line in said if "come out dark" in line)
-    assert line.startswith("7 images of 16 bits")
+    _, messages = load_grey(tmp_path)
+    line = next(line for line in messages if "look dark" in line)
+    assert line.startswith("7 16-bit images")
     assert "0.png (up to 100); 1.png" in line
     assert line.endswith("4.png (up to 104); and 2 more.")
 
 
-def test_without_say_dark_images_are_a_warning(tmp_path: Path) -> None:
+def test_dark_images_are_a_warning_without_say(tmp_path: Path) -> None:
     png(tmp_path / "a.png", np.full((32, 32), 4095))
-    with pytest.warns(UserWarning, match=r"come out dark.*a\.png"):
+    with pytest.warns(UserWarning, match=r"look dark.*a\.png"):
         load("folder", tmp_path, image_size=32)
 
 
-def test_tiff_of_12_bits_says_so(tmp_path: Path) -> None:
+def test_tiff_that_declares_12_bits(tmp_path: Path) -> None:
     levels = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4
     bits = np.unpackbits(levels.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 4:]
     tiff_of(tmp_path / "a.tif", levels, np.packbits(bits).tobytes(), 12)
-    images, said = said_of(tmp_path)
+    images, messages = load_grey(tmp_path)
     assert np.abs(images.pixels[0, 0].numpy() - levels * 255.0 / 4095).max() <= 1
-    assert not any("dark" in line for line in said)
+    assert not any("dark" in line for line in messages)
 
 
-def test_tiff_of_signed_16_bits_is_as_of_32(tmp_path: Path) -> None:
+def test_tiff_of_signed_16_bits_is_treated_as_32_bits(tmp_path: Path) -> None:
     levels = np.arange(1024, dtype=np.int16).reshape(32, 32) * 4
     tiff(tmp_path / "a.tif", levels)
-    images, said = said_of(tmp_path)
+    images, messages = load_grey(tmp_path)
     assert np.abs(images.pixels[0, 0].numpy() - levels * 255.0 / 4095).max() <= 1
-    assert any("up to 4092 in a.tif: white is taken to be 4095" in line for line in said)
+    line = next(line for line in messages if "up to 4092 in a.tif" in line)
+    assert "the white level of all of them is assumed to be 4095" in line
 
 
-def test_pgm_of_12_bits_is_stretched_by_its_own_white(tmp_path: Path) -> None:
+def test_pgm_of_12_bits_is_scaled_by_its_declared_maximum(tmp_path: Path) -> None:
     levels = np.arange(1024).reshape(32, 32) * 4
     (tmp_path / "a.pgm").write_bytes(b"P5 32 32 4095\n" + levels.astype(">u2").tobytes())
-    images, said = said_of(tmp_path)
+    images, messages = load_grey(tmp_path)
     assert np.abs(images.pixels[0, 0].numpy() - levels * 255 / 4095).max() <= 1
-    assert not any("dark" in line for line in said)
+    assert not any("dark" in line for line in messages)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -356,7 +358,7 @@ def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
     pixels = noise(48, 48)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    # The stored picture, from which a viewer makes `pixels`.
+    # The stored image, which a viewer displays as `pixels`.
     stored = {
         1: pixels,
         2: pixels[:, ::-1],
@@ -374,12 +376,12 @@ def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
 # --- normalise ----------------------------------------------------------------------------------------------
 
 
-def test_normalise_is_totensor_and_normalize() -> None:
+def test_normalise_matches_totensor_and_normalize() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-    seeds = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     got = normalise(levels)
     assert got.dtype == torch.float32
-    assert (got - seeds(Image.fromarray(levels[0].numpy()))).abs().max() <= 2**-22
+    assert (got - reference(Image.fromarray(levels[0].numpy()))).abs().max() <= 2**-22
     assert got.min() == -1
     assert got.max() == 1
     exact = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -390,7 +392,7 @@ def test_normalise_is_totensor_and_normalize() -> None:
     assert torch.equal(levels, torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
 
 
-def test_normalise_refuses() -> None:
+def test_normalise_rejects_other_dtypes() -> None:
     with pytest.raises(InputError, match=r"pixels must be uint8, got torch\.float32"):
         normalise(torch.zeros(1))
     with pytest.raises(InputError, match=r"dtype must be a floating-point type, got torch\.int32"):
@@ -402,7 +404,7 @@ def test_normalise_refuses() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of three and two images, at different depths."""
+    """A folder with two classes of three and two images, at different depths."""
     root = tmp_path / "images"
     for i, name in enumerate(["cat/3.png", "cat/10.JPG", "cat/deep/er/1.png", "dog/a.webp", "dog/b.ppm"]):
         save(root / name, noise(40, 40, 3, seed=i))
@@ -432,12 +434,12 @@ def test_a_folder_of_classes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_workers_change_nothing(workers: int, folder: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_matter(workers: int, folder: Path, tmp_path: Path) -> None:
     images = load("folder", folder, image_size=32, workers=workers, cache=tmp_path / str(workers))
     assert torch.equal(images.pixels, torch.stack([pixels_of_file(folder / name) for name in ORDER]))
 
 
-def test_more_images_than_are_decoded_together(tmp_path: Path) -> None:
+def test_more_images_than_one_decode_block(tmp_path: Path) -> None:
     for i in range(300):
         save(tmp_path / "images" / f"{i:03}.png", np.full((32, 32), i % 256, np.uint8))
     for cache in (tmp_path / "cache", Path(__file__) / "none"):
@@ -445,7 +447,7 @@ def test_more_images_than_are_decoded_together(tmp_path: Path) -> None:
         assert images.pixels[:, 0, 0, 0].tolist() == [i % 256 for i in range(300)]
 
 
-def test_only_some_classes(folder: Path) -> None:
+def test_a_selection_of_classes(folder: Path) -> None:
     save(folder / "eel" / "x.png", noise(40, 40, 3))
     images = load("folder", folder, image_size=32, classes=["eel", "cat"])
     assert images.classes == ("cat", "eel")
@@ -459,28 +461,28 @@ def test_a_flat_folder_has_no_classes(folder: Path) -> None:
     assert images.classes == ()
     assert images.labels is None
     assert len(images) == 2
-    with pytest.raises(InputError, match="classes must be None, as folder has no classes here, got cat"):
+    with pytest.raises(InputError, match="classes must be None because folder has no classes here, got cat"):
         load("folder", folder / "dog", image_size=32, classes=["cat"])
 
 
-def test_images_beside_classes(folder: Path) -> None:
-    save(folder / "beside.png", noise(40, 40, 3))
+def test_images_next_to_class_folders(folder: Path) -> None:
+    save(folder / "a.png", noise(40, 40, 3))
     images = load("folder", folder, image_size=32)
     assert images.classes == (".", "cat", "dog")
     assert images.labels is not None
     assert images.labels.tolist() == [0, 1, 1, 1, 2, 2]
 
 
-def test_what_is_no_image_by_its_name_is_left_alone(folder: Path) -> None:
+def test_files_without_an_image_suffix_and_hidden_files_are_ignored(folder: Path) -> None:
     (folder / "readme.txt").write_text("no image")
     (folder / "empty").mkdir()
     save(folder / ".hidden" / "x.png", noise(40, 40))
-    (folder / "cat" / "._3.png").write_bytes(b"of a Mac")
+    (folder / "cat" / "._3.png").write_bytes(b"macOS metadata")
     images = load("folder", folder, image_size=32)
     assert (len(images), images.classes, images.skipped) == (5, ("cat", "dog"), ())
 
 
-def test_links(folder: Path) -> None:
+def test_symlinks(folder: Path) -> None:
     (folder / "cow").symlink_to(folder / "dog")
     (folder / "cat" / "up").symlink_to(folder)
     (folder / "dog" / "gone.png").symlink_to(folder / "nowhere.png")
@@ -490,7 +492,7 @@ def test_links(folder: Path) -> None:
     assert images.skipped == ("cow/gone.png", "dog/gone.png")
 
 
-def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     save(tmp_path / "images" / "a.png", noise(40, 40))
     path = os.fsencode(tmp_path / "images") + b"/\xff.png"
     Path(os.fsdecode(path)).write_bytes(b"no image")
@@ -498,7 +500,7 @@ def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
     assert images.skipped == ("\\xff.png",)
 
 
-def test_limit_takes_of_all_classes(folder: Path) -> None:
+def test_limit_selects_from_all_classes(folder: Path) -> None:
     images = load("folder", folder, image_size=32, limit=2)
     assert images.labels is not None
     assert images.labels.tolist() == [0, 0]
@@ -515,16 +517,16 @@ def test_channels_of_a_folder(greys: int, colours: int, channels: int, tmp_path:
     for i in range(colours):
         save(tmp_path / f"colour-{i}.png", noise(40, 40, 3))
     (tmp_path / "damaged.png").write_bytes(b"")
-    said: list[str] = []
-    assert load("folder", tmp_path, image_size=32, say=said.append).channels == channels
+    messages: list[str] = []
+    assert load("folder", tmp_path, image_size=32, say=messages.append).channels == channels
     total = greys + colours
     assert any(
-        f"Images have {channels} channel" in line and f"{total} of the folder" in line for line in said
+        f"Using {channels} channel" in line and f"the {total} images inspected" in line for line in messages
     )
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
+    """Return a chunk of a PNG file."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
@@ -551,12 +553,12 @@ def damage(path: Path, kind: str) -> None:
 
 KINDS = {
     "truncated": r"truncated|Truncated",
-    "text": "no image",
-    "empty": "no image",
+    "text": "not an image",
+    "empty": "not an image",
     "floats": "floating-point",
     "negative integers": "integers from -1 to -1",
     "bomb": "decompression bomb",
-    "strip": "a strip of 3×1000 pixels",
+    "strip": "3×1000 pixels, an aspect ratio of more than 256:1",
 }
 
 
@@ -565,13 +567,13 @@ def test_an_unreadable_image_is_skipped_and_named(kind: str, folder: Path) -> No
     damage(folder / "cat" / "3.png", kind)
     good = [name for name in ORDER if name != "cat/3.png"]
     for _ in range(2):  # decoded, then from the cache
-        said: list[str] = []
-        images = load("folder", folder, image_size=32, say=said.append)
+        messages: list[str] = []
+        images = load("folder", folder, image_size=32, say=messages.append)
         assert images.skipped == ("cat/3.png",)
         assert images.labels is not None
         assert images.labels.tolist() == [0, 0, 1, 1]
         assert torch.equal(images.pixels, torch.stack([pixels_of_file(folder / name) for name in good]))
-        line = next(line for line in said if "Skipped" in line)
+        line = next(line for line in messages if "Skipped" in line)
         assert "Skipped 1 of 5 images" in line
         assert "cat/3.png (" in line
         assert re.search(KINDS[kind], line)
@@ -581,29 +583,31 @@ def test_an_unreadable_image_is_skipped_and_named(kind: str, folder: Path) -> No
 def test_many_unreadable_images_are_counted(folder: Path) -> None:
     for i in range(8):
         (folder / f"dog/{i}.jpg").write_bytes(b"x")
-    said: list[str] = []
-    images = load("folder", folder, image_size=32, say=said.append)
+    messages: list[str] = []
+    images = load("folder", folder, image_size=32, say=messages.append)
     assert len(images.skipped) == 8
     assert len(images) == 5
-    assert "Skipped 8 of 13 images" in said[-1]
-    assert "and 3 more" in said[-1]
+    assert "Skipped 8 of 13 images" in messages[-1]
+    assert "and 3 more" in messages[-1]
 
 
-def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_readable_images_is_an_error(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.png"):
         (tmp_path / name).write_text("no image")
-    with pytest.raises(InputError, match=r"none of the 2 images in '.*' can be read: a\.jpg \(no image\)"):
+    with pytest.raises(
+        InputError, match=r"none of the 2 images in '.*' can be read: a\.jpg \(not an image\)"
+    ):
         load("folder", tmp_path)
 
 
 @pytest.mark.parametrize("what", ["missing", "file", "empty"])
-def test_no_folder_of_images(what: str, tmp_path: Path) -> None:
+def test_a_root_that_is_not_a_folder_of_images(what: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     if what == "file":
         root.write_text("")
     elif what == "empty":
         root.mkdir()
-    expected = "which holds none of .jpg, .jpeg, .png" if what == "empty" else "which is no folder"
+    expected = "which contains no .jpg, .jpeg, .png" if what == "empty" else "which is not a folder"
     with pytest.raises(InputError) as error:
         load("folder", root)
     assert f"root must be a folder of images, got {str(root)!r}, {expected}" in str(error.value)
@@ -612,18 +616,19 @@ def test_no_folder_of_images(what: str, tmp_path: Path) -> None:
 # --- the cache ----------------------------------------------------------------------------------------------
 
 
-def decodes(folder: Path, **arguments: object) -> tuple[Images, bool, list[str]]:
-    said: list[str] = []
-    images = load("folder", folder, image_size=32, say=said.append, **arguments)  # type: ignore[arg-type]
-    return images, any("Decoding" in line for line in said), said
+def load_and_check(folder: Path, **arguments: object) -> tuple[Images, bool, list[str]]:
+    """Load a folder; return the images, whether they were decoded rather than cached, and the messages."""
+    messages: list[str] = []
+    images = load("folder", folder, image_size=32, say=messages.append, **arguments)  # type: ignore[arg-type]
+    return images, any("Decoding" in line for line in messages), messages
 
 
 def cache_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "caches" / "images").iterdir())
 
 
-def test_decoded_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, decoded, _ = decodes(folder)
+def test_images_are_decoded_only_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, decoded, _ = load_and_check(folder)
     assert decoded
     before = [(path, path.read_bytes()) for path in cache_files(tmp_path)]
     assert len(before) == 1
@@ -631,18 +636,18 @@ def test_decoded_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def never(path: str) -> Image.Image:
         raise AssertionError
 
-    monkeypatch.setattr(pictures, "opened", never)
-    second, decoded, _ = decodes(folder)
+    monkeypatch.setattr(decoding, "open_image", never)
+    second, decoded, _ = load_and_check(folder)
     assert not decoded
     assert torch.equal(first.pixels, second.pixels)
     assert torch.equal(first.labels, second.labels)  # type: ignore[arg-type]
-    second.pixels.zero_()  # changes this process's copy alone
-    assert torch.equal(decodes(folder)[0].pixels, first.pixels)
+    second.pixels.zero_()  # changes only this process's copy
+    assert torch.equal(load_and_check(folder)[0].pixels, first.pixels)
     assert [(path, path.read_bytes()) for path in cache_files(tmp_path)] == before
 
 
-def test_where_the_cache_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes(folder, cache=tmp_path / "elsewhere" / "deep")
+def test_location_of_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_and_check(folder, cache=tmp_path / "elsewhere" / "deep")
     assert len(list((tmp_path / "elsewhere" / "deep").iterdir())) == 1
     assert not (tmp_path / "caches").exists()
     monkeypatch.delenv("DCGAN_CACHE")
@@ -651,8 +656,8 @@ def test_where_the_cache_is(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("change", ["content", "time", "added", "removed", "renamed"])
-def test_a_changed_folder_is_decoded_anew(change: str, folder: Path, tmp_path: Path) -> None:
-    decodes(folder)
+def test_a_changed_folder_is_decoded_again(change: str, folder: Path, tmp_path: Path) -> None:
+    load_and_check(folder)
     path = folder / "cat" / "3.png"
     if change == "content":
         save(path, noise(50, 50, 3, seed=9))
@@ -664,30 +669,30 @@ def test_a_changed_folder_is_decoded_anew(change: str, folder: Path, tmp_path: P
         path.unlink()
     elif change == "renamed":
         path.rename(folder / "cat" / "5.png")
-    images, decoded, said = decodes(folder)
+    images, decoded, messages = load_and_check(folder)
     assert decoded
-    assert any("not of the images as they are now" in line for line in said)
+    assert any("are out of date; rebuilding them" in line for line in messages)
     fresh = load("folder", folder, image_size=32, cache=tmp_path / "fresh")
     assert torch.equal(images.pixels, fresh.pixels)
-    assert len(cache_files(tmp_path)) == 1  # in place of the old one
-    assert not decodes(folder)[1]
+    assert len(cache_files(tmp_path)) == 1  # it replaces the old one
+    assert not load_and_check(folder)[1]
 
 
 @pytest.mark.parametrize(
     "other", [{"channels": 1}, {"limit": 2}, {"classes": ["cat"]}, {"image_size": 64}], ids=str
 )
-def test_other_requests_have_other_files(other: dict[str, object], folder: Path, tmp_path: Path) -> None:
-    decodes(folder)
+def test_other_requests_use_other_cache_files(other: dict[str, object], folder: Path, tmp_path: Path) -> None:
+    load_and_check(folder)
     load("folder", folder, **{"image_size": 32} | other)  # type: ignore[arg-type]
     assert len(cache_files(tmp_path)) == 2
-    assert not decodes(folder)[1]
+    assert not load_and_check(folder)[1]
 
 
 @pytest.mark.parametrize(
     "damage", ["first", "middle", "text", "last", "short", "empty", "tiny", "longer", "foreign"]
 )
-def test_a_damaged_cache_is_made_anew(damage: str, folder: Path, tmp_path: Path) -> None:
-    expected, _, _ = decodes(folder)
+def test_a_damaged_cache_is_rebuilt(damage: str, folder: Path, tmp_path: Path) -> None:
+    expected, _, _ = load_and_check(folder)
     expected_pixels = expected.pixels.clone()
     (path,) = cache_files(tmp_path)
     data = bytearray(path.read_bytes())
@@ -696,22 +701,22 @@ def test_a_damaged_cache_is_made_anew(damage: str, folder: Path, tmp_path: Path)
         data[where] ^= 1
     content = {"short": data[:-100], "empty": b"", "tiny": b"x", "longer": data + b"x" * 20}
     foreign = b"something else entirely, and long enough to end in a length"
-    path.unlink()  # as its pages are mapped by `expected`
+    path.unlink()  # because `expected` maps its pages
     path.write_bytes(foreign if damage == "foreign" else content.get(damage, data))
-    images, decoded, said = decodes(folder)
+    images, decoded, messages = load_and_check(folder)
     assert decoded
-    assert any(f"{path} are damaged; they are made anew" in line for line in said)
+    assert any(f"{path} are damaged; rebuilding them" in line for line in messages)
     assert torch.equal(images.pixels, expected_pixels)
-    assert not decodes(folder)[1]
+    assert not load_and_check(folder)[1]
 
 
 def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
-    expected, _, _ = decodes(folder)
+    expected, _, _ = load_and_check(folder)
     (tmp_path / "file").write_text("")
     for cache in (tmp_path / "file", tmp_path / "file" / "below"):
-        images, _, said = decodes(folder, cache=cache)
+        images, _, messages = load_and_check(folder, cache=cache)
         assert torch.equal(images.pixels, expected.pixels)
-        assert any(f"{cache} cannot be used as a cache" in line for line in said)
+        assert any(f"{cache} cannot be used as a cache" in line for line in messages)
 
 
 def test_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -720,9 +725,9 @@ def test_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     expected = load("folder", folder, image_size=32, cache=tmp_path / "other")
     monkeypatch.setattr(os, "fsync", full)
-    images, _, said = decodes(folder)
+    images, _, messages = load_and_check(folder)
     assert torch.equal(images.pixels, expected.pixels)
-    assert any("No space left on device" in line for line in said)
+    assert any("No space left on device" in line for line in messages)
     assert cache_files(tmp_path) == []
 
 
@@ -732,7 +737,7 @@ RAW = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
 
 
 def write_idx(root: Path, name: str, packed: bool, train: int = 12, test: int = 5) -> dict[str, np.ndarray]:
-    """Tiny files of both splits; returns the pixels by split."""
+    """Write tiny files of both splits; return the pixels by split."""
     folder = root / RAW[name]
     folder.mkdir(parents=True)
     made = {}
@@ -764,11 +769,11 @@ def test_idx_files(name: str, packed: bool, tmp_path: Path) -> None:
         assert images.labels is not None
         assert images.labels.tolist() == [i % 10 for i in range(len(pixels))]
         for got, source in zip(images.pixels, pixels, strict=True):
-            assert np.abs(got.numpy() - resized(source, 64)).max() <= 1  # of the seed's Resize
+            assert np.abs(got.numpy() - resized(source, 64)).max() <= 1
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written into root
 
 
-def test_idx_files_are_read_as_torchvision_does(tmp_path: Path) -> None:
+def test_idx_files_match_torchvision(tmp_path: Path) -> None:
     write_idx(tmp_path, "mnist", packed=False)
     theirs = torchvision.datasets.MNIST(str(tmp_path), transform=transforms.Resize(32))
     ours = load("mnist", tmp_path, image_size=32)
@@ -778,7 +783,7 @@ def test_idx_files_are_read_as_torchvision_does(tmp_path: Path) -> None:
         assert label == own
 
 
-def test_an_unpacked_file_goes_before_a_gzipped_one(tmp_path: Path) -> None:
+def test_an_uncompressed_file_takes_precedence_over_a_gzipped_one(tmp_path: Path) -> None:
     write_idx(tmp_path, "mnist", packed=False)
     for path in (tmp_path / RAW["mnist"]).iterdir():
         path.with_name(f"{path.name}.gz").write_bytes(b"damaged")
@@ -801,7 +806,7 @@ def test_classes_limit_and_channels_of_mnist(tmp_path: Path) -> None:
     assert torch.equal(few.pixels, whole.pixels[:4])
     assert few.labels is not None
     assert few.labels.tolist() == [0, 1, 2, 3]
-    with pytest.raises(InputError, match=r"classes 9: mnist has no images of these"):
+    with pytest.raises(InputError, match=r"classes 9: mnist has no images of these classes"):
         load("mnist", tmp_path, image_size=32, split="test", classes=["9"])
 
 
@@ -828,11 +833,11 @@ def test_damaged_idx_files(file: str, content: bytes, tmp_path: Path) -> None:
 
 # --- downloads ----------------------------------------------------------------------------------------------
 
-LOOKED_IN = {**RAW, "cifar10": "cifar-10-batches-py", "celeba": "celeba/img_align_celeba"}
+EXPECTED_FOLDER = {**RAW, "cifar10": "cifar-10-batches-py", "celeba": "celeba/img_align_celeba"}
 
 
-@pytest.mark.parametrize("name", LOOKED_IN)
-def test_without_a_network_the_error_says_what_to_do(
+@pytest.mark.parametrize("name", EXPECTED_FOLDER)
+def test_the_error_without_network_access_gives_alternatives(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
@@ -841,30 +846,30 @@ def test_without_a_network_the_error_says_what_to_do(
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", refuse)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
     monkeypatch.setattr(torchvision.datasets.CelebA, "download", refuse)
-    said: list[str] = []
+    messages: list[str] = []
     with pytest.raises(InputError) as error:
-        load(name, tmp_path / "data", say=said.append)
+        load(name, tmp_path / "data", say=messages.append)
     for words in (
-        str(tmp_path / "data" / LOOKED_IN[name]),
+        str(tmp_path / "data" / EXPECTED_FOLDER[name]),
         "Name or service not known",
         "'digits'",
         "'fake'",
     ):
         assert words in str(error.value)
-    assert f"Downloading {name} into {tmp_path / 'data'}" in said[0]
+    assert f"Downloading {name} into {tmp_path / 'data'}" in messages[0]
 
 
-@pytest.mark.parametrize("name", LOOKED_IN)
-def test_without_download(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", EXPECTED_FOLDER)
+def test_download_disabled(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load(name, tmp_path / "data", download=False)
-    for words in (str(tmp_path / "data" / LOOKED_IN[name]), "'digits'", "'folder'"):
+    for words in (str(tmp_path / "data" / EXPECTED_FOLDER[name]), "'digits'", "'folder'"):
         assert words in str(error.value)
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
-def test_a_root_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+def test_a_root_that_is_not_writable(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"failed: .*(Not a directory|File exists)") as error:
         load(name, tmp_path / "file")
@@ -931,10 +936,10 @@ def test_celeba(tmp_path: Path) -> None:
         for got, i in zip(images.pixels, numbers, strict=True):
             file = tmp_path / "celeba" / "img_align_celeba" / f"{i:06}.jpg"
             assert torch.equal(got, pixels_of_file(file))
-    with pytest.raises(InputError, match="classes must be None, as celeba has no classes here"):
+    with pytest.raises(InputError, match="classes must be None because celeba has no classes here"):
         load("celeba", tmp_path, classes=["Smiling"])
     partition.write_text("000000.jpg 1\n")
-    with pytest.raises(InputError, match="lists no picture of the split 'train'"):
+    with pytest.raises(InputError, match="lists no image of the split 'train'"):
         load("celeba", tmp_path, download=False)
     partition.write_text("000000.jpg\n")
     with pytest.raises(InputError, match=r"list_eval_partition\.txt is damaged"):
@@ -986,7 +991,7 @@ def test_fake() -> None:
         ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
         ({"limit": True}, "limit must be an integer of at least 1, got True"),
         ({"split": "val"}, "split must be one of train, test, got 'val'"),
-        ({"split": "test"}, "split must be 'train', as digits has no test split, got 'test'"),
+        ({"split": "test"}, "split must be 'train' because digits has no test split, got 'test'"),
         ({"classes": []}, "classes must be a sequence of at least one name, got []"),
         ({"classes": "3,7"}, "classes must be a sequence of at least one name, got '3,7'"),
         ({"classes": ["3", "ten"]}, "classes must be among 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got 'ten'"),
@@ -1003,7 +1008,7 @@ def test_a_relative_root_and_a_home(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", str(folder.parent))
     for root in (".", "../images", "~/images", "cat/.."):
         assert load("folder", Path(root), image_size=32).classes == ("cat", "dog")
-    with pytest.raises(InputError, match="got '~nobody-here/images', which is no folder"):
+    with pytest.raises(InputError, match="got '~nobody-here/images', which is not a folder"):
         load("folder", Path("~nobody-here/images"))
 
 
@@ -1016,7 +1021,7 @@ def test_an_unknown_class_of_a_folder(folder: Path) -> None:
 
 
 @given(n=st.integers(0, 300), seed=st.integers(0, 2**70), epoch=st.integers(0, 2**40))
-def test_an_epoch_is_every_image_once(n: int, seed: int, epoch: int) -> None:
+def test_an_epoch_contains_every_image_once(n: int, seed: int, epoch: int) -> None:
     state = torch.get_rng_state()
     order = permutation(n, seed, epoch)
     assert order.dtype == torch.int64
@@ -1037,6 +1042,6 @@ def test_epochs_and_seeds_are_independent() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(-1, 0, 0), (4, -1, 0), (4, 0, -1), (4.0, 0, 0), (4, True, 0)])
-def test_permutation_refuses(arguments: tuple[int, int, int]) -> None:
+def test_permutation_rejects_bad_arguments(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(InputError, match="must be an integer of at least 0, got"):
         permutation(*arguments)

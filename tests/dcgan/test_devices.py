@@ -1,4 +1,4 @@
-"""A device is settled where it comes in: 'cpu:0' and 'cuda', unequal to what tensors say, are as good."""
+"""Devices are resolved on entry, so 'cpu:0' and 'cuda' work although tensors report another name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dcgan import devices
 from dcgan.checkpoint import Folder
 from dcgan.cli import options
 from dcgan.data import Images
-from dcgan.devices import settled
+from dcgan.devices import resolve
 from dcgan.training import distributed
 from dcgan.training.feed import Feed
 from dcgan.training.run import Run, follow
@@ -26,17 +26,17 @@ def images() -> Images:
     return Images(torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8), "fake")
 
 
-def test_a_settled_device_is_its_tensors() -> None:
+def test_a_resolved_device_equals_its_tensors_device() -> None:
     here = torch.empty(1, device=NAMED).device
-    assert here != NAMED, "or there would be nothing to settle"
+    assert here != NAMED, "nothing to resolve"
     for name in (NAMED, "cpu", "cpu:0", torch.device("cpu"), here):
-        assert settled(name) == here
-    assert settled("meta") == torch.empty(1, device="meta").device
+        assert resolve(name) == here
+    assert resolve("meta") == torch.empty(1, device="meta").device
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_run_on_a_device_with_an_index(dtype: str, tmp_path: Path) -> None:
-    """Batches, steps, samples, checkpoints and going on from one."""
+    """Batches, steps, samples, checkpoints and resuming work."""
     settings = Settings.of(TINY | {"dtype": dtype, "checkpoint_interval": 1})
     for limit in (1, None):
         folder = Folder(tmp_path)
@@ -48,7 +48,7 @@ def test_a_run_on_a_device_with_an_index(dtype: str, tmp_path: Path) -> None:
     assert run.samples().isfinite().all()
 
 
-def test_a_feed_takes_any_name_of_its_device() -> None:
+def test_a_feed_accepts_any_name_of_its_device() -> None:
     pixels = images().pixels
     named, plain = (Feed(pixels, 8, 0, 6, device) for device in (NAMED, torch.device("cpu")))
     assert torch.equal(named.real(0, 0), plain.real(0, 0))
@@ -56,12 +56,12 @@ def test_a_feed_takes_any_name_of_its_device() -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_the_commands_settle_the_gpu_they_are_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle = {"cuda": torch.device("cuda", 3)}.__getitem__
+def test_commands_resolve_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_resolve = {"cuda": torch.device("cuda", 3)}.__getitem__
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for module in (devices, options, distributed):
-        monkeypatch.setattr(module, "settled", settle)
+        monkeypatch.setattr(module, "resolve", fake_resolve)
     assert options.choose_device(name).index == 3
-    with distributed.processes(name) as (_, where):
+    with distributed.process_group(name) as (_, where):
         assert where.index == 3

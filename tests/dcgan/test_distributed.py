@@ -1,4 +1,4 @@
-"""Two processes train as one does with the whole batch."""
+"""Data-parallel training: two processes give the same result as one with the whole batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def networks(dtype: torch.dtype, batchnorm: str) -> tuple[nn.Module, nn.Module]:
         network.apply(weights_init).to(dtype)
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                module.weight.data *= 5  # so that gradients are of one size through all layers
+                module.weight.data *= 5  # so that gradients have similar magnitudes in all layers
             if batchnorm == "eval" and isinstance(module, nn.BatchNorm2d):
                 module.eval()
     return pair[0], pair[1]
@@ -61,8 +61,8 @@ def batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def trained(dtype: torch.dtype, batchnorm: str, share: tuple[int, int], options: dict[str, Any]) -> Any:
-    """Gradients after every step, parameters and buffers after the last, and the losses."""
+def train(dtype: torch.dtype, batchnorm: str, share: tuple[int, int], options: dict[str, Any]) -> Any:
+    """Return the gradients of every step, the final parameters and buffers, and the losses."""
     rank, world = share
     g, d = networks(dtype, batchnorm)
     if batchnorm in ("synchronised", "reference networks") and world > 1:
@@ -85,21 +85,21 @@ def trained(dtype: torch.dtype, batchnorm: str, share: tuple[int, int], options:
     return gradients, [t.clone() for n in (g, d) for t in n.state_dict().values()], torch.stack(losses)
 
 
-def one_of_two(
+def worker(
     rank: int, port: int, out: str, dtype: torch.dtype, batchnorm: str, options: dict[str, Any], engine: str
 ) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     with ops.use_engine(engine):
-        result = trained(dtype, batchnorm, (rank, 2), options)
+        result = train(dtype, batchnorm, (rank, 2), options)
     distributed.destroy_process_group()
     torch.save(result, f"{out}/{rank}.pt")
 
 
-def two(tmp_path: Path, *arguments: Any) -> list[Any]:
-    port, context = free_port(), runs.context()
+def run_two_processes(tmp_path: Path, *arguments: Any) -> list[Any]:
+    port, context = free_port(), runs.forkserver_context()
     processes = [
-        context.Process(target=one_of_two, args=(rank, port, str(tmp_path), *arguments)) for rank in range(2)
+        context.Process(target=worker, args=(rank, port, str(tmp_path), *arguments)) for rank in range(2)
     ]
     for process in processes:
         process.start()
@@ -109,7 +109,7 @@ def two(tmp_path: Path, *arguments: Any) -> list[Any]:
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+def max_error(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(
         float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
         for a, b in zip(found, expected, strict=True)
@@ -119,35 +119,35 @@ def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
 @pytest.mark.parametrize(
     ("dtype", "engine", "batchnorm", "options", "allowed"),
     [
-        # BatchNorm in eval mode knows no batch: DistributedDataParallel alone has to be right.
+        # In eval mode BatchNorm does not depend on the batch: this tests DistributedDataParallel alone.
         (torch.float64, "reference", "eval", {}, 1e-12),
         (torch.float64, "reference", "synchronised", {}, 1e-11),
         (torch.float64, "reference", "reference networks", {}, 1e-11),
         (torch.float64, "reference", "synchronised", {"loss": "minimax", "clip": 0.1}, 1e-11),
-        # In DistributedDataParallel already; the loss is then told from probabilities, rounded elsewhere.
+        # Wrapped by the caller; the loss is then computed from probabilities, with other rounding.
         (torch.float64, "reference", "eval", {"wrapped": True}, 1e-11),
         (torch.float64, "reference", "synchronised", {"wrapped": True}, 1e-10),
-        # Rounding alone, but for a LeakyReLU's kink, of which this seed has none near a value.
+        # Rounding alone: with this RNG seed no LeakyReLU input is close enough to 0 to change sign.
         (torch.float32, "auto", "synchronised", {}, 1e-4),
     ],
 )
-def test_gradients_are_those_of_the_whole_batch(
+def test_gradients_match_those_of_the_whole_batch(
     dtype: torch.dtype, engine: str, batchnorm: str, options: dict[str, Any], allowed: float, tmp_path: Path
 ) -> None:
-    first, second = two(tmp_path, dtype, batchnorm, options, engine)
+    first, second = run_two_processes(tmp_path, dtype, batchnorm, options, engine)
     with ops.use_engine("reference"):
-        gradients, state, losses = trained(torch.float64, batchnorm, (0, 1), options)
+        gradients, state, losses = train(torch.float64, batchnorm, (0, 1), options)
     for mine in (first, second):
-        assert largest_error(mine[0], gradients) <= allowed
-        assert largest_error(mine[1], state) <= allowed
-    assert largest_error([(first[2] + second[2]) / 2], [losses]) <= allowed
+        assert max_error(mine[0], gradients) <= allowed
+        assert max_error(mine[1], state) <= allowed
+    assert max_error([(first[2] + second[2]) / 2], [losses]) <= allowed
     for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_batchnorm_of_each_process_is_its_own(tmp_path: Path) -> None:
-    """As DistributedDataParallel does it: the mean of both halves' gradients, with their own statistics."""
-    first, second = two(tmp_path, torch.float64, "own", {}, "reference")
+def test_batchnorm_is_local_to_each_process(tmp_path: Path) -> None:
+    """Like DistributedDataParallel: gradients are averaged, and each half uses its own batch statistics."""
+    first, second = run_two_processes(tmp_path, torch.float64, "own", {}, "reference")
     halves = []
     for rank in range(2):
         g, d = networks(torch.float64, "own")
@@ -161,7 +161,7 @@ def test_batchnorm_of_each_process_is_its_own(tmp_path: Path) -> None:
     expected = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
     of_g = len(list(networks(torch.float64, "own")[0].parameters()))
     found = first[0][of_g : of_g + len(expected)]
-    assert largest_error(found, expected) <= 1e-12
+    assert max_error(found, expected) <= 1e-12
     for a, b in zip(first[0], second[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert any(not torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))  # running statistics
@@ -173,8 +173,8 @@ def test_without_a_process_group() -> None:
         TrainStep(g, d, SGD(g.parameters(), lr=1e-2), SGD(d.parameters(), lr=1e-2), distributed=True)
 
 
-def test_synchronised_batchnorm_alone_is_batchnorm() -> None:
-    """Without a process group, and in eval mode, on a CPU."""
+def test_synchronised_batchnorm_in_one_process_is_batchnorm() -> None:
+    """Without a process group, in training and eval mode, on a CPU."""
     torch.manual_seed(0)
     network = fast.Generator(LATENT, **SIZES)
     other = SyncBatchNorm2d.convert(copy.deepcopy(network))
@@ -187,18 +187,21 @@ def test_synchronised_batchnorm_alone_is_batchnorm() -> None:
 TINY = runs.TINY | {"limit": 43, "sync_batchnorm": True, "epochs": 1}
 
 
-def as_launched(rank: int, world: int, port: int) -> None:
-    """What torchrun says to a process."""
+def set_torchrun_environment(rank: int, world: int, port: int) -> None:
+    """Set the environment variables that torchrun passes to a process."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def launch(world: int, out: Path, given: dict[str, Any], resume: bool = False) -> list[int]:
-    """The exit statuses."""
+    """Run ``dcgan train`` in `world` processes and return their exit statuses."""
     port = free_port()
     processes = [
         runs.start(
-            out, given, resume, functools.partial(as_launched, rank, world, port) if world > 1 else None
+            out,
+            given,
+            resume,
+            functools.partial(set_torchrun_environment, rank, world, port) if world > 1 else None,
         )
         for rank in range(world)
     ]
@@ -208,10 +211,10 @@ def launch(world: int, out: Path, given: dict[str, Any], resume: bool = False) -
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
-    """The same order, the same noise, synchronised BatchNorm: the same run, but for rounding.
+def test_a_run_resumes_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
+    """Data order, noise and synchronised BatchNorm do not depend on it: the runs agree up to rounding.
 
-    Adam's first steps are about lr·sign(gradient), so weights agree to some lr, statistics to 5%.
+    Adam's first steps are about lr·sign(gradient), so weights agree to a few lr, and statistics to 5%.
     """
     out, alone = tmp_path / "run", tmp_path / "alone"
     given = TINY | {"limit": 40}
@@ -222,13 +225,13 @@ def test_a_run_goes_on_with_another_number_of_processes(before: int, after: int,
     assert (saved.epoch, saved.step, saved.images) == (2, 10, 80)
     for name, value in expected.generator.items():
         if "running" in name:
-            assert largest_error([saved.generator[name]], [value]) < 5e-2, name
+            assert max_error([saved.generator[name]], [value]) < 5e-2, name
         elif "tracked" not in name:
             assert float((saved.generator[name] - value).abs().max()) <= 2 * 10 * 2e-4, name
     assert (out / "samples.gif").exists()
 
 
-def test_a_short_batch_is_cut_so_that_all_get_as_many(tmp_path: Path) -> None:
+def test_a_short_batch_is_cut_to_equal_shares(tmp_path: Path) -> None:
     assert launch(2, tmp_path / "run", TINY) == [0, 0]
     saved = runs.final(tmp_path / "run")
     assert (saved.step, saved.images) == (6, 42)  # of 43
@@ -249,11 +252,11 @@ def test_torchrun(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Training dcgan") == 1  # by rank 0 alone
+    assert done.stdout.count("Training dcgan") == 1  # by rank 0 only
     assert "2 × cpu" in done.stdout
     assert runs.final(tmp_path / "run").step == 1
 
 
-def test_a_batch_that_can_not_be_shared() -> None:
+def test_a_batch_that_cannot_be_split_evenly() -> None:
     with pytest.raises(InputError, match="must be a multiple of the number of processes, 2, got 9"):
         Feed(torch.zeros(20, 1, 2, 2, dtype=torch.uint8), 9, 0, 6, torch.device("cpu"), Share(0, 2))

@@ -1,4 +1,4 @@
-"""Exported networks, run by other means beside float64; ``dcgan export``."""
+"""Exported networks, run by other runtimes and compared with float64; ``dcgan export``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SMALL_MLP = Architecture("mlp", latent_dim=5, channels=1, image_size=32)
 
 
 def network(kind: str, architecture: Architecture = SMALL) -> Any:
-    made = getattr(architecture, kind)("reference")
-    randomise(made)
-    return made.eval()
+    model = getattr(architecture, kind)("reference")
+    randomise(model)
+    return model.eval()
 
 
 def run_file(architecture: Architecture, path: Path) -> checkpoint.Checkpoint:
@@ -64,7 +64,7 @@ def invoke(*arguments: object) -> Any:
 
 @pytest.mark.parametrize("kind", ["generator", "discriminator"])
 @pytest.mark.parametrize("architecture", [SMALL, SMALL_MLP], ids=["dcgan", "mlp"])
-def test_safetensors_come_back(architecture: Architecture, kind: str, tmp_path: Path) -> None:
+def test_safetensors_round_trip(architecture: Architecture, kind: str, tmp_path: Path) -> None:
     run_file(architecture, tmp_path / "run.pt")
     out = tmp_path / "new" / "g.safetensors"
     result = invoke(tmp_path / "run.pt", "--to", "safetensors", "--network", kind, "--out", out)
@@ -143,20 +143,20 @@ def test_onnx_of_one_batch_size(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == [3, 5]
     x = inputs(model, 3)
-    assert_agrees(onnx_run(tmp_path / "g.onnx", x), models_copy(model), x)
+    assert_agrees(onnx_run(tmp_path / "g.onnx", x), reference_copy(model), x)
     assert model.training is False
     assert all(p.requires_grad for p in model.parameters())
 
 
-def models_copy(model: Any) -> Any:
+def reference_copy(model: Any) -> Any:
     plain = models.Generator(**model.sizes())
     plain.load_state_dict(model.state_dict())
     return plain.eval()
 
 
 @pytest.fixture(scope="module")
-def translated() -> tuple[Any, Any]:
-    """A Discriminator's state and its ONNX program for a batch of 2: what takes long, made once."""
+def exported_discriminator() -> tuple[Any, Any]:
+    """A Discriminator's state and its ONNX program for a batch of 2, exported once because it takes long."""
     torch.manual_seed(0)
     model = network("discriminator")
     x = (torch.zeros(2, 3, 32, 32),)
@@ -165,21 +165,23 @@ def translated() -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def discriminator_file(translated: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    state, program = translated
+def discriminator_file(
+    exported_discriminator: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    state, program = exported_discriminator
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: program)
     torch.save(state, tmp_path / "d.pth")
     return tmp_path / "d.pth"
 
 
-def test_an_onnx_model_that_differs_is_not_kept(
+def test_a_wrong_onnx_model_is_not_written(
     discriminator_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = onnxruntime.InferenceSession
+    session = onnxruntime.InferenceSession
 
     class Wrong:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.session = true(*args, **kwargs)
+            self.session = session(*args, **kwargs)
 
         def run(self, *args: Any) -> Any:
             return [self.session.run(*args)[0] + 1e-3]
@@ -237,7 +239,7 @@ def test_torch_export_of_one_batch_size(tmp_path: Path) -> None:
         program(torch.randn(2, 3, 32, 32))
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
@@ -246,14 +248,13 @@ def test_missing_packages(package: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, package, None)
     result = invoke(tmp_path / "g.pth", "--to", "onnx", "--out", tmp_path / "g.onnx")
     assert result.exit_code == 2
-    assert (
-        f"ONNX takes the package {package}, which is not installed: pip install 'dcgan-kernels[export]'"
-        in (result.output)
+    assert f"ONNX export requires the package {package}: pip install 'dcgan-kernels[export]'" in (
+        result.output
     )
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_without_onnx_runtime_it_says_so(
+def test_without_onnx_runtime_the_model_is_not_verified(
     discriminator_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -262,7 +263,10 @@ def test_without_onnx_runtime_it_says_so(
         discriminator_file, "--to", "onnx", "--network", "discriminator", "--batch", 2, "--out", out
     )
     assert result.exit_code == 0
-    assert "not verified, as ONNX Runtime is missing: pip install 'dcgan-kernels[export]'" in result.output
+    assert (
+        "not verified because ONNX Runtime is not installed: pip install 'dcgan-kernels[export]'"
+        in result.output
+    )
     monkeypatch.undo()
     state = torch.load(discriminator_file, weights_only=True)
     model = models.Discriminator(3, 3, 32).eval()
@@ -271,13 +275,13 @@ def test_without_onnx_runtime_it_says_so(
     assert_agrees(onnx_run(out, x), model, x)
 
 
-def test_other_modules(tmp_path: Path) -> None:
+def test_other_modules_are_rejected(tmp_path: Path) -> None:
     for function in (export.safetensors, export.onnx, export.torch_export):
         with pytest.raises(InputError, match="network must be a Generator or a Discriminator, got Linear"):
             function(nn.Linear(2, 2), tmp_path / "x")
 
 
-def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot write .*gone.*: No such file"):
         export.safetensors(network("generator"), tmp_path / "gone" / "g.safetensors")
 

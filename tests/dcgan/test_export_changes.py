@@ -1,4 +1,4 @@
-"""Exports of networks that a user has changed: the file computes what network(x) does, or there is none."""
+"""Exports of networks changed by the user: the file computes what network(x) does, or is not written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Change = Callable[[Any], None]
 
 
 def network(kind: str, engine: str, change: Change) -> Any:
-    """In training mode, as it is right after training."""
+    """Return a changed network in training mode, as it is right after training."""
     model = reference(kind, dtype=torch.float32, features=8)
     if engine == "fast":
         model = drop_in(model)
@@ -38,7 +38,7 @@ def inputs(model: Any, batch: int) -> Tensor:
 
 
 def assert_computes(run: Callable[[Tensor], Tensor], model: Any) -> None:
-    """What network(x) is in eval mode, to a part of its spread."""
+    """Check ``run`` against network(x) in eval mode, relative to the outputs' spread."""
     model.eval()
     for batch in (1, 2, 7):
         x = inputs(model, batch)
@@ -102,8 +102,8 @@ def hook_before(find: Find) -> Change:
     return change
 
 
-def own_forward(find: Find) -> Change:
-    """A closure around the module's own: in a copy of the network it is the original's."""
+def replaced_forward(find: Find) -> Change:
+    """Replace forward by a closure, which in a copy of the network still calls the original module."""
 
     def change(model: Any) -> None:
         module = find(model)
@@ -114,7 +114,7 @@ def own_forward(find: Find) -> Change:
 
 
 def subclass(model: Any) -> None:
-    """A forward of its own, around the class's."""
+    """Subclass the network with a forward that wraps the original."""
 
     class Halved(type(model)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
@@ -153,24 +153,24 @@ def old_spectral(model: Any) -> None:
 
 
 def pruned(model: Any) -> None:
-    """Its weight is then computed, a tensor with a graph."""
+    """Prune a layer, whose weight becomes a computed tensor with a graph."""
     prune.l1_unstructured(model.main[0], "weight", 0.3)
 
 
-# What has been changed, and how safetensors' refusal names it.
+# The change, and the message with which safetensors() rejects it.
 CHANGES: dict[str, tuple[Change, str]] = {
-    "slope": (other_slope, r"LeakyReLU\(negative_slope=0.5\), by default (ReLU|LeakyReLU\(.*=0.2)"),
-    "eps": (set_on_norms(eps=0.1), r"BatchNorm2d\(.*eps=0.1.*by default BatchNorm2d\(.*eps=1e-05"),
+    "slope": (other_slope, r"LeakyReLU\(negative_slope=0.5\) \(default: (ReLU|LeakyReLU\(.*=0.2)"),
+    "eps": (set_on_norms(eps=0.1), r"BatchNorm2d\(.*eps=0.1.*default: BatchNorm2d\(.*eps=1e-05"),
     "hook on a layer": (hook(layer(1)), "main.1 has hooks"),
     "hook before a layer": (hook_before(layer(3)), "main.3 has hooks"),
     "hook on main": (hook(main), "main has hooks"),
-    "hook on the network": (hook(the_network), "it has hooks"),
-    "forward of a layer": (own_forward(layer(0)), "main.0 has a forward of its own"),
-    "forward of a norm": (own_forward(lambda m: norms(m)[0][1]), r"main\.\d has a forward of its own"),
-    "forward of main": (own_forward(main), "main has a forward of its own"),
-    "forward of the network": (own_forward(the_network), "it has a forward of its own"),
-    "subclass": (subclass, "it is a .*Halved"),
-    "subclass with layers": (subclass_with_main, "it is a .*Skips"),
+    "hook on the network": (hook(the_network), "the network has hooks"),
+    "forward of a layer": (replaced_forward(layer(0)), "main.0 has a replaced forward"),
+    "forward of a norm": (replaced_forward(lambda m: norms(m)[0][1]), r"main\.\d has a replaced forward"),
+    "forward of main": (replaced_forward(main), "main has a replaced forward"),
+    "forward of the network": (replaced_forward(the_network), "the network has a replaced forward"),
+    "subclass": (subclass, "the network is a .*Halved"),
+    "subclass with layers": (subclass_with_main, "the network is a .*Skips"),
     "compiled in place": (compiled_in_place, r"LeakyReLU\(negative_slope=0.5\)"),
     "spectral norm": (spectral, "main.0 is ParametrizedConv"),
     "weight norm": (weight_norm, r"main\.\d+ is ParametrizedConv"),
@@ -178,14 +178,14 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "pruned": (pruned, "main.0 has hooks"),
     "nested": (replace(3, lambda conv: nn.Sequential(conv, nn.Identity())), r"main\.3 is Sequential"),
     "GroupNorm": (replace_norms(lambda c: nn.GroupNorm(2, c)), r"GroupNorm\(2"),
-    "no norm": (replace_norms(lambda c: nn.Identity()), r"main\.\d is Identity\(\), by default BatchNorm2d"),
-    "bias": (replace(-2, with_bias), r"main\.\d+ is Conv.*, by default Conv.*bias=False"),
+    "no norm": (replace_norms(lambda c: nn.Identity()), r"main\.\d is Identity\(\) \(default: BatchNorm2d"),
+    "bias": (replace(-2, with_bias), r"main\.\d+ is Conv.* \(default: Conv.*bias=False"),
     "no last activation": (lambda m: m.main.pop(len(m.main) - 1), r"main\.\d+ is missing"),
 }
 
 KINDS = pytest.mark.parametrize("kind", ["G", "D"])
 ENGINES = pytest.mark.parametrize("engine", ["reference", "fast"])
-# To export a program takes a third of a second: each engine with one network, the rest in make test-slow.
+# An export takes a third of a second: each engine runs one network, and the others as slow tests.
 PROGRAMS = pytest.mark.parametrize(
     ("kind", "engine"),
     [
@@ -198,30 +198,28 @@ PROGRAMS = pytest.mark.parametrize(
 
 
 class Untouched:
-    """That what is exported is afterwards what it was."""
+    """Checks that the export has left a network unchanged."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.before = model, self.facts(model)
+        self.model, self.before = model, self.snapshot(model)
         self.state = copy.deepcopy(model.state_dict())
 
     @staticmethod
-    def facts(model: Any) -> list[Any]:
+    def snapshot(model: Any) -> list[Any]:
         return [
             (type(m), m.training, list(m._forward_hooks), list(m._forward_pre_hooks), list(vars(m)))
             for m in model.modules()
         ] + [(p.requires_grad, p.dtype, p.device) for p in model.parameters()]
 
     def check(self) -> None:
-        assert self.facts(self.model) == self.before
+        assert self.snapshot(self.model) == self.before
         state = self.model.state_dict()
         assert all(torch.equal(state[key], value) for key, value in self.state.items())
 
 
 @PROGRAMS
 @pytest.mark.parametrize("change", CHANGES)
-def test_torch_export_is_what_the_network_computes(
-    change: str, engine: str, kind: str, tmp_path: Path
-) -> None:
+def test_torch_export_matches_the_network(change: str, engine: str, kind: str, tmp_path: Path) -> None:
     model = network(kind, engine, CHANGES[change][0])
     untouched = Untouched(model)
     exported = export.torch_export(model, tmp_path / "x.pt2")
@@ -236,7 +234,7 @@ def test_torch_export_is_what_the_network_computes(
 @KINDS
 @ENGINES
 @pytest.mark.parametrize("change", CHANGES)
-def test_safetensors_are_refused(change: str, engine: str, kind: str, tmp_path: Path) -> None:
+def test_safetensors_are_rejected(change: str, engine: str, kind: str, tmp_path: Path) -> None:
     make, words = CHANGES[change]
     model = network(kind, engine, make)
     untouched = Untouched(model)
@@ -259,7 +257,7 @@ ONNX = [
 
 
 @pytest.mark.parametrize(("kind", "engine", "change"), ONNX)
-def test_onnx_is_what_the_network_computes(change: str, engine: str, kind: str, tmp_path: Path) -> None:
+def test_onnx_matches_the_network(change: str, engine: str, kind: str, tmp_path: Path) -> None:
     model = network(kind, engine, CHANGES[change][0])
     untouched = Untouched(model)
     exported = export.onnx(model, tmp_path / "x.onnx")
@@ -271,7 +269,7 @@ def test_onnx_is_what_the_network_computes(change: str, engine: str, kind: str, 
     assert_computes(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), model)
 
 
-# --- changes that change nothing ----------------------------------------------------------------------------
+# --- changes that preserve the output -----------------------------------------------------------------------
 
 
 def recording(model: Any) -> None:
@@ -298,7 +296,7 @@ def compiled_layer(model: Any) -> None:
 @KINDS
 @ENGINES
 @pytest.mark.parametrize("change", [recording, not_in_place, named_subclass, compiled_layer])
-def test_every_format_holds_what_changes_nothing(
+def test_changes_that_preserve_the_output_can_be_exported(
     change: Change, engine: str, kind: str, tmp_path: Path
 ) -> None:
     model = network(kind, engine, change)
@@ -345,12 +343,14 @@ def failing(model: Any) -> None:
     [
         (data_dependent, r"cannot be exported by torch.export: .*\(main.1 has hooks"),
         (uncopyable, "cannot be copied to the CPU and run in float32: TypeError: cannot pickle"),
-        (other_dtype, r"cannot be copied to the CPU and run in float32: .*\(it has hooks\)"),
-        (not_a_tensor, r"cannot be copied .* what it returns is no tensor .*\(it has hooks\)"),
+        (other_dtype, r"cannot be copied to the CPU and run in float32: .*\(the network has hooks\)"),
+        (not_a_tensor, r"cannot be copied .* its output is not a tensor .*\(the network has hooks\)"),
         (failing, r"ZeroDivisionError: no such thing \(main.3 has hooks\)"),
     ],
 )
-def test_what_cannot_be_exported(change: Change, words: str, engine: str, kind: str, tmp_path: Path) -> None:
+def test_networks_that_cannot_be_exported(
+    change: Change, words: str, engine: str, kind: str, tmp_path: Path
+) -> None:
     model = network(kind, engine, change)
     training = [module.training for module in model.modules()]
     with pytest.raises(InputError, match=words):
@@ -367,8 +367,8 @@ def test_an_onnx_exporter_that_fails(tmp_path: Path) -> None:
 
 
 @KINDS
-def test_what_a_trace_does_not_hold_is_not_written(kind: str, tmp_path: Path) -> None:
-    """A hook that does something else at every call: the program repeats what it did when it was traced."""
+def test_a_program_that_differs_is_not_written(kind: str, tmp_path: Path) -> None:
+    """A hook acts differently at every call, but the program repeats what was traced."""
     calls: list[int] = []
 
     def count(module: Any, args: Any, output: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ def test_what_a_trace_does_not_hold_is_not_written(kind: str, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_programs_that_would_need_this_package_are_refused(tmp_path: Path) -> None:
+def test_programs_that_need_this_package_are_rejected(tmp_path: Path) -> None:
     from dcgan.kernels import ops
 
     class Own(models.Generator):
@@ -391,19 +391,21 @@ def test_programs_that_would_need_this_package_are_refused(tmp_path: Path) -> No
             return self.main[1:](x)  # type: ignore[no-any-return]
 
     model = network("G", "reference", lambda m: setattr(m, "__class__", Own))
-    with pytest.raises(InputError, match=r"calls dcgan::conv_transpose2d_fused, without which"):
+    with pytest.raises(
+        InputError, match=r"calls dcgan::conv_transpose2d_fused, so its program would not run"
+    ):
         export.torch_export(model, tmp_path / "x.pt2")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("function", [export.safetensors, export.torch_export, export.onnx])
-def test_wrappers_are_named(function: Any, tmp_path: Path) -> None:
+def test_wrapped_networks_are_rejected(function: Any, tmp_path: Path) -> None:
     model = network("G", "fast", lambda m: None)
     for wrapped, attribute in (
         (torch.compile(model, backend="eager"), "_orig_mod"),
         (nn.DataParallel(model), "module"),
     ):
-        with pytest.raises(InputError, match=f"got {type(wrapped).__name__}; give .* {attribute}"):
+        with pytest.raises(InputError, match=f"got {type(wrapped).__name__}; pass .* {attribute}"):
             function(wrapped, tmp_path / "x")
 
 
@@ -428,12 +430,12 @@ def test_default_device_and_dtype_do_not_matter(kind: str, tmp_path: Path) -> No
 
 
 def test_a_fully_connected_network(tmp_path: Path) -> None:
-    model = models.MLPGenerator(6, 1, 28)  # a size that no checkpoint has, so that it could not be read back
+    model = models.MLPGenerator(6, 1, 28)  # no checkpoint may have this size, so it cannot be read back
     with pytest.raises(InputError, match=r"image_size must be one of 32, .*, got 28\. Export it to onnx or"):
         export.safetensors(model, tmp_path / "x")
     other = models.MLPDiscriminator(1, 32)
     other_slope(other)
-    with pytest.raises(InputError, match=r"main.1 is LeakyReLU\(negative_slope=0.5\), by default"):
+    with pytest.raises(InputError, match=r"main.1 is LeakyReLU\(negative_slope=0.5\) \(default"):
         export.safetensors(other, tmp_path / "x")
     assert not list(tmp_path.iterdir())
     for network in (model, other):

@@ -1,4 +1,4 @@
-"""Whether the check of an exported network sees what is wrong with it: networks with one thing changed."""
+"""The check of an exported network detects any single wrong layer."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def as_constructed(model: Any) -> None:
     pass
 
 
-def as_the_seed(model: Any) -> None:
+def as_in_the_recipe(model: Any) -> None:
     model.apply(models.weights_init)
 
 
 def saturated(model: Any) -> None:
-    """A Discriminator that calls every random image a fake, with logits below -40; a Generator of ±1."""
+    """Make a Discriminator's logits for random images all fall below -40; saturate a Generator at ±1."""
     randomise(model)
     last = model.main[-2].weight
     last.copy_(last.abs() * -20 if isinstance(model, models.Discriminator) else last * 20)
@@ -47,7 +47,7 @@ def mostly_real(model: Any) -> None:
         model.main[-2].weight.abs_().mul_(3)
 
 
-WEIGHTS = [as_constructed, as_the_seed, randomise, saturated, mostly_real]
+WEIGHTS = [as_constructed, as_in_the_recipe, randomise, saturated, mostly_real]
 
 
 def network(kind: str, weights: Callable[[Any], None] = randomise) -> Any:
@@ -66,7 +66,7 @@ def check_of(model: Any, batch: int | None = None) -> Any:
     return export._Check(model, export._input_shape(model), batch)
 
 
-# --- what is wrong ------------------------------------------------------------------------------------------
+# --- wrong networks -----------------------------------------------------------------------------------------
 
 
 def scaled(name: str, factor: float, channel: int | None = None) -> Callable[[Any], None]:
@@ -81,18 +81,18 @@ def zero_input_channel(layer: Any) -> None:
     layer.weight[:, 0] = 0
 
 
-def eps(layer: Any) -> None:
+def change_eps(layer: Any) -> None:
     layer.eps = 1e-3
 
 
-def moved_mean(layer: Any) -> None:
+def shift_mean(layer: Any) -> None:
     layer.running_mean += 0.05
 
 
 LAYERS: dict[type[nn.Module], list[Callable[[Any], None]]] = {
     nn.Conv2d: [scaled("weight", 0.0, 0), zero_input_channel, scaled("weight", 0.5), scaled("weight", 1.01)],
     nn.Linear: [zero_input_channel, scaled("weight", 0.5), scaled("bias", 0.0)],
-    nn.BatchNorm2d: [eps, moved_mean, scaled("running_var", 1.1), scaled("weight", 0.0, 0)],
+    nn.BatchNorm2d: [change_eps, shift_mean, scaled("running_var", 1.1), scaled("weight", 0.0, 0)],
 }
 LAYERS[nn.ConvTranspose2d] = LAYERS[nn.Conv2d]
 
@@ -124,7 +124,7 @@ CASES += [("MLP G", as_constructed), ("MLP D", as_constructed)]
 
 
 @pytest.mark.parametrize(("kind", "weights"), CASES)
-def test_every_wrong_layer_is_found(kind: str, weights: Callable[[Any], None]) -> None:
+def test_every_wrong_layer_is_detected(kind: str, weights: Callable[[Any], None]) -> None:
     model = network(kind, weights)
     check = check_of(model)
     for what, wrong in wrong_networks(model):
@@ -134,12 +134,12 @@ def test_every_wrong_layer_is_found(kind: str, weights: Callable[[Any], None]) -
 
 @pytest.mark.parametrize("kind", ["G", "D"])
 def test_a_wrong_program_is_not_written(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = torch.export.export
+    export_program = torch.export.export
 
     def halved(module: Any, *args: Any, **kwargs: Any) -> Any:
         wrong = copy.deepcopy(module)
         wrong.main[-2].weight *= 0.5
-        return true(wrong, *args, **kwargs)
+        return export_program(wrong, *args, **kwargs)
 
     monkeypatch.setattr(torch.export, "export", halved)
     with pytest.raises(RunError, match=r"not written: PyTorch \S+, loaded back differs from network\(x\) by"):
@@ -147,11 +147,11 @@ def test_a_wrong_program_is_not_written(kind: str, tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.iterdir())
 
 
-# --- what is right ------------------------------------------------------------------------------------------
+# --- correct networks ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "weights"), CASES)
-def test_rounding_is_a_small_part_of_what_is_allowed(kind: str, weights: Callable[[Any], None]) -> None:
+def test_rounding_is_far_below_the_tolerance(kind: str, weights: Callable[[Any], None]) -> None:
     model = network(kind, weights)
     wide = copy.deepcopy(model).double()
     check = check_of(model)
@@ -170,7 +170,7 @@ def test_probabilities_are_not_saturated(weights: Callable[[Any], None]) -> None
     outputs = torch.cat(check.outputs)
     assert logits.abs().max() < 3
     assert check.spread > 0.5
-    # Evenly spread, so that no two of a batch could be exchanged.
+    # Evenly spread, so that swapping two inputs of a batch would be detected.
     assert outputs.sort().values.diff().min() > check.spread / 20
 
 
@@ -193,25 +193,25 @@ def test_the_difference_is_relative_to_the_spread(kind: str, wrong: float) -> No
         check.difference(lambda x: model(x) + wrong * check.spread, "it")
 
 
-def test_other_shapes_and_programs_that_fail() -> None:
+def test_wrong_shapes_and_failing_programs() -> None:
     check = check_of(network("G"))
-    with pytest.raises(RunError, match=r"it gives \[1, 3, 32, 16\] where network\(x\) is \[1, 3, 32, 32\]"):
+    with pytest.raises(RunError, match=r"it returns \[1, 3, 32, 16\], network\(x\) returns \[1, 3, 32, 32\]"):
         check.difference(lambda z: network("G")(z)[..., :16], "it")
 
-    def of_one(z: Tensor) -> Tensor:
+    def only_batches_of_one(z: Tensor) -> Tensor:
         if len(z) > 1:
             raise ValueError("one at a time")
         return network("G")(z)  # type: ignore[no-any-return]
 
     with pytest.raises(RunError, match="not written: it fails for a batch of 3: ValueError: one at a time"):
-        check.difference(of_one, "it")
+        check.difference(only_batches_of_one, "it")
 
 
 @pytest.mark.parametrize("kind", ["G", "D"])
 @pytest.mark.parametrize(
     ("weight", "words"), [(0.0, "is the same for every x"), (float("nan"), "is not finite")]
 )
-def test_nothing_to_compare(kind: str, weight: float, words: str) -> None:
+def test_networks_that_cannot_be_verified(kind: str, weight: float, words: str) -> None:
     model = network(kind)
     model.main[0].weight.fill_(weight)
     with pytest.raises(RunError, match=rf"not written: network\(x\) {words}"):

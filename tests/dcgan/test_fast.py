@@ -1,4 +1,4 @@
-"""The drop-ins beside the reference networks: results, strides, state, explain."""
+"""The drop-ins match the reference networks: results, strides, state; and what explain reports."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 @MODES
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("image_size", [32, 64, 128])
-def test_same_as_the_reference(kind: str, training: bool, channels: int, image_size: int) -> None:
-    """In float64: output, every gradient, every buffer, and the output's strides."""
+def test_results_match_the_reference(kind: str, training: bool, channels: int, image_size: int) -> None:
+    """The output, every gradient, every buffer and the output's strides match in float64."""
     model = reference(kind, channels, image_size, features=2).train(training)
     assert_agree(model, drop_in(model), sample(model, 3))
 
@@ -47,16 +47,16 @@ def test_same_as_the_reference(kind: str, training: bool, channels: int, image_s
 @MODES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_accurate_as_eager(kind: str, training: bool, dtype: torch.dtype) -> None:
-    """Against float64 of the same values: eager's error, give or take what another order of sums does.
+    """Relative to float64, the error is at most eager's, up to the effect of another summation order.
 
-    A layer rounds its output once, eager its convolution, its BatchNorm and its activation: 2 is ample. But
-    eager's BatchNorm sums float32 in float64 on a CPU, the ops sum n values in float32: √n roundings. A value
-    near LeakyReLU's kink falls on either side of it by chance, so it is the worst of a few samples and of
-    eager's two layouts that counts.
+    A fused layer rounds its output once, eager after each of convolution, BatchNorm and activation, so a
+    factor of 2 is ample. But eager's BatchNorm on a CPU sums float32 values in float64, while the ops sum n
+    values in float32, with √n roundings. Values near LeakyReLU's kink fall on either side of it by chance, so
+    the worst error of a few samples and of eager's two layouts counts.
     """
     model = reference(kind, dtype=dtype).train(training)
     nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    summed = 8 * 16 * 16  # the largest map that a BatchNorm is over
+    summed = 8 * 16 * 16  # values per channel of the largest normalized map
     errors: dict[str, tuple[float, float]] = {}
     for _ in range(4):
         x = sample(model, 8)
@@ -66,16 +66,16 @@ def test_as_accurate_as_eager(kind: str, training: bool, dtype: torch.dtype) -> 
         for name, want in exact.items():
             assert actual[name].dtype == eager[0][name].dtype, name
             if want.dtype.is_floating_point:
-                theirs, ours = errors.get(name, (0.0, 0.0))
-                theirs = max(theirs, *(relative(e[name], want) for e in eager))
-                errors[name] = theirs, max(ours, relative(actual[name], want))
-    for name, (theirs, ours) in errors.items():
-        assert ours <= 2 * theirs + 4 * unit(dtype) + summed**0.5 * unit(torch.float32), name
+                eagers, ours = errors.get(name, (0.0, 0.0))
+                eagers = max(eagers, *(relative(e[name], want) for e in eager))
+                errors[name] = eagers, max(ours, relative(actual[name], want))
+    for name, (eagers, ours) in errors.items():
+        assert ours <= 2 * eagers + 4 * unit(dtype) + summed**0.5 * unit(torch.float32), name
 
 
 @MODES
-def test_a_whole_step_of_both_networks(training: bool) -> None:
-    """Through G and D at once, as the generator's step goes."""
+def test_gradients_through_both_networks(training: bool) -> None:
+    """A backward through G and D together, as in the generator's step."""
     g, d = reference("G").train(training), reference("D").train(training)
     fast_g, fast_d = drop_in(g), drop_in(d)
     z = sample(g)
@@ -90,7 +90,7 @@ def test_a_whole_step_of_both_networks(training: bool) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 @MODES
-def test_z_of_either_shape(size: int, training: bool) -> None:
+def test_both_shapes_of_z(size: int, training: bool) -> None:
     model = reference("G").train(training)
     z = sample(model)
     assert_agree(model, drop_in(model), z if size == 2 else z[:, :, None, None])
@@ -98,7 +98,7 @@ def test_z_of_either_shape(size: int, training: bool) -> None:
 
 @NETWORKS
 @MODES
-def test_a_single_example_and_an_empty_batch(kind: str, training: bool) -> None:
+def test_batches_of_one_and_zero(kind: str, training: bool) -> None:
     model = reference(kind).train(training)
     x = sample(model)
     assert_agree(model, drop_in(model), x[:1])
@@ -129,7 +129,7 @@ LATENTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_strides_are_eagers(
+def test_output_strides_match_eager(
     training: bool, channels: int, model_format: torch.memory_format, latent: str, dtype: torch.dtype
 ) -> None:
     model = reference("G", channels, dtype=dtype).to(memory_format=model_format).train(training)
@@ -146,14 +146,14 @@ def test_strides_are_eagers(
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("image_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_images_of_either_format(
+def test_images_in_both_memory_formats(
     training: bool, channels: int, image_format: torch.memory_format, model_format: torch.memory_format
 ) -> None:
     model = reference("D", channels).to(memory_format=model_format).train(training)
     assert_agree(model, drop_in(model), sample(model).contiguous(memory_format=image_format))
 
 
-def test_images_that_are_views() -> None:
+def test_image_views() -> None:
     model = reference("D")
     other = drop_in(model)
     x = sample(model)
@@ -165,8 +165,8 @@ def test_images_that_are_views() -> None:
 
 
 @NETWORKS
-def test_eval_sees_every_edit_of_a_norm_at_once(kind: str) -> None:
-    """Folding is done anew each time: from .data, from under no_grad, from a fresh buffer."""
+def test_eval_sees_every_edit_of_a_norm_immediately(kind: str) -> None:
+    """BatchNorm is folded at every call, after edits of .data, under no_grad and of replaced buffers."""
     model = reference(kind).eval()
     other = fast.convert(model)
     x = sample(model)
@@ -192,7 +192,7 @@ def test_eval_sees_every_edit_of_a_norm_at_once(kind: str) -> None:
 
 
 @NETWORKS
-def test_train_steps_between_evals(kind: str) -> None:
+def test_eval_after_training_steps(kind: str) -> None:
     model = reference(kind)
     other = drop_in(model)
     x = sample(model)
@@ -208,7 +208,7 @@ def test_train_steps_between_evals(kind: str) -> None:
 
 
 @NETWORKS
-def test_state_dicts_go_both_ways(kind: str) -> None:
+def test_state_dicts_are_interchangeable(kind: str) -> None:
     model, other = reference(kind).eval(), reference(kind).eval()
     fast_model = drop_in(other)
     assert list(model.state_dict()) == list(fast_model.state_dict())
@@ -224,7 +224,7 @@ def test_state_dicts_go_both_ways(kind: str) -> None:
 
 
 @NETWORKS
-def test_the_constructor_is_the_references(kind: str) -> None:
+def test_constructor_matches_the_reference(kind: str) -> None:
     expected = reference(kind, dtype=torch.float32)
     actual = getattr(fast, type(expected).__name__)(**expected.sizes())
     assert isinstance(actual, type(expected))
@@ -236,7 +236,7 @@ def test_the_constructor_is_the_references(kind: str) -> None:
         type(actual)(features=0)
 
 
-def test_wrong_inputs_are_told_as_the_reference_tells_them() -> None:
+def test_invalid_inputs_raise_the_reference_errors() -> None:
     g, d = drop_in(reference("G")), drop_in(reference("D"))
     for z in (torch.ones(2, 7), torch.ones(6), torch.ones(2, 6, 2, 2), torch.ones(2, 6, 1)):
         with pytest.raises(ValueError, match=r"z must be \[N, 6\] or \[N, 6, 1, 1\], got \["):
@@ -251,7 +251,7 @@ def test_wrong_inputs_are_told_as_the_reference_tells_them() -> None:
 
 
 @NETWORKS
-def test_convert_shares_everything(kind: str) -> None:
+def test_convert_shares_modules_and_tensors(kind: str) -> None:
     model = reference(kind)
     other = fast.convert(model)
     assert type(other) is getattr(fast, type(model).__name__)
@@ -269,12 +269,12 @@ def test_convert_shares_everything(kind: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [nn.Identity(), models.MLPGenerator(), None, models.Generator], ids=str)
-def test_convert_refuses_other_things(wrong: Any) -> None:
+def test_convert_rejects_other_objects(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a dcgan.models.Generator or .*, got \w+"):
         fast.convert(wrong)
 
 
-def test_convert_refuses_a_subclass() -> None:
+def test_convert_rejects_a_subclass() -> None:
     class Mine(models.Generator):
         def forward(self, z: Tensor) -> Tensor:
             return -super().forward(z)
@@ -285,7 +285,7 @@ def test_convert_refuses_a_subclass() -> None:
 
 @NETWORKS
 @MODES
-def test_copies_are_right_and_apart(kind: str, training: bool) -> None:
+def test_copies_are_correct_and_independent(kind: str, training: bool) -> None:
     model = reference(kind).train(training)
     other = drop_in(model)
     x = sample(model)
@@ -305,7 +305,7 @@ def test_copies_are_right_and_apart(kind: str, training: bool) -> None:
     assert relative(other.eval()(x), model.eval()(x)) < EXACT
 
 
-def test_an_average_of_weights() -> None:
+def test_averaged_model() -> None:
     model = reference("G")
     other = drop_in(model)
     z = sample(model)
@@ -323,7 +323,7 @@ def test_an_average_of_weights() -> None:
 
 
 @MODES
-def test_explain_tells_every_layer(training: bool) -> None:
+def test_explain_lists_every_layer(training: bool) -> None:
     g, d = drop_in(reference("G")).train(training), drop_in(reference("D")).train(training)
     rows = fast.explain(g, sample(g))
     assert [row.modules for row in rows] == ["0-2", "3-5", "6-8", "9-10"]
@@ -331,16 +331,16 @@ def test_explain_tells_every_layer(training: bool) -> None:
     rows = fast.explain(d, sample(d))
     assert [row.modules for row in rows] == ["0-1", "2-4", "5-7", "8-9"]
     assert {row.op for row in rows} == {"conv2d_fused"}
-    assert {row[2:] for row in rows} == {("reference", "engine 'reference' was asked for")}
-    with ops.use_engine("auto"):  # a row for each module, which PyTorch runs
+    assert {row[2:] for row in rows} == {("reference", "engine 'reference' is forced")}
+    with ops.use_engine("auto"):  # PyTorch runs the modules: one row for each
         rows = fast.explain(d, sample(d))
     modules = [(name, type(module).__name__) for name, module in d.main.named_children()]
     assert [(row.modules, row.op) for row in rows] == modules
-    training_or_not = "training " if training else ""
-    assert {row[2:] for row in rows} == {("eager", f"native: the {training_or_not}kernels have no float64")}
+    kernels = "training kernels" if training else "kernels"
+    assert {row[2:] for row in rows} == {("eager", f"native: the {kernels} do not support float64")}
 
 
-def test_explain_tells_why_a_layer_is_eager() -> None:
+def test_explain_reports_why_a_layer_is_eager() -> None:
     model = reference("G")
     first = model.main[0]
     model.main[0] = nn.ConvTranspose2d(first.in_channels, first.out_channels, 4, groups=2, bias=False)
@@ -352,11 +352,11 @@ def test_explain_tells_why_a_layer_is_eager() -> None:
     assert rows["0"].engine == "eager"
     assert rows["0"].reason == "the convolution is grouped, dilated or not padded with zeros"
     assert rows["4"] == ("4", "BatchNorm2d", "eager", "the module has hooks")
-    assert rows["8"] == ("8", "ELU", "eager", "ELU is not a layer that the ops express")
+    assert rows["8"] == ("8", "ELU", "eager", "ELU is not supported by the fused ops")
     assert rows["6-7"].op == "conv_transpose2d_fused"
-    # In training a BatchNorm is the next op's, and where there is none, PyTorch's.
+    # In training a BatchNorm is fused into the next op; without one, PyTorch runs the layer.
     rows = {row.modules: row for row in fast.explain(other.train(), sample(other))}
-    why = "what takes its BatchNorm's output is no op"
+    why = "no fused op follows to apply its BatchNorm"
     assert rows["6-7"] == ("6-7", "ConvTranspose2d-BatchNorm2d", "eager", why)
 
 
@@ -381,20 +381,20 @@ def test_explain_prints_a_table() -> None:
     assert all(line[column:].startswith("reference") for line in lines[1:])
 
 
-def test_explain_tells_of_a_reference_network_how_to_make_it_fast() -> None:
+def test_explain_says_how_to_convert_a_reference_network() -> None:
     model = reference("D")
     rows = fast.explain(model, sample(model))
     assert [row.op for row in rows] == [type(m).__name__ for m in model.main]
-    why = "a reference network; dcgan.fast.convert(model) makes a fast one"
+    why = "a reference network; dcgan.fast.convert(model) returns a fast one"
     assert {row[2:] for row in rows} == {("eager", why)}
 
 
-def test_explain_looks_into_a_compiled_network() -> None:
+def test_explain_unwraps_a_compiled_network() -> None:
     other: Any = drop_in(reference("G"))
     assert fast.explain(torch.compile(other), sample(other)) == fast.explain(other, sample(other))  # type: ignore[arg-type]
 
 
-def test_explain_refuses() -> None:
+def test_explain_rejects_invalid_arguments() -> None:
     model: Any = nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"model must be a Generator or Discriminator .* got Linear"):
         fast.explain(model, torch.ones(1, 1))

@@ -1,4 +1,4 @@
-"""What autograd and torch.func make of the drop-ins: penalties, saved tensors, transforms."""
+"""The drop-ins under autograd and torch.func: gradient penalties, saved tensors, transforms."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_gradient_penalties(penalty: Callable[[nn.Module, Tensor], Tensor], trai
 
 @MODES
 def test_second_derivatives_of_the_generator(training: bool) -> None:
-    """A path-length penalty: the norm of the gradient to z."""
+    """A path-length penalty: the norm of the gradient with respect to z."""
     model = reference("G").train(training)
     other = drop_in(model)
 
@@ -66,44 +66,44 @@ def test_second_derivatives_of_the_generator(training: bool) -> None:
     assert_equal_results(gradients_of(actual, other), gradients_of(expected, model), 10 * EXACT)
 
 
-def kept_maps(model: nn.Module, x: Tensor) -> set[int]:
-    """Addresses of the storages of [N, C, H, W] that autograd keeps from a forward for its backward."""
-    kept: list[Tensor] = []
+def saved_maps(model: nn.Module, x: Tensor) -> set[int]:
+    """Return the storage addresses of the [N, C, H, W] tensors that a forward saves for its backward."""
+    saved: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
         if t.ndim == 4 and t.shape[0] == len(x) and not isinstance(t, nn.Parameter):
-            kept.append(t)
+            saved.append(t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = model(x)
-    found = {t.untyped_storage().data_ptr() for t in kept}
+    found = {t.untyped_storage().data_ptr() for t in saved}
     y.sum().backward()
     return found
 
 
 @NETWORKS
 @pytest.mark.parametrize("channels", [1, 3])
-def test_training_keeps_one_map_a_layer(kind: str, channels: int) -> None:
-    """The input, and each layer's raw output; eager keeps what BatchNorm gave as well."""
+def test_training_saves_one_map_per_layer(kind: str, channels: int) -> None:
+    """The input and each layer's raw output are saved; eager also saves BatchNorm's outputs."""
     model = reference(kind, channels, 64, torch.float32)
     layers = sum(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.main)
-    x = sample(model, 17)  # no weight has 17 of anything
-    assert len(kept_maps(drop_in(model), x)) <= layers + 1
-    assert len(kept_maps(model, x)) > layers + 1
+    x = sample(model, 17)  # no weight has a dimension of 17
+    assert len(saved_maps(drop_in(model), x)) <= layers + 1
+    assert len(saved_maps(model, x)) > layers + 1
 
 
 @NETWORKS
-def test_training_keeps_no_more_with_a_frozen_norm(kind: str) -> None:
+def test_a_frozen_norm_saves_no_more_maps(kind: str) -> None:
     model = reference(kind, dtype=torch.float32)
     norms(model)[0][1].eval()
     layers = sum(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.main)
-    assert len(kept_maps(drop_in(model), sample(model, 17))) <= layers + 1
+    assert len(saved_maps(drop_in(model), sample(model, 17))) <= layers + 1
 
 
 @NETWORKS
 @MODES
-def test_no_gradient_without_being_asked(kind: str, training: bool) -> None:
+def test_no_graph_under_no_grad(kind: str, training: bool) -> None:
     model = drop_in(reference(kind)).train(training)
     x = sample(model)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_no_gradient_without_being_asked(kind: str, training: bool) -> None:
 
 
 @NETWORKS
-def test_running_statistics_hold_no_graph(kind: str) -> None:
+def test_running_statistics_have_no_graph(kind: str) -> None:
     model = drop_in(reference(kind)).train()
     for _ in range(3):
         model(sample(model))
@@ -126,7 +126,7 @@ def test_running_statistics_hold_no_graph(kind: str) -> None:
 
 
 @NETWORKS
-def test_a_network_made_in_inference_mode(kind: str) -> None:
+def test_a_network_constructed_in_inference_mode(kind: str) -> None:
     with torch.inference_mode():
         model = reference(kind).eval()
         other = drop_in(model)
@@ -157,7 +157,7 @@ def test_retained_graphs_and_accumulation(kind: str) -> None:
 @NETWORKS
 @MODES
 def test_forward_mode(kind: str, training: bool) -> None:
-    """jvp: an operator without a rule for it would give zeros."""
+    """An operator without a jvp rule would return zeros."""
     model = reference(kind).train(training)
     other = drop_in(model)
     x = sample(model)
@@ -172,8 +172,8 @@ def test_forward_mode(kind: str, training: bool) -> None:
 
 
 @NETWORKS
-def test_gradients_of_each_example(kind: str) -> None:
-    """vmap of grad over functional_call, in eval as it must be for a BatchNorm."""
+def test_per_sample_gradients(kind: str) -> None:
+    """vmap of grad over functional_call, in eval mode, as BatchNorm requires."""
     model = reference(kind).eval()
     other = drop_in(model)
     x = sample(model)

@@ -1,4 +1,4 @@
-"""In eval, what is made of a drop-in's weights is kept, and never stale: here their cast, under autocast."""
+"""The weight cache in eval mode is never stale: here for the weights that autocast casts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tolerance import relative, unit
 from torch import Tensor, nn
 
 from dcgan import fast
-from dcgan.kernels import weights
+from dcgan.kernels import weight_cache
 from dcgan.models import weights_init
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,8 +23,8 @@ NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 
 
 @pytest.fixture(autouse=True)
-def _a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_entries", {})
+def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_cache, "_entries", {})
 
 
 @torch.no_grad()
@@ -34,13 +34,15 @@ def run(model: Any, x: Tensor) -> Tensor:
     return y
 
 
-def kept() -> int:
-    """How many casts of weights the cache holds."""
-    return sum(isinstance(key, torch.dtype) for entry in weights._entries.values() for key in entry.derived)
+def cached() -> int:
+    """Return how many cast weights the cache holds."""
+    return sum(
+        isinstance(key, torch.dtype) for entry in weight_cache._entries.values() for key in entry.derived
+    )
 
 
-def afresh(model: Any, x: Tensor) -> Tensor:
-    """The same network's answer with nothing kept: all its tensors are copies."""
+def uncached(model: Any, x: Tensor) -> Tensor:
+    """Return the network's output without the cache: all tensors of a copy are new."""
     return run(copy.deepcopy(model), x)
 
 
@@ -48,7 +50,7 @@ def network(kind: str) -> Any:
     return drop_in(reference(kind, dtype=torch.float32)).eval()
 
 
-# --- every way a network's weights change ------------------------------------------------------------------
+# --- all kinds of weight changes ---------------------------------------------------------------------------
 
 
 def step(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], None]:
@@ -99,7 +101,7 @@ def assign_data(model: Any) -> None:
         p.data = torch.randn_like(p)
 
 
-def initialise_and_refresh(model: Any) -> None:
+def initialize_and_refresh(model: Any) -> None:
     model.apply(weights_init)
     with torch.no_grad():
         torch.Tensor.mul_(model.main[1].weight if hasattr(model.main[1], "weight") else torch.ones(1), 2)
@@ -107,7 +109,7 @@ def initialise_and_refresh(model: Any) -> None:
 
 
 def edit_data_between_modes(model: Any) -> None:
-    """What only train() and eval() can see: values changed behind the version's back."""
+    """Edits that bypass the version counter, so that only train() and eval() can notice."""
     model.train()
     for p in model.parameters():
         p.data.copy_(torch.randn_like(p))
@@ -128,13 +130,13 @@ def replace_layer(model: Any) -> None:
     model.main[0] = type(old)(old.in_channels, old.out_channels, 4, old.stride, old.padding, bias=False)
 
 
-def there_and_back(model: Any) -> None:
+def to_float64_and_back(model: Any) -> None:
     model.to(torch.float64)
     model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
     model.to(torch.float32)
 
 
-def of_a_norm(model: Any) -> None:
+def edit_a_norm(model: Any) -> None:
     norm = next(m for m in model.main if isinstance(m, nn.BatchNorm2d))
     norm.running_mean.data.add_(1)
     norm.weight.data.mul_(-2)
@@ -152,39 +154,39 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "load_state_dict assign": load_assigning,
     "copy_": copy_under_no_grad,
     "data =": assign_data,
-    "weights_init, refresh": initialise_and_refresh,
+    "weights_init, refresh": initialize_and_refresh,
     "data edited in training": edit_data_between_modes,
     "data edited, eval()": edit_data_and_eval_again,
     "parameter replaced": replace_parameter,
     "layer replaced": replace_layer,
-    "to float64, edited, and back": there_and_back,
-    "running statistics and affine": of_a_norm,
+    "to float64, edited, and back": to_float64_and_back,
+    "running statistics and affine": edit_a_norm,
 }
 
 
 @NETWORKS
 @pytest.mark.parametrize("name", CHANGES)
 def test_never_stale(kind: str, name: str) -> None:
-    """The very next forward is that of a network to which nothing was ever cached."""
+    """The very next forward matches that of a network without a cache."""
     model = network(kind)
     x = sample(model)
     for _ in range(3):
         previous = run(model, x)
         assert torch.equal(run(model, x), previous)
-        assert kept() == 4  # one for each convolution: it does use what it keeps
+        assert cached() == 4  # one per convolution, so the cache is in use
         CHANGES[name](model)
-        assert torch.equal(run(model, x), afresh(model, x))
+        assert torch.equal(run(model, x), uncached(model, x))
         assert not torch.equal(run(model, x), previous)
 
 
 def test_data_edited_in_eval() -> None:
-    """No version and no hook tells of it."""
+    """Neither a version counter nor a hook reports this edit."""
     model = network("G")
     z = sample(model)
     stale = run(model, z)
     model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
     assert not torch.equal(run(model, z), stale)
-    assert torch.equal(run(model, z), afresh(model, z))
+    assert torch.equal(run(model, z), uncached(model, z))
 
 
 @pytest.mark.parametrize(
@@ -199,63 +201,63 @@ def test_data_edited_in_eval() -> None:
     ],
     ids=["train", "eval", "refresh", "to", "load_state_dict", "optimizer"],
 )
-def test_who_replays_a_graph_is_told_at_once(change: Callable[[Any], None]) -> None:
-    """Not at the next forward, which a replayed graph does not run."""
+def test_the_epoch_advances_immediately(change: Callable[[Any], None]) -> None:
+    """It must not wait for the next forward, which a replayed graph does not run."""
     model = network("G")
     run(model, sample(model))
-    epoch = weights.epoch()
+    epoch = weight_cache.epoch()
     change(model)
-    assert weights.epoch() > epoch
+    assert weight_cache.epoch() > epoch
 
 
-# --- when it is kept ---------------------------------------------------------------------------------------
+# --- what is cached ----------------------------------------------------------------------------------------
 
 
 @NETWORKS
-def test_nothing_is_kept_in_training(kind: str) -> None:
+def test_nothing_is_cached_in_training(kind: str) -> None:
     model = network(kind).train()
     run(model, sample(model))
-    assert not weights._entries
+    assert not weight_cache._entries
 
 
-def test_going_to_training_lets_go() -> None:
+def test_train_clears_the_cache() -> None:
     model = network("G")
     run(model, sample(model))
-    assert kept() == 4
+    assert cached() == 4
     model.train()
-    assert not weights._entries
+    assert not weight_cache._entries
 
 
-def test_a_parents_train_and_to_reach_it() -> None:
+def test_train_and_to_of_a_parent_module() -> None:
     model = network("G")
     parent = nn.ModuleDict({"g": model})
     run(model, sample(model))
     parent.train()
-    assert not weights._entries
+    assert not weight_cache._entries
     parent.eval()
     run(model, sample(model))
-    assert kept() == 4
+    assert cached() == 4
     parent.to(torch.float64)
-    assert kept() == 0
+    assert cached() == 0
 
 
 @NETWORKS
 def test_freed_with_the_network(kind: str) -> None:
     model = network(kind)
     run(model, sample(model))
-    assert kept() == 4
+    assert cached() == 4
     del model
     gc.collect()
-    assert not weights._entries
+    assert not weight_cache._entries
 
 
-def test_many_networks_come_and_go() -> None:
+def test_many_short_lived_networks() -> None:
     for _ in range(10):
         model = network("G")
         run(model, sample(model))
     del model
     gc.collect()
-    assert not weights._entries
+    assert not weight_cache._entries
 
 
 def test_two_drop_ins_around_one_network() -> None:
@@ -266,15 +268,15 @@ def test_two_drop_ins_around_one_network() -> None:
     first.train()
     CHANGES["Adam fused"](first)
     first.eval()
-    assert torch.equal(run(second, z), afresh(first, z))
+    assert torch.equal(run(second, z), uncached(first, z))
     del first
     gc.collect()
     copy_under_no_grad(second)
-    assert torch.equal(run(second, z), afresh(second, z))
+    assert torch.equal(run(second, z), uncached(second, z))
 
 
-def test_the_reference_network_trains_what_a_drop_in_serves() -> None:
-    """The drop-in stays in eval while the network it shares its modules with trains and evaluates."""
+def test_the_reference_network_trains_while_a_drop_in_serves() -> None:
+    """The drop-in stays in eval mode while the network that shares its modules trains and evaluates."""
     model = reference("G", dtype=torch.float32)
     served = fast.convert(model).eval()
     z = sample(model)
@@ -284,10 +286,10 @@ def test_the_reference_network_trains_what_a_drop_in_serves() -> None:
         results(model, z)
         torch.optim.Adam(model.parameters(), lr=0.01, fused=True).step()
         model.eval()
-        assert torch.equal(run(served, z), afresh(served, z))
+        assert torch.equal(run(served, z), uncached(served, z))
 
 
-def test_a_copy_and_a_loaded_one_keep_their_own() -> None:
+def test_copies_and_loaded_networks_have_their_own_cache() -> None:
     model = network("G")
     z = sample(model)
     before = run(model, z)
@@ -297,13 +299,13 @@ def test_a_copy_and_a_loaded_one_keep_their_own() -> None:
     for clone in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
         assert torch.equal(run(clone, z), before)
         copy_under_no_grad(clone)
-        assert torch.equal(run(clone, z), afresh(clone, z))
+        assert torch.equal(run(clone, z), uncached(clone, z))
         assert torch.equal(run(model, z), before)
 
 
 @NETWORKS
-def test_with_gradients_nothing_kept_is_used(kind: str) -> None:
-    """In eval with gradients the cast is part of the graph: float32 gradients reach float32 weights."""
+def test_the_cache_is_not_used_with_gradients(kind: str) -> None:
+    """In eval mode with gradients, the cast is part of the graph: float32 weights get float32 gradients."""
     model = network(kind)
     x = sample(model)
     run(model, x)
@@ -315,12 +317,12 @@ def test_with_gradients_nothing_kept_is_used(kind: str) -> None:
         assert bool(p.grad.any()), name
 
 
-def test_kept_from_inference_mode_it_serves_a_differentiated_call() -> None:
+def test_casts_cached_in_inference_mode_serve_a_differentiated_call() -> None:
     model = network("G").requires_grad_(False)
     z = sample(model)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(z)
-    assert kept() == 4
+    assert cached() == 4
     z.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(z).float().square().sum().backward()
@@ -330,7 +332,7 @@ def test_kept_from_inference_mode_it_serves_a_differentiated_call() -> None:
 
 @NETWORKS
 @pytest.mark.parametrize("training", [False, True])
-def test_autocast_is_as_accurate_as_eagers(kind: str, training: bool) -> None:
+def test_autocast_is_as_accurate_as_eager(kind: str, training: bool) -> None:
     model = reference(kind, dtype=torch.float32).train(training)
     x = sample(model, 8)
     exact = copy.deepcopy(model).double()(x.double())
@@ -339,8 +341,8 @@ def test_autocast_is_as_accurate_as_eagers(kind: str, training: bool) -> None:
     assert relative(actual, exact) <= 2 * relative(eager, exact) + 4 * unit(torch.bfloat16)
 
 
-def test_a_parametrized_weight_is_computed_by_its_layer_alone() -> None:
-    """Neither strides nor caching read it: each read of a spectral norm in training steps it."""
+def test_a_parametrized_weight_is_evaluated_only_by_its_layer() -> None:
+    """Nothing else may read it, since each read of a spectral norm in training updates it."""
     model = network("D")
     nn.utils.parametrizations.spectral_norm(model.main[2])
     reads = 0

@@ -1,4 +1,4 @@
-"""torch.compile takes the drop-ins whole: no graph break, eager's results, no compilation after the first."""
+"""torch.compile traces the drop-ins without a graph break, matches eager, and does not recompile."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tolerance import relative
 from torch import Tensor
 
 from dcgan import fast
-from dcgan.kernels import ops, weights
+from dcgan.kernels import ops, weight_cache
 
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-ROUNDING = 1e-11  # in float64: Inductor fuses and reorders
+ROUNDING = 1e-11  # in float64: Inductor fuses and reorders operations
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -32,13 +32,13 @@ def compiled(model: Any, backend: str, **options: Any) -> Any:
     return torch.compile(model, backend=backend, fullgraph=True, **options)
 
 
-def assert_compiled_is_eager(kind: str, training: bool, backend: str) -> None:
+def assert_compiled_matches_eager(kind: str, training: bool, backend: str) -> None:
     eager = drop_in(reference(kind, features=2)).train(training)
     model = copy.deepcopy(eager)
     fast = compiled(model, backend)
     for step in range(3):
         x = sample(eager)
-        # The first call compiles; the rest must not.
+        # Only the first call may compile.
         with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
             actual = results(fast, x)
         expected = results(eager, x)
@@ -50,19 +50,19 @@ def assert_compiled_is_eager(kind: str, training: bool, backend: str) -> None:
 @NETWORKS
 @MODES
 def test_aot_eager(kind: str, training: bool) -> None:
-    assert_compiled_is_eager(kind, training, "aot_eager")
+    assert_compiled_matches_eager(kind, training, "aot_eager")
 
 
 @NETWORKS
 def test_inductor(kind: str) -> None:
-    """Forward and backward, with running statistics updated in the graph."""
-    assert_compiled_is_eager(kind, True, "inductor")
+    """Forward and backward, with the running statistics updated in the graph."""
+    assert_compiled_matches_eager(kind, True, "inductor")
 
 
 @pytest.mark.slow
 @NETWORKS
-def test_inductor_in_eval_with_gradients(kind: str) -> None:
-    assert_compiled_is_eager(kind, False, "inductor")
+def test_inductor_in_eval_mode_with_gradients(kind: str) -> None:
+    assert_compiled_matches_eager(kind, False, "inductor")
 
 
 @NETWORKS
@@ -78,8 +78,8 @@ def test_inductor_for_inference(kind: str) -> None:
 
 @NETWORKS
 @MODES
-def test_a_dynamic_batch(kind: str, training: bool) -> None:
-    """dynamic=True: one graph for every batch size above 1."""
+def test_dynamic_batch_size(kind: str, training: bool) -> None:
+    """With dynamic=True, one graph serves every batch size above 1."""
     eager = drop_in(reference(kind, features=2)).train(training)
     fast = compiled(copy.deepcopy(eager), "aot_eager", dynamic=True)
     x = sample(eager, 4)
@@ -91,7 +91,7 @@ def test_a_dynamic_batch(kind: str, training: bool) -> None:
 
 
 def test_weights_changed_in_eval_are_seen_without_recompiling() -> None:
-    """The compiled graph reads the parameters and statistics, not what they were."""
+    """The compiled graph reads the live parameters and statistics."""
     model = drop_in(reference("G", features=2)).eval()
     fast = compiled(model, "aot_eager")
     z = sample(model)
@@ -107,10 +107,10 @@ def test_weights_changed_in_eval_are_seen_without_recompiling() -> None:
 
 @MODES
 def test_under_autocast(training: bool) -> None:
-    """The autocast rule is traced: nothing fake enters the cache of weights.
+    """The autocast rule is traced, and no fake tensor enters the weight cache.
 
-    One engine for both: the graph casts anew at each call, and whether the native engine is chosen depends on
-    whether the cast weights are kept.
+    Both use one engine: the graph casts the weights at each call, and whether the native engine is chosen
+    depends on whether the cast weights are cached.
     """
     eager = drop_in(reference("G", features=2, dtype=torch.float32)).train(training)
     fast = compiled(copy.deepcopy(eager), "aot_eager")
@@ -137,8 +137,8 @@ def test_under_autocast(training: bool) -> None:
             assert torch.equal(p.grad, q.grad)
 
 
-def test_a_whole_training_step() -> None:
-    """Both networks, the loss and the backward in one graph, as a training loop compiles it."""
+def test_a_complete_training_step() -> None:
+    """Both networks, the loss and the backward are compiled as one graph."""
     g, d = drop_in(reference("G", features=2)), drop_in(reference("D", features=2))
     z = sample(g)
 
@@ -163,24 +163,24 @@ def test_a_whole_training_step() -> None:
 
 
 @torch.no_grad()
-def test_on_a_gpu_a_compiled_network_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiled program has made lies in its memory, which may be a CUDA graph's; eager calls keep."""
-    monkeypatch.setattr(weights, "_is_cuda", lambda weight: True)
+def test_on_a_gpu_a_compiled_network_caches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors may be in a CUDA graph's memory pool, so only eager calls fill the cache."""
+    monkeypatch.setattr(weight_cache, "_is_cuda", lambda weight: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(weights, "_entries", {})
+    monkeypatch.setattr(weight_cache, "_entries", {})
 
-    def kept() -> int:
-        return sum(len(entry.derived) for entry in weights._entries.values())
+    def cached() -> int:
+        return sum(len(entry.derived) for entry in weight_cache._entries.values())
 
     generator = fast.Generator(8, features=4, image_size=32).eval()
     z = torch.randn(3, 8)
     compiled = torch.compile(generator, fullgraph=True, backend="aot_eager")
-    made = [compiled(z) for _ in range(2)]
-    assert not kept()
+    images = [compiled(z) for _ in range(2)]
+    assert not cached()
     image = generator(z)
-    assert kept()
-    assert all(torch.equal(one, image) for one in made)
-    before = kept()
+    assert cached()
+    assert all(torch.equal(found, image) for found in images)
+    before = cached()
     compiled(z)
-    assert kept() == before
+    assert cached() == before

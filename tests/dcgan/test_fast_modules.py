@@ -1,4 +1,4 @@
-"""Drop-ins whose modules a user has changed: other norms and activations, parametrizations, hooks."""
+"""Drop-ins with modules changed by the user: other norms and activations, parametrizations, hooks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def replace_norms(make: Callable[[int], nn.Module]) -> Callable[[Any], None]:
 
 
 def replace_activations(*activations: nn.Module) -> Callable[[Any], None]:
-    """Of the hidden layers, in turn."""
+    """Replace the hidden layers' activations, cycling through ``activations``."""
 
     def change(model: Any) -> None:
         hidden = [i for i, m in enumerate(model.main) if isinstance(m, nn.ReLU | nn.LeakyReLU)]
@@ -49,7 +49,7 @@ def replace(index: int, make: Callable[[Any], nn.Module]) -> Callable[[Any], Non
 
 
 def half_frozen(model: Any) -> None:
-    """The first norm does the opposite of the network's mode, as when some layers are fine-tuned."""
+    """Give the first norm the opposite of the network's mode, as when only some layers are fine-tuned."""
     _, norm = norms(model)[0]
     norm.train(not norm.training)
 
@@ -74,13 +74,13 @@ def weight_norm(model: Any) -> None:
 
 
 def dilated(conv: Any) -> nn.Module:
-    # Kernel 2 with dilation 3 reaches as far as kernel 4.
+    # Kernel 2 with dilation 3 has the extent of kernel 4.
     return type(conv)(
         conv.in_channels, conv.out_channels, 2, conv.stride, conv.padding, dilation=3, bias=False
     )
 
 
-def inner(model: Any) -> nn.Module:
+def inner_convolution(model: Any) -> nn.Module:
     return model.main[3 if isinstance(model, models.Generator) else 2]
 
 
@@ -96,7 +96,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "track_running_stats turned off": set_on_norms(track_running_stats=False),
     "no statistics": replace_norms(lambda c: nn.BatchNorm2d(c, track_running_stats=False)),
     "no affine": replace_norms(lambda c: nn.BatchNorm2d(c, affine=False)),
-    "nothing but normalisation": replace_norms(
+    "no affine, no statistics": replace_norms(
         lambda c: nn.BatchNorm2d(c, affine=False, track_running_stats=False)
     ),
     "GroupNorm": replace_norms(lambda c: nn.GroupNorm(1, c)),
@@ -108,7 +108,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "negative slope": replace_activations(nn.LeakyReLU(-0.5)),
     "mixed slopes": replace_activations(nn.LeakyReLU(0.3), nn.LeakyReLU(0.05)),
     "mixed activations": replace_activations(nn.Tanh(), nn.LeakyReLU(0.4), nn.Sigmoid()),
-    "activations unknown to the ops": replace_activations(nn.ELU(), nn.GELU()),
+    "unsupported activations": replace_activations(nn.ELU(), nn.GELU()),
     "no activations": replace_activations(nn.Identity()),
     "spectral_norm": spectral,
     "old spectral_norm": old_spectral,
@@ -125,7 +125,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @MODES
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_modules(kind: str, training: bool, name: str) -> None:
-    """What the ops cover runs through them, the rest as it is: the answer is the reference's."""
+    """Supported layers run by the ops, the others eagerly; the result is the reference's."""
     model = reference(kind, features=2).train(training)
     CHANGES[name](model)
     model.double()
@@ -138,17 +138,17 @@ def test_changed_modules(kind: str, training: bool, name: str) -> None:
 @NETWORKS
 @MODES
 def test_pruned(kind: str, training: bool) -> None:
-    """A weight that a hook computes before each forward."""
+    """A hook computes the weight before each forward."""
     model = reference(kind).train(training)
     other = drop_in(model)
     for network in (model, other):
-        prune.l1_unstructured(inner(network), "weight", 0.5)
+        prune.l1_unstructured(inner_convolution(network), "weight", 0.5)
     assert_agree(model, other, sample(model))
 
 
 @NETWORKS
 def test_modules_changed_after_conversion(kind: str) -> None:
-    """A layer is looked at when it runs, not once and for all."""
+    """Layers are inspected at every call, not only at conversion."""
     model = reference(kind).eval()
     other = drop_in(model)
     x = sample(model)
@@ -171,7 +171,7 @@ def test_mode_changes(kind: str) -> None:
         assert_agree(model, other, x, steps=1)
 
 
-def test_one_value_per_channel_raises_as_batch_norm_does() -> None:
+def test_one_value_per_channel_raises_batch_norms_error() -> None:
     for training, tracking in ((True, True), (True, False), (False, False)):
         model = reference("G")
         norm = model.main[1]
@@ -196,7 +196,7 @@ def test_one_value_per_channel_raises_as_batch_norm_does() -> None:
 @NETWORKS
 @MODES
 @pytest.mark.parametrize("index", range(-2, 4))
-def test_hooks_fire_with_eagers_values(kind: str, training: bool, index: int) -> None:
+def test_hooks_see_eagers_values(kind: str, training: bool, index: int) -> None:
     model = reference(kind).train(training)
     other = drop_in(model)
     seen: dict[Any, list[Tensor]] = {model: [], other: []}
@@ -217,7 +217,7 @@ def test_backward_and_pre_hooks_fire(kind: str) -> None:
     model = reference(kind)
     for module in model.main:
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
-            module.inplace = False  # full backward hooks do not go with in-place modules
+            module.inplace = False  # full backward hooks do not support in-place modules
     other = drop_in(model)
     fired: list[int] = []
     for network in (model, other):
@@ -229,7 +229,7 @@ def test_backward_and_pre_hooks_fire(kind: str) -> None:
 
 
 @NETWORKS
-def test_a_hook_removed(kind: str) -> None:
+def test_removing_a_hook_restores_the_op(kind: str) -> None:
     other = drop_in(reference(kind))
     x = sample(other)
     handle = other.main[0].register_forward_hook(lambda m, args, y: None)

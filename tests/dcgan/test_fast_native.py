@@ -1,4 +1,4 @@
-"""The drop-ins in eval on a CPU run natively: their accuracy, what explain says, and what stays eager."""
+"""The drop-ins run by the native engine in eval mode on a CPU: accuracy, explain, and what stays eager."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tolerance import relative, unit
 from torch import Tensor, nn
 
 from dcgan import fast, models
-from dcgan.kernels import ops, weights
+from dcgan.kernels import ops, weight_cache
 
 pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
@@ -40,7 +40,7 @@ def network(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
 @pytest.mark.parametrize("image_size", [32, 64, 128])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_whole_network(kind: str, channels: int, image_size: int, batch: int) -> None:
-    """By the algorithms that are chosen, in memory that starts as NaN; eager's strides."""
+    """The selected algorithms are accurate in NaN-initialized memory; strides match eager."""
     model = network(kind, channels=channels, image_size=image_size, features=3)
     x = sample(model, batch)
     with native.fresh_memory_is_nan():
@@ -53,7 +53,7 @@ def test_a_whole_network(kind: str, channels: int, image_size: int, batch: int) 
 
 @pytest.mark.parametrize("algorithm", native.SPATIAL[:3])
 def test_the_default_generator(algorithm: str) -> None:
-    """1024 channels and less, by each algorithm: the longest sums there are."""
+    """Up to 1024 channels, by each algorithm: the longest sums of the default sizes."""
     model = drop_in(models.Generator(100, 3, 64, 64)).eval()
     model.apply(models.weights_init)
     z = torch.randn(1, 100)
@@ -65,7 +65,7 @@ def test_the_default_generator(algorithm: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_16_bit_network(kind: str, dtype: torch.dtype, channels: int) -> None:
-    """Of its own rounded values: natively the result alone is rounded again; eager rounds every layer."""
+    """With 16-bit weights and inputs, the native engine rounds only the result; eager rounds every layer."""
     model = network(kind, dtype, channels=channels)
     x = sample(model)
     assert engines(model, x) == NATIVE
@@ -81,7 +81,7 @@ def test_a_16_bit_network(kind: str, dtype: torch.dtype, channels: int) -> None:
 @NETWORKS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(kind: str, dtype: torch.dtype) -> None:
-    """Weights and input are rounded, which is more than the result's own rounding."""
+    """Autocast rounds weights and input, which the expected result includes."""
     model = network(kind)
     x = sample(model)
     rounded = copy.deepcopy(model)
@@ -98,7 +98,7 @@ def test_under_autocast(kind: str, dtype: torch.dtype) -> None:
 
 
 @NETWORKS
-def test_images_and_latents_of_any_strides(kind: str) -> None:
+def test_inputs_with_any_strides(kind: str) -> None:
     model = network(kind)
     x = sample(model)
     views: list[Tensor] = [
@@ -117,7 +117,7 @@ def test_images_and_latents_of_any_strides(kind: str) -> None:
 
 
 @NETWORKS
-def test_the_model_in_either_memory_format(kind: str) -> None:
+def test_a_channels_last_model(kind: str) -> None:
     model = network(kind).to(memory_format=torch.channels_last)
     x = sample(model)
     assert relative(model(x), eager64(model, x)) <= NETWORK
@@ -125,14 +125,14 @@ def test_the_model_in_either_memory_format(kind: str) -> None:
     assert model(x).stride() == eager(model, x).stride()
 
 
-def test_more_latents_than_the_library_takes() -> None:
-    """A network larger than the native engine's limits runs all the same."""
+def test_a_latent_dim_beyond_the_native_limit() -> None:
+    """A network larger than the native engine's limits still runs."""
     model = drop_in(models.Generator(70_000, 1, 1, 32)).eval()
     z = torch.randn(1, 70_000)
     assert relative(model(z), eager64(model, z)) <= NETWORK
 
 
-# --- explain, and who runs what ----------------------------------------------------------------------------
+# --- explain and engine selection --------------------------------------------------------------------------
 
 
 @NETWORKS
@@ -152,7 +152,7 @@ def test_explain_in_training(kind: str) -> None:
     model = network(kind).train()
     rows = fast.explain(model, sample(model))
     if kind == "D":
-        rows.pop(0)  # no BatchNorm, no prologue: native where its batch outweighs packing for one call
+        rows.pop(0)  # its engine depends on whether the batch pays for packing in one call
     assert {row.engine for row in rows} == {"native"}
 
 
@@ -160,7 +160,7 @@ def test_explain_in_training(kind: str) -> None:
 def test_explain_in_float64(kind: str) -> None:
     model = network(kind, torch.float64)
     rows = fast.explain(model, sample(model))
-    assert {row[2:] for row in rows} == {("eager", "native: the kernels have no float64")}
+    assert {row[2:] for row in rows} == {("eager", "native: the kernels do not support float64")}
 
 
 def five_by_five(model: Any) -> None:
@@ -179,7 +179,7 @@ def not_square(model: Any) -> None:
 
 
 def four_by_four_unpadded(model: Any) -> None:
-    """A 3×3 map to 4×4 by stride 1 and no padding: of the right size, but by another geometry."""
+    """Map 3×3 to 4×4 with stride 1 and no padding: the right size, but an unsupported geometry."""
     old = model.main[0]
     model.main[0] = nn.ConvTranspose2d(old.in_channels, old.out_channels, 2, 1, 0, bias=False)
     after = model.main[3]
@@ -187,18 +187,18 @@ def four_by_four_unpadded(model: Any) -> None:
 
 
 NO_KERNELS = "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
-CALLED = "eager", "no engine has kernels for its kernel size, stride and padding"
-# The network, the change, what runs the layer, and why the native engine would not.
+EAGER = "eager", "no engine has kernels for this kernel size, stride and padding"
+# Network, change, the engine that runs the layer and its reason, and the native engine's reason.
 OTHERS: dict[str, tuple[str, Callable[[Any], None], tuple[str, str], str]] = {
-    "3×3": ("D", three_by_three, CALLED, NO_KERNELS),
-    "4×3": ("D", not_square, CALLED, "the kernel is not square"),
+    "3×3": ("D", three_by_three, EAGER, NO_KERNELS),
+    "4×3": ("D", not_square, EAGER, "the kernel is not square"),
     "padding 0": ("G", four_by_four_unpadded, ("reference", f"native: {NO_KERNELS}"), NO_KERNELS),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_layer_of_another_geometry(name: str) -> None:
-    """Is left to PyTorch, and says why; the others remain native."""
+def test_an_unsupported_geometry(name: str) -> None:
+    """The layer is left to another engine, which explain reports; the other layers remain native."""
     kind, change, instead, reason = OTHERS[name]
     model = network(kind)
     change(model)
@@ -206,33 +206,33 @@ def test_a_layer_of_another_geometry(name: str) -> None:
     rows = fast.explain(model, x)
     odd = {row[2:] for row in rows if row.engine != "native"}
     assert instead in odd
-    assert odd <= {instead, ("eager", "LeakyReLU does not follow a convolution that the ops express")}
+    assert odd <= {instead, ("eager", "LeakyReLU does not follow a convolution that the fused ops support")}
     assert sum(row.engine == "native" for row in rows) == 3
     assert relative(model(x), eager64(model, x)) <= NETWORK
     with (
         ops.use_engine("native"),
-        pytest.raises(RuntimeError, match=f"engine 'native' was asked for, but does not cover .*: {reason}"),
+        pytest.raises(RuntimeError, match=f"engine 'native' is forced, but does not cover .*: {reason}"),
     ):
         model(x)
 
 
-def test_a_layer_with_an_output_padding_is_eager() -> None:
+def test_a_layer_with_output_padding_is_eager() -> None:
     model = network("G")
     five_by_five(model)
     z = sample(model)
     rows = {row.modules: row for row in fast.explain(model, z)}
-    assert rows["3"].reason == "the transposed convolution has an output padding"
+    assert rows["3"].reason == "the transposed convolution has output padding"
     assert relative(model(z), eager64(model, z)) <= NETWORK
 
 
 @NETWORKS
-def test_weights_that_are_not_kept(kind: str) -> None:
-    """A single op of a few products is left to the reference, unless the native engine is forced."""
+def test_uncached_weights(kind: str) -> None:
+    """A small op is left to the reference, unless the weights are cached or the native engine is forced."""
     model = network(kind)
     op = ops.conv_transpose2d_fused if kind == "G" else ops.conv2d_fused
     conv = model.main[3 if kind == "G" else 2]
     x = torch.randn(1, conv.in_channels, 4, 4)
-    weights.thaw(model)
+    weight_cache.thaw(model)
     with ops.recording() as choices:
         op(x, conv.weight)
         model.eval()  # freezes them
@@ -240,13 +240,11 @@ def test_weights_that_are_not_kept(kind: str) -> None:
         with ops.use_engine("native"):
             op(x, conv.weight.clone())
     assert [c.engine for c in choices] == ["reference", "native", "native"]
-    assert choices[0].reason.startswith(
-        "native: the weights are not kept, and transforming them for one call"
-    )
+    assert choices[0].reason.startswith("native: the weights are not frozen, and packing them for one call")
 
 
-def test_weights_that_are_not_kept_but_much_used() -> None:
-    """A batch whose work outweighs the packing is served natively, kept or not."""
+def test_uncached_weights_with_a_large_batch() -> None:
+    """A batch whose work outweighs packing runs natively even if the weights are not cached."""
     x, weight = torch.randn(64, 64, 16, 16), torch.randn(64, 32, 4, 4)
     with ops.recording() as choices:
         y = ops.conv_transpose2d_fused(x[:1].expand_as(x), weight)[0]
@@ -261,13 +259,13 @@ def test_forced_engines(kind: str) -> None:
     x = sample(model)
     with ops.use_engine("reference"):
         assert engines(model, x) == ["reference"] * 4
-        assert {row.reason for row in fast.explain(model, x)} == {"engine 'reference' was asked for"}
+        assert {row.reason for row in fast.explain(model, x)} == {"engine 'reference' is forced"}
         assert relative(model(x), eager64(model, x)) <= NETWORK
     with ops.use_engine("native"):
         assert engines(model, x) == NATIVE
         assert engines(model.train(), x) == NATIVE
         wrong = model.double()
-        with pytest.raises(RuntimeError, match="engine 'native' was asked for, but does not cover this"):
+        with pytest.raises(RuntimeError, match="engine 'native' is forced, but does not cover this"):
             wrong(sample(wrong))
 
 
@@ -287,18 +285,16 @@ except RuntimeError as error:
 """
     lines = native.in_a_new_process(code, DCGAN_ENGINE="native").stdout.splitlines()
     assert lines[0] == "native"
-    assert lines[1].startswith(
-        "engine 'native' was asked for, but does not cover this conv_transpose2d_fused: "
-    )
-    assert lines[1].endswith("the training kernels have no float64")
+    assert lines[1].startswith("engine 'native' is forced, but does not cover this conv_transpose2d_fused: ")
+    assert lines[1].endswith("the training kernels do not support float64")
 
 
-# --- other ways of running it ------------------------------------------------------------------------------
+# --- other execution modes ---------------------------------------------------------------------------------
 
 
 @NETWORKS
-def test_with_gradients_it_is_the_composition(kind: str) -> None:
-    """In eval with gradients, a folded BatchNorm's too: native layer by layer."""
+def test_eval_mode_with_gradients(kind: str) -> None:
+    """With gradients, also those of a folded BatchNorm, the native engine runs layer by layer."""
     model = network(kind)
     x = sample(model)
     expected = model(x)
@@ -319,8 +315,8 @@ def test_with_gradients_it_is_the_composition(kind: str) -> None:
 
 
 @NETWORKS
-def test_a_network_that_wants_no_gradients(kind: str) -> None:
-    """With gradients on, but nothing to differentiate: a chain through the dispatcher, the same bits."""
+def test_a_network_without_trainable_parameters(kind: str) -> None:
+    """In grad mode with nothing to differentiate, the chain runs through the dispatcher, bitwise equal."""
     model = network(kind).requires_grad_(False)
     x = sample(model)
     expected = model(x)
@@ -336,7 +332,7 @@ def test_a_network_that_wants_no_gradients(kind: str) -> None:
 
 @NETWORKS
 def test_compiled(kind: str) -> None:
-    """One operator in the graph, whole; the compiled network's weights are kept as well."""
+    """The graph has a single operator; the compiled network's weights are cached too."""
     model = network(kind)
     x = sample(model)
     expected = model(x)
@@ -362,7 +358,7 @@ def test_exported(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_traced() -> None:
-    """torch.jit.trace records the network or refuses: what it must not record is an empty tensor."""
+    """torch.jit.trace records the network or raises; it must not record an empty tensor."""
     model = network("G")
     z = sample(model)
     try:
@@ -392,7 +388,7 @@ def test_under_another_default_dtype_and_device(kind: str) -> None:
 
 
 class Wrapped(Tensor):
-    """A tensor without memory of its own, which stands for another: as quantized or sharded weights do."""
+    """A tensor without storage that wraps another, as quantized or sharded weights do."""
 
     inner: Tensor
 
@@ -414,8 +410,8 @@ class Wrapped(Tensor):
 
 @NETWORKS
 @pytest.mark.parametrize("name", ["weight", "gamma", "running_var"])
-def test_a_tensor_without_memory_of_its_own(kind: str, name: str) -> None:
-    """Such a weight, or vector of a norm, has no address to hand over: the reference takes the layer."""
+def test_a_tensor_without_storage(kind: str, name: str) -> None:
+    """Such a weight or norm vector has no address for the native engine: the reference runs the layer."""
     model = network(kind, features=8)
     x = sample(model, 64)
     expected = eager64(model, x)
@@ -429,8 +425,8 @@ def test_a_tensor_without_memory_of_its_own(kind: str, name: str) -> None:
         assert relative(model(x), expected) <= NETWORK
 
 
-def test_two_norms_of_one_network_with_odd_settings() -> None:
-    """No affine map, another eps, no variance: the formula of nn.BatchNorm2d, all the same."""
+def test_norms_with_unusual_settings() -> None:
+    """nn.BatchNorm2d's formula holds without an affine map, with another eps and with zero variance."""
     model = network("G")
     (_, first), (i, second), *_ = norms(model)
     first.eps = 0.3
@@ -443,7 +439,7 @@ def test_two_norms_of_one_network_with_odd_settings() -> None:
 
 
 @NETWORKS
-def test_nan_and_infinity_come_out_where_eagers_do(kind: str) -> None:
+def test_nan_and_infinity_propagate_as_in_eager(kind: str) -> None:
     model = network(kind)
     x = sample(model, 6)
     expected = model(x)

@@ -1,4 +1,4 @@
-"""Packed weights follow every change of a network in eval, do not grow with calls, and go with it."""
+"""Packed weights follow every change of a network in eval mode, do not accumulate, and are freed with it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from networks import drop_in, norms, randomise, reference, results, sample
 from tolerance import relative
 from torch import Tensor, nn
 
-from dcgan import fast, models
-from dcgan.kernels import chain, weights
+from dcgan import fast, layers, models
+from dcgan.kernels import chain, weight_cache
 
 pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 
 
 @pytest.fixture(autouse=True)
-def _a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_entries", {})
-    monkeypatch.setattr(fast, "_chains", weakref.WeakKeyDictionary())
+def _empty_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_cache, "_entries", {})
+    monkeypatch.setattr(layers, "_chains", weakref.WeakKeyDictionary())
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def network(kind: str) -> Any:
     return drop_in(reference(kind, dtype=torch.float32)).eval()
 
 
-def assert_right(model: Any, x: Tensor) -> Tensor:
-    """The next result is the eager network's in float64, and so is the one after, which keeps what it can."""
+def assert_accurate(model: Any, x: Tensor) -> Tensor:
+    """Check the next two results against eager float64; the second one uses the caches."""
     exact = eager64(model, x)
     for _ in range(2):
         y = model(x)
@@ -48,13 +48,13 @@ def assert_right(model: Any, x: Tensor) -> Tensor:
     return y
 
 
-# --- every way a network changes ---------------------------------------------------------------------------
+# --- all kinds of changes ----------------------------------------------------------------------------------
 
 
 def step(
     make: Callable[[Any], torch.optim.Optimizer], which: type[nn.Module] = nn.Module
 ) -> Callable[[Any], None]:
-    """A step on the parameters of the modules of that kind."""
+    """Return a change that steps an optimizer on the parameters of the ``which`` modules."""
 
     def change(model: Any) -> None:
         chosen = [p for m in model.main if isinstance(m, which) for p in m.parameters()]
@@ -74,7 +74,7 @@ def training_step(model: Any) -> None:
 
 @torch.enable_grad()
 def step_in_eval(model: Any) -> None:
-    """Never in training: the norms stand still, the weights do not."""
+    """Step without ever entering training mode: the running statistics stay, the weights change."""
     results(model, sample(model))
     torch.optim.SGD(model.parameters(), lr=1e-3, fused=True).step()
 
@@ -103,8 +103,8 @@ def each(edit: Callable[[nn.Parameter], Any]) -> Callable[[Any], None]:
     return change
 
 
-def initialise(model: Any) -> None:
-    """weights_init edits ``.data``, which changes no version."""
+def initialize(model: Any) -> None:
+    """weights_init edits ``.data``, which does not advance the version counter."""
     model.apply(models.weights_init)
     with torch.no_grad():
         for m in model.main:
@@ -123,14 +123,14 @@ def replace_layer(model: Any) -> None:
     model.main[0] = type(old)(old.in_channels, old.out_channels, 4, old.stride, old.padding, bias=False)
 
 
-def there_and_back(model: Any) -> None:
+def to_float64_and_back(model: Any) -> None:
     model.to(torch.float64)
     model.main[0].weight.data.neg_()
     model.to(torch.float32)
 
 
 def to_16_bit_and_back(model: Any) -> None:
-    """The weights are rounded by it; a forward between keeps packings of its own."""
+    """Round the weights to bfloat16; the forward in between has separate packed weights."""
     model.to(torch.bfloat16)
     x = sample(model)
     assert relative(model(x), eager64(model, x)) < 2**-8 + NETWORK
@@ -142,7 +142,7 @@ def data_edited(model: Any) -> None:
 
 
 def moving_average(model: Any) -> None:
-    """As every training loop writes it: parameters' data in place, all of them."""
+    """Update all parameters in place through ``.data``, as training loops do."""
     other = copy.deepcopy(model)
     randomise(other)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -154,7 +154,7 @@ def numpy_view(model: Any) -> None:
 
 
 def plain_attribute(model: Any) -> None:
-    """The adapted weight of meta-learning: a tensor in the place of a parameter, exchanged each time."""
+    """Replace parameters by plain tensors, new ones each time, as adapted weights in meta-learning are."""
     for m in model.main:
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
             weight = m.weight.detach() * -1.1
@@ -162,12 +162,12 @@ def plain_attribute(model: Any) -> None:
             m.weight = weight
 
 
-def swapped(model: Any) -> None:
+def swap_weights(model: Any) -> None:
     conv = model.main[0]
     torch.utils.swap_tensors(conv.weight, nn.Parameter(torch.randn_like(conv.weight) / 10))
 
 
-def edited_between_modes(model: Any) -> None:
+def edit_data_in_training(model: Any) -> None:
     model.train()
     for p in model.parameters():
         p.data.mul_(-1.25)
@@ -175,13 +175,13 @@ def edited_between_modes(model: Any) -> None:
 
 
 def other_layout(model: Any) -> None:
-    """The same shape at another address, in other strides, and with other values."""
+    """Assign data of the same shape with another address, strides and values."""
     for m in model.main:
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
             m.weight.data = (-m.weight).contiguous(memory_format=torch.channels_last)
 
 
-def of_norms(edit: Callable[[nn.BatchNorm2d], Any]) -> Callable[[Any], None]:
+def each_norm(edit: Callable[[nn.BatchNorm2d], Any]) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         for _, norm in norms(model):
             edit(norm)
@@ -196,7 +196,7 @@ def running_statistics(model: Any) -> None:
     model.eval()
 
 
-def one_norm_in_training_a_while(model: Any) -> None:
+def one_norm_temporarily_in_training(model: Any) -> None:
     _, norm = norms(model)[0]
     norm.train()
     model(sample(model))
@@ -204,10 +204,10 @@ def one_norm_in_training_a_while(model: Any) -> None:
 
 
 def smaller_first_map(model: Any) -> None:
-    """The Generator's first layer gives 2×2 and not 4×4, the Discriminator's last too: still native."""
+    """The Generator's first layer returns 2×2 instead of 4×4, as the Discriminator's last: still native."""
     conv = model.main[0] if isinstance(model, models.Generator) else model.main[-2]
-    other = conv.stride == (1, 1)
-    conv.stride, conv.padding = ((2, 2), (1, 1)) if other else ((1, 1), (0, 0))
+    unpadded = conv.stride == (1, 1)
+    conv.stride, conv.padding = ((2, 2), (1, 1)) if unpadded else ((1, 1), (0, 0))
 
 
 def other_slope(model: Any) -> None:
@@ -259,47 +259,47 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "load_state_dict assign": load_assigning,
     "copy_": each(lambda p: p.copy_(torch.randn_like(p) / 10)),
     "data =": each(lambda p: setattr(p, "data", torch.randn_like(p) / 10)),
-    "weights_init, refresh": initialise,
+    "weights_init, refresh": initialize,
     "parameter replaced": replace_parameter,
     "layer replaced": replace_layer,
-    "to float64, edited, and back": there_and_back,
+    "to float64, edited, and back": to_float64_and_back,
     "to bfloat16 and back": to_16_bit_and_back,
     "data edited": data_edited,
     "moving average": moving_average,
     "numpy view": numpy_view,
     "plain attribute": plain_attribute,
-    "swap_tensors": swapped,
-    "data edited in training": edited_between_modes,
+    "swap_tensors": swap_weights,
+    "data edited in training": edit_data_in_training,
     "data = in other strides": other_layout,
-    "running statistics in place": of_norms(lambda n: (n.running_mean.add_(0.5), n.running_var.mul_(2))),
-    "running statistics' data in place": of_norms(
+    "running statistics in place": each_norm(lambda n: (n.running_mean.add_(0.5), n.running_var.mul_(2))),
+    "running statistics' data in place": each_norm(
         lambda n: (n.running_mean.data.add_(0.5), n.running_var.data.mul_(2))
     ),
-    "running statistics' data =": of_norms(
+    "running statistics' data =": each_norm(
         lambda n: (
             setattr(n.running_mean, "data", n.running_mean + 0.5),
             setattr(n.running_var, "data", n.running_var * 2),
         )
     ),
-    "running statistics replaced": of_norms(lambda n: setattr(n, "running_var", n.running_var * 3)),
-    "running statistics of a forward": running_statistics,
-    "one norm in training a while": one_norm_in_training_a_while,
-    "reset_running_stats": of_norms(lambda n: (n.running_mean.add_(1), n.reset_running_stats())),
-    "gamma and beta in place": of_norms(lambda n: (n.weight.mul_(-2), n.bias.add_(1))),
-    "gamma and beta's data in place": of_norms(lambda n: (n.weight.data.mul_(-2), n.bias.data.add_(1))),
-    "gamma replaced": of_norms(lambda n: setattr(n, "weight", nn.Parameter(torch.randn_like(n.weight)))),
-    "no affine map any more": of_norms(lambda n: (setattr(n, "weight", None), setattr(n, "bias", None))),
-    "eps": of_norms(lambda n: setattr(n, "eps", n.eps + 0.5)),
+    "running statistics replaced": each_norm(lambda n: setattr(n, "running_var", n.running_var * 3)),
+    "running statistics updated by a forward": running_statistics,
+    "one norm temporarily in training": one_norm_temporarily_in_training,
+    "reset_running_stats": each_norm(lambda n: (n.running_mean.add_(1), n.reset_running_stats())),
+    "gamma and beta in place": each_norm(lambda n: (n.weight.mul_(-2), n.bias.add_(1))),
+    "gamma and beta's data in place": each_norm(lambda n: (n.weight.data.mul_(-2), n.bias.data.add_(1))),
+    "gamma replaced": each_norm(lambda n: setattr(n, "weight", nn.Parameter(torch.randn_like(n.weight)))),
+    "affine map removed": each_norm(lambda n: (setattr(n, "weight", None), setattr(n, "bias", None))),
+    "eps": each_norm(lambda n: setattr(n, "eps", n.eps + 0.5)),
     "stride and padding": smaller_first_map,
     "another activation": other_activation,
-    "a hook": hooked,
-    "a norm removed": norm_removed,
+    "hook added": hooked,
+    "norm removed": norm_removed,
     "parametrized": parametrized,
 }
-ONCE = {
+NOT_REPEATABLE = {
     "reset_running_stats",
-    "no affine map any more",
-    "a norm removed",
+    "affine map removed",
+    "norm removed",
     "another activation",
     "to bfloat16 and back",
 }
@@ -308,58 +308,58 @@ ONCE = {
 @NETWORKS
 @pytest.mark.parametrize("name", CHANGES)
 def test_never_stale(kind: str, name: str) -> None:
-    """The very next result is the changed network's, for batches of two sizes, each with its own plan."""
+    """The very next result is the changed network's, for two batch sizes, each with its own plan."""
     model = network(kind)
     batches = [sample(model, n) for n in (1, 6)]
     assert engines(model, batches[0]) == ["native"] * 4
-    for _ in range(1 if name in ONCE else 3):
-        previous = [assert_right(model, x) for x in batches]
+    for _ in range(1 if name in NOT_REPEATABLE else 3):
+        previous = [assert_accurate(model, x) for x in batches]
         CHANGES[name](model)
         for x, before in zip(batches, previous, strict=True):
-            y = assert_right(model, x)
+            y = assert_accurate(model, x)
             assert y.shape != before.shape or not torch.equal(y, before)
 
 
-def test_a_slope_changed() -> None:
+def test_never_stale_after_a_slope_change() -> None:
     model = network("D")
     x = sample(model)
     for _ in range(3):
-        before = assert_right(model, x)
+        before = assert_accurate(model, x)
         other_slope(model)
-        assert not torch.equal(assert_right(model, x), before)
+        assert not torch.equal(assert_accurate(model, x), before)
 
 
 @NETWORKS
-def test_an_edit_of_one_weight_makes_all_of_them_anew(kind: str) -> None:
-    """Samples may miss a part of what is being edited: no layer is to be of another time than the rest."""
+def test_an_edit_of_one_weight_repacks_all(kind: str) -> None:
+    """Samples may miss some of several edits, so all layers are repacked together to stay consistent."""
     model = network(kind)
     x = sample(model)
     model(x)
-    made = [t for entry in weights._entries.values() for t in entry.derived.values()]
+    packed = [t for entry in weight_cache._entries.values() for t in entry.derived.values()]
     model.main[0].weight.data.neg_()
-    assert_right(model, x)
-    anew = [t for entry in weights._entries.values() for t in entry.derived.values()]
-    assert len(anew) == len(made) == 4
-    assert not any(new is old for new in anew for old in made)
+    assert_accurate(model, x)
+    repacked = [t for entry in weight_cache._entries.values() for t in entry.derived.values()]
+    assert len(repacked) == len(packed) == 4
+    assert not any(new is old for new in repacked for old in packed)
 
 
 @NETWORKS
 @pytest.mark.parametrize("batch", [1, 6])
 def test_a_moving_average_step_by_step(kind: str, batch: int) -> None:
-    """Of steps that change each weight by a few roundings of float32: every one of them is seen."""
+    """Every step is noticed although it changes each weight by only a few float32 roundings."""
     model = network(kind)
     x = sample(model, batch)
     with torch.no_grad():
         for _ in range(20):
             for p in model.parameters():
                 p.data.mul_(1 - 1e-6).add_(torch.randn_like(p) * 1e-8)
-            seen = model(x)
+            y = model(x)
             model.refresh()
-            assert torch.equal(seen, model(x))
+            assert torch.equal(y, model(x))
 
 
-def test_few_elements_edited_behind_the_versions_back_need_refresh() -> None:
-    """What samples may miss, as refresh() documents: here one weight of 2 million."""
+def test_edits_of_few_elements_of_data_need_refresh() -> None:
+    """The samples may miss such an edit, as refresh() documents: here one of 2 million elements."""
     model = fast.Generator().eval()
     z = torch.randn(1, 100)
     missed = []
@@ -372,17 +372,17 @@ def test_few_elements_edited_behind_the_versions_back_need_refresh() -> None:
     assert any(missed)
 
 
-def test_written_by_another_process() -> None:
+def test_weights_written_by_another_process() -> None:
     model = network("G").share_memory()
     z = sample(model)
-    before = assert_right(model, z)
+    before = assert_accurate(model, z)
     process = torch.multiprocessing.get_context("spawn").Process(
         target=_negate, args=(model.main[0].weight.data,)
     )
     process.start()
     process.join()
     assert process.exitcode == 0
-    assert not torch.equal(assert_right(model, z), before)
+    assert not torch.equal(assert_accurate(model, z), before)
 
 
 def _negate(weight: Tensor) -> None:
@@ -391,10 +391,10 @@ def _negate(weight: Tensor) -> None:
 
 @NETWORKS
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_a_hook_fires_and_when_removed_the_network_is_whole_again(kind: str, index: int) -> None:
+def test_removing_a_hook_restores_the_chain(kind: str, index: int) -> None:
     model = network(kind)
     x = sample(model)
-    before = assert_right(model, x)
+    before = assert_accurate(model, x)
     seen: list[Tensor] = []
     handle = model.main[index].register_forward_hook(lambda module, args, y: seen.append(y.clone()))
     y = model(x)
@@ -403,46 +403,46 @@ def test_a_hook_fires_and_when_removed_the_network_is_whole_again(kind: str, ind
     row = next(row for row in fast.explain(model, x) if row.modules == str(index))
     assert (row.engine, row.reason) == ("eager", "the module has hooks")
     handle.remove()
-    assert torch.equal(assert_right(model, x), before)
+    assert torch.equal(assert_accurate(model, x), before)
     assert engines(model, x) == ["native"] * 4
 
 
-@pytest.mark.skipif(len(native.ISAS) < 2, reason="one instruction set here")
+@pytest.mark.skipif(len(native.ISAS) < 2, reason="this CPU supports only one instruction set")
 @NETWORKS
 def test_another_instruction_set(kind: str) -> None:
-    """Its packing is another: what was packed for the one before must not be read by it."""
+    """Each instruction set has its own packed layout and must not read that of another."""
     model = network(kind)
     x = sample(model)
     for isa in (*native.ISAS, *native.ISAS):
         with native.instruction_set(isa):
-            assert_right(model, x)
+            assert_accurate(model, x)
 
 
 def test_two_drop_ins_around_one_network() -> None:
     model = reference("G", dtype=torch.float32).eval()
     first, second = fast.convert(model), fast.convert(model)
     z = sample(model)
-    assert torch.equal(assert_right(first, z), assert_right(second, z))
+    assert torch.equal(assert_accurate(first, z), assert_accurate(second, z))
     CHANGES["copy_"](first)
-    assert torch.equal(assert_right(second, z), assert_right(first, z))
+    assert torch.equal(assert_accurate(second, z), assert_accurate(first, z))
     first.main[3].weight.data.neg_()
-    first.refresh()  # which is of the weights, whoever has packed them
-    assert_right(second, z)
+    first.refresh()  # also discards what the other network has packed of the shared weights
+    assert_accurate(second, z)
     first.train()
     CHANGES["Adam fused"](first)
     first.eval()
-    assert_right(second, z)
+    assert_accurate(second, z)
     del first
     gc.collect()
-    assert_right(second, z)
+    assert_accurate(second, z)
 
 
 @NETWORKS
 def test_functional_call_with_other_tensors_and_back(kind: str) -> None:
-    """Tensors that live for one call only: neither their addresses nor their ids are taken for later ones."""
+    """Tensors that live for one call must not be confused with later ones by address or id."""
     model = network(kind)
     x = sample(model)
-    before = assert_right(model, x)
+    before = assert_accurate(model, x)
     for _ in range(6):
         other = copy.deepcopy(model)
         randomise(other)
@@ -456,29 +456,29 @@ def test_functional_call_with_other_tensors_and_back(kind: str) -> None:
 
 
 @NETWORKS
-def test_a_copy_has_its_own(kind: str) -> None:
+def test_a_copy_has_its_own_cache(kind: str) -> None:
     model = network(kind)
     x = sample(model)
-    before = assert_right(model, x)
+    before = assert_accurate(model, x)
     for clone in (copy.deepcopy(model), copy.copy(model)):
-        assert torch.equal(assert_right(clone, x), before)
+        assert torch.equal(assert_accurate(clone, x), before)
     clone = copy.deepcopy(model)
     CHANGES["copy_"](clone)
-    assert_right(clone, x)
-    assert torch.equal(assert_right(model, x), before)
+    assert_accurate(clone, x)
+    assert torch.equal(assert_accurate(model, x), before)
 
 
-# --- how much is kept, and how long ------------------------------------------------------------------------
+# --- cache size and lifetime -------------------------------------------------------------------------------
 
 
 class Packings:
-    """Every packed weight that was made, as long as it lives."""
+    """Weak references to every packed weight."""
 
     def __init__(self) -> None:
-        self.made: list[weakref.ref[Tensor]] = []
+        self.created: list[weakref.ref[Tensor]] = []
 
     def alive(self) -> int:
-        return sum(ref() is not None for ref in self.made)
+        return sum(ref() is not None for ref in self.created)
 
 
 @pytest.fixture
@@ -487,7 +487,7 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Packings:
 
     def watched(*args: Any, **options: Any) -> Tensor:
         packed: Tensor = pack(*args, **options)
-        found.made.append(weakref.ref(packed))
+        found.created.append(weakref.ref(packed))
         return packed
 
     monkeypatch.setattr(native.run, "pack", watched)
@@ -495,35 +495,35 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Packings:
 
 
 @NETWORKS
-def test_not_with_the_number_of_calls(kind: str, packings: Packings) -> None:
-    """Made once, whoever calls."""
+def test_cache_does_not_grow_with_calls(kind: str, packings: Packings) -> None:
+    """Weights are packed once, for calls and explain."""
     model = network(kind)
     x = sample(model)
     for _ in range(20):
         model(x)
         fast.explain(model, x)
-    assert native.packed() == packings.alive() == len(packings.made) == 4
+    assert native.packed() == packings.alive() == len(packings.created) == 4
 
 
 @NETWORKS
-def test_not_with_the_sizes_of_batches(kind: str, packings: Packings) -> None:
-    """A layer has as many packings at most as it has algorithms; plans are thrown away when they are many."""
+def test_cache_does_not_grow_with_batch_sizes(kind: str, packings: Packings) -> None:
+    """A layer has at most one packed weight per algorithm, and the number of plans is bounded."""
     model = network(kind)
     for _ in range(2):
-        for batch in range(1, 2 * chain.Chain._MOST + 3):
-            assert_right(model, sample(model, batch))
-    assert 4 <= native.packed() == packings.alive() == len(packings.made) <= 4 * 3
-    kept = fast._chains[model.main][False][1]
-    assert kept is not None
-    assert len(kept._prepared) <= chain.Chain._MOST
+        for batch in range(1, 2 * chain.Chain._MAX_PREPARED + 3):
+            assert_accurate(model, sample(model, batch))
+    assert 4 <= native.packed() == packings.alive() == len(packings.created) <= 4 * 3
+    cached = layers._chains[model.main][False][1]
+    assert cached is not None
+    assert len(cached._prepared) <= chain.Chain._MAX_PREPARED
 
 
 @NETWORKS
 @pytest.mark.parametrize(
     "name", ["Adam fused", "copy_", "data =", "load_state_dict assign", "parameter replaced"]
 )
-def test_not_with_changes(kind: str, name: str, packings: Packings) -> None:
-    """What was packed of old weights is freed, even for batches of sizes that do not come again."""
+def test_cache_does_not_grow_with_changes(kind: str, name: str, packings: Packings) -> None:
+    """Stale packed weights are freed, even those for batch sizes that do not occur again."""
     model = network(kind)
     for batch in range(1, 7):
         model(sample(model, batch))
@@ -534,8 +534,8 @@ def test_not_with_changes(kind: str, name: str, packings: Packings) -> None:
 
 
 @NETWORKS
-def test_going_to_training_lets_go(kind: str, packings: Packings) -> None:
-    """All of it: the memory is what training needs."""
+def test_train_clears_the_cache(kind: str, packings: Packings) -> None:
+    """Everything is freed, because training needs the memory."""
     model = network(kind)
     for batch in (1, 5, 9):
         model(sample(model, batch))
@@ -550,36 +550,36 @@ def test_freed_with_the_network(kind: str, packings: Packings) -> None:
     for batch in (1, 5, 9):
         model(sample(model, batch))
     assert native.packed() >= 4
-    assert len(fast._chains) == 1
+    assert len(layers._chains) == 1
     gone = weakref.ref(model.main)
     del model
     gc.collect()
     assert gone() is None
-    assert packings.alive() == len(fast._chains) == len(weights._entries) == 0
+    assert packings.alive() == len(layers._chains) == len(weight_cache._entries) == 0
 
 
 class Watcher:
-    """What holds a network and hangs a hook of its own on it, as an extractor of features does."""
+    """Holds a network and registers its own method as a hook on it, as a feature extractor does."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.seen = model, 0
+        self.model, self.calls = model, 0
         model.main[4].register_forward_hook(self.hook)
 
     def hook(self, module: nn.Module, args: Any, y: Tensor) -> None:
-        self.seen += 1
+        self.calls += 1
 
 
 @NETWORKS
 def test_freed_where_a_hook_refers_to_the_network(kind: str) -> None:
-    """A cycle, which the garbage collector sees only if nothing outside holds a part of it."""
+    """The cycle is collected only if no cache holds a strong reference to any part of it."""
     watcher = Watcher(network(kind))
     watcher.model(sample(watcher.model))
-    assert watcher.seen == 1
+    assert watcher.calls == 1
     gone = weakref.ref(watcher.model)
     del watcher
     gc.collect()
     assert gone() is None
-    assert len(fast._chains) == 0
+    assert len(layers._chains) == 0
 
 
 @NETWORKS
@@ -591,38 +591,38 @@ def test_freed_where_a_layer_refers_to_the_network(kind: str) -> None:
     del model
     gc.collect()
     assert gone() is None
-    assert not weights._entries
+    assert not weight_cache._entries
 
 
-def test_many_networks_come_and_go(packings: Packings) -> None:
+def test_many_short_lived_networks(packings: Packings) -> None:
     for i in range(10):
         model = network("GD"[i % 2])
-        assert_right(model, sample(model))
+        assert_accurate(model, sample(model))
     del model
     gc.collect()
-    assert len(packings.made) >= 40
-    assert packings.alive() == len(weights._entries) == 0
+    assert len(packings.created) >= 40
+    assert packings.alive() == len(weight_cache._entries) == 0
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_16_bits_what_is_packed_is_kept_too(autocast: bool, packings: Packings) -> None:
-    """Of a bfloat16 network, and of a float32 one under autocast, whose cast weights are kept as well."""
+def test_16_bit_weights_are_packed_once(autocast: bool, packings: Packings) -> None:
+    """Packed weights are cached for a bfloat16 network, and under autocast, whose casts are cached too."""
     model = network("G") if autocast else network("G").bfloat16()
     z = sample(model)
     for _ in range(5):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             model(z)
-    assert packings.alive() == len(packings.made) == 4
+    assert packings.alive() == len(packings.created) == 4
 
 
-def test_a_call_prepares_nothing_after_the_first() -> None:
-    """Plan, pointers and packed weights are of the first call."""
+def test_only_the_first_call_prepares() -> None:
+    """Later calls reuse the first call's plan, pointers and packed weights."""
     model = network("G")
     z = sample(model)
     model(z)
-    kept = fast._chains[model.main][False][1]
-    assert kept is not None
-    (first,) = kept._prepared.values()
+    cached = layers._chains[model.main][False][1]
+    assert cached is not None
+    (first,) = cached._prepared.values()
     model(z)
-    assert fast._chains[model.main][False][1] is kept
-    assert list(kept._prepared.values()) == [first]
+    assert layers._chains[model.main][False][1] is cached
+    assert list(cached._prepared.values()) == [first]

@@ -1,8 +1,8 @@
-"""What the drop-ins may replace: every way a module's call can mean more than its class, at every place.
+"""Fast networks whose modules do more when called than their class's forward, in every position.
 
-The matrix: a change × the module it is made to × the network × train or eval × how the fast network comes
-to be × what is called. A fast network either gives what the changed reference network gives, its hooks called
-as often, or raises what the reference raises.
+The matrix: change × changed module × network × train or eval × order of change and conversion × method.
+A fast network either returns what the changed reference network returns, with its hooks called as often, or
+raises the same error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dcgan.models import LEAKY_SLOPE
 
 pytestmark = [NEEDED, pytest.mark.usefixtures("one_thread")]
 
-FLOAT32 = 2e-5  # through all layers, of the largest norm, forward and backward
+FLOAT32 = 2e-5  # tolerance through all layers, forward and backward, relative to the largest norm
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +45,11 @@ def _no_global_hooks() -> Iterator[None]:
 
 Calls = list[str]
 Change = Callable[[Any, str, Calls], None]
-"""Changes a network at a place, and lets what it puts there list its calls."""
+"""Changes a network at a named position, and lists the calls of whatever it adds there."""
 
 
-def place(model: Any, where: str) -> nn.Module:
-    """The module that is meant: in G, its first convolution, BatchNorm and so on."""
+def module_at(model: Any, where: str) -> nn.Module:
+    """Return the first convolution, norm or activation, the head, or main."""
     if where == "main":
         return model.main  # type: ignore[no-any-return]
     kinds = {
@@ -62,8 +62,8 @@ def place(model: Any, where: str) -> nn.Module:
     return next(m for m in model.main if isinstance(m, kinds[where]))
 
 
-def put(model: Any, where: str, make: Callable[[nn.Module], nn.Module]) -> None:
-    old = place(model, where)
+def replace_at(model: Any, where: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    old = module_at(model, where)
     if where == "main":
         model.main = make(old)
     else:
@@ -74,51 +74,51 @@ def put(model: Any, where: str, make: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def forward_hook(model: Any, where: str, calls: Calls) -> None:
-    place(model, where).register_forward_hook(lambda m, args, y: calls.append(f"{float(y.norm()):.3e}"))
+    module_at(model, where).register_forward_hook(lambda m, args, y: calls.append(f"{float(y.norm()):.3e}"))
 
 
 def changing_forward_hook(model: Any, where: str, calls: Calls) -> None:
-    place(model, where).register_forward_hook(lambda m, args, y: 0.5 * y)
+    module_at(model, where).register_forward_hook(lambda m, args, y: 0.5 * y)
 
 
 def forward_pre_hook(model: Any, where: str, calls: Calls) -> None:
-    place(model, where).register_forward_pre_hook(lambda m, args: (args[0] * 0.75,))
+    module_at(model, where).register_forward_pre_hook(lambda m, args: (args[0] * 0.75,))
 
 
 def full_backward_hook(model: Any, where: str, calls: Calls) -> None:
     not_in_place(model)
-    place(model, where).register_full_backward_hook(lambda m, g_in, g_out: calls.append("backward"))
+    module_at(model, where).register_full_backward_hook(lambda m, g_in, g_out: calls.append("backward"))
 
 
 def changing_backward_hook(model: Any, where: str, calls: Calls) -> None:
     not_in_place(model)
-    place(model, where).register_full_backward_hook(
+    module_at(model, where).register_full_backward_hook(
         lambda m, g_in, g_out: (2 * g_in[0],) if g_in[0] is not None else None
     )
 
 
 def backward_pre_hook(model: Any, where: str, calls: Calls) -> None:
     not_in_place(model)
-    place(model, where).register_full_backward_pre_hook(lambda m, g_out: (3 * g_out[0],))
+    module_at(model, where).register_full_backward_pre_hook(lambda m, g_out: (3 * g_out[0],))
 
 
 def not_in_place(model: Any) -> None:
-    """Full backward hooks do not go with modules that work in place."""
+    """Full backward hooks do not support in-place modules."""
     for module in model.modules():
         if hasattr(module, "inplace"):
             module.inplace = False
 
 
-# --- another forward ---------------------------------------------------------------------------------------
+# --- replaced forward --------------------------------------------------------------------------------------
 
 
 def forward_on_the_instance(model: Any, where: str, calls: Calls) -> None:
-    module = place(model, where)
-    kept = type(module).forward
+    module = module_at(model, where)
+    original = type(module).forward
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         calls.append("forward")
-        return kept(self, x) * 0.5  # type: ignore[operator, no-any-return]
+        return original(self, x) * 0.5  # type: ignore[operator, no-any-return]
 
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
@@ -133,7 +133,7 @@ def subclass(model: Any, where: str, calls: Calls) -> None:
         old.__class__ = Own
         return old
 
-    put(model, where, make)
+    replace_at(model, where, make)
 
 
 def compiled_in_place(model: Any, where: str, calls: Calls) -> None:
@@ -144,16 +144,16 @@ def compiled_in_place(model: Any, where: str, calls: Calls) -> None:
 
         return run
 
-    place(model, where).compile(backend=backend)
+    module_at(model, where).compile(backend=backend)
 
 
 def compiled(model: Any, where: str, calls: Calls) -> None:
-    put(model, where, lambda old: torch.compile(old, backend="eager"))  # type: ignore[arg-type, return-value]
+    replace_at(model, where, lambda old: torch.compile(old, backend="eager"))  # type: ignore[arg-type, return-value]
 
 
 def checkpointed(model: Any, where: str, calls: Calls) -> None:
     not_in_place(model)  # an input that is computed again must be there still
-    put(model, where, checkpoint_wrapper)
+    replace_at(model, where, checkpoint_wrapper)
 
 
 class Wrapped(nn.Module):
@@ -167,19 +167,19 @@ class Wrapped(nn.Module):
 
 
 def wrapped(model: Any, where: str, calls: Calls) -> None:
-    put(model, where, lambda old: Wrapped(old, calls))
+    replace_at(model, where, lambda old: Wrapped(old, calls))
 
 
 def nested(model: Any, where: str, calls: Calls) -> None:
-    put(model, where, nn.Sequential)
+    replace_at(model, where, nn.Sequential)
 
 
-# --- values ------------------------------------------------------------------------------------------------
+# --- tensors -----------------------------------------------------------------------------------------------
 
 
 def one_activation_for_all(model: Any, where: str, calls: Calls) -> None:
-    """One instance in several places, which ``named_children()`` gives once."""
-    old = place(model, where)
+    """Use one instance in several positions, which ``named_children()`` yields only once."""
+    old = module_at(model, where)
     shared = nn.LeakyReLU(0.3) if where != "head" else old
     for i, module in enumerate(model.main):
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
@@ -187,23 +187,23 @@ def one_activation_for_all(model: Any, where: str, calls: Calls) -> None:
 
 
 def one_norm_twice(model: Any, where: str, calls: Calls) -> None:
-    norm = place(model, "norm")
+    norm = module_at(model, "norm")
     i = next(i for i, m in enumerate(model.main) if m is norm)
     model.main.insert(i + 1, nn.ReLU())
     model.main.insert(i + 2, norm)
 
 
 def plain_attribute(model: Any, where: str, calls: Calls) -> None:
-    """A tensor that is no parameter in the place of one."""
-    module: Any = place(model, where)
+    """Replace a parameter by a plain tensor."""
+    module: Any = module_at(model, where)
     weight = module.weight.detach() * 1.25
     del module.weight
     module.weight = weight
 
 
 def data_edited(model: Any, where: str, calls: Calls) -> None:
-    """Behind the version's back."""
-    module: Any = place(model, where)
+    """Edit ``.data``, which does not advance the version counter."""
+    module: Any = module_at(model, where)
     module.weight.data.mul_(-1.25)
 
 
@@ -214,7 +214,7 @@ def bias(model: Any, where: str, calls: Calls) -> None:
         nn.init.normal_(new.bias)
         return new
 
-    put(model, where, make)
+    replace_at(model, where, make)
 
 
 LAYERS = ["convolution", "norm", "activation", "head"]
@@ -243,7 +243,7 @@ EVERY = [(name, where) for name, (_, places) in CHANGES.items() for where in pla
 
 
 def outcome(network: Any, x: Tensor, method: str) -> dict[str, Any]:
-    """Output, gradients and buffers, or the error; the same names for a network of either kind."""
+    """Return output, gradients and buffers, or the error, under the same names for both kinds of network."""
     x = x.clone().requires_grad_()
     network.zero_grad()
     try:
@@ -268,32 +268,32 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
             assert got is None, name
             continue
         error = float((got.double() - want.double()).norm())
-        # A bias before a BatchNorm has a gradient of zero, but for rounding.
+        # The gradient of a bias before a BatchNorm is zero up to rounding.
         assert error <= FLOAT32 * max(float(want.norm()), 1e-2 * max(gradients, default=0.0)), name
 
 
 def pair(kind: str, name: str, where: str, order: str, training: bool) -> tuple[Any, Any, Calls, Calls]:
-    """The changed reference network, the fast one by ``order``, and what each has called."""
+    """Return the changed reference network, the fast one made in ``order``, and the calls of each."""
     torch.manual_seed(0)
     change, _ = CHANGES[name]
     model = reference(kind, dtype=torch.float32).train(training)
     calls: Calls = []
     plain = copy.deepcopy(model)
-    ours: Calls = []
+    fast_calls: Calls = []
     if order == "converted, changed, called before":
         other, x = fast.convert(model), sample(model)
         with torch.no_grad():
             for network in (other, plain):  # so that running statistics agree
                 network(x)
-        for network, listed in ((plain, calls), (other, ours)):
+        for network, log in ((plain, calls), (other, fast_calls)):
             torch.manual_seed(2)
-            change(network, where, listed)
+            change(network, where, log)
     else:
-        for network, listed in ((plain, calls), (model, ours)):
+        for network, log in ((plain, calls), (model, fast_calls)):
             torch.manual_seed(2)
-            change(network, where, listed)
+            change(network, where, log)
         other = fast.convert(model)
-    return plain, other, calls, ours
+    return plain, other, calls, fast_calls
 
 
 @pytest.mark.parametrize("kind", ["G", "D"])
@@ -301,18 +301,18 @@ def pair(kind: str, name: str, where: str, order: str, training: bool) -> tuple[
 @pytest.mark.parametrize("order", ["changed, converted", "converted, changed, called before"])
 @pytest.mark.parametrize(("name", "where"), EVERY)
 def test_a_change(kind: str, training: bool, order: str, name: str, where: str) -> None:
-    plain, other, calls, ours = pair(kind, name, where, order, training)
-    calls.clear(), ours.clear()
+    plain, other, calls, fast_calls = pair(kind, name, where, order, training)
+    calls.clear(), fast_calls.clear()
     methods = ["forward"] if kind == "G" else ["forward", "logits"]
     for method in methods:
         torch.manual_seed(3)
         x = sample(plain)
         expected, actual = outcome(plain, x, method), outcome(other, x, method)
         assert_same(actual, expected)
-        with torch.no_grad():  # by another path
+        with torch.no_grad():  # takes another path
             expected, actual = (result_only(network, x, method) for network in (plain, other))
         assert_same(actual, expected)
-    assert len(ours) == len(calls)
+    assert len(fast_calls) == len(calls)
 
 
 def result_only(network: Any, x: Tensor, method: str) -> dict[str, Any]:
@@ -350,7 +350,7 @@ def result_only(network: Any, x: Tensor, method: str) -> dict[str, Any]:
     ],
 )
 def test_a_change_under_torch_compile(kind: str, training: bool, name: str, where: str) -> None:
-    """The same predicate is traced; changed after a first compiled call, the graph is not stale."""
+    """The same checks are traced, and a change after the first compiled call is not missed."""
     torch.compiler.reset()
     for order in ("changed, converted", "converted, changed, called before"):
         plain, other, _, _ = pair(kind, name, where, order, training)
@@ -366,7 +366,7 @@ def test_a_change_under_torch_compile(kind: str, training: bool, name: str, wher
                 assert relative(whole(x), plain(x)) < FLOAT32
 
 
-# --- what is set on every module ---------------------------------------------------------------------------
+# --- global changes ----------------------------------------------------------------------------------------
 
 GLOBAL: dict[str, Callable[[Calls], Any]] = {
     "forward hook": lambda calls: nn_module.register_module_forward_hook(
@@ -404,23 +404,23 @@ def test_hooks_on_all_modules(kind: str, training: bool, name: str) -> None:
     assert len(calls) > len(model.main)
     with torch.no_grad():
         before = other.eval()(x)
-        assert relative(before, model.eval()(x)) < FLOAT32  # replaced again
+        assert relative(before, model.eval()(x)) < FLOAT32
     assert fast.explain(other, x)[0].engine == "native"
 
 
 @pytest.mark.parametrize("kind", ["G", "D"])
 @pytest.mark.parametrize("owner", [nn.Module, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Sequential])
-def test_a_class_patched_by_somebody(kind: str, owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tracers and profilers do."""
+def test_a_patched_class(kind: str, owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracers and profilers patch classes like this."""
     model = reference(kind, dtype=torch.float32).eval()
     other = fast.convert(copy.deepcopy(model))
     calls: Calls = []
     method = "__call__" if owner is nn.Module else "forward"
-    kept = getattr(owner, method)
+    original = getattr(owner, method)
 
     def patched(self: nn.Module, *args: Any) -> Any:
         calls.append(type(self).__name__)
-        return kept(self, *args)
+        return original(self, *args)
 
     monkeypatch.setattr(owner, method, patched)
     x = sample(model)
@@ -434,8 +434,8 @@ def test_a_class_patched_by_somebody(kind: str, owner: Any, monkeypatch: pytest.
 # --- conversion --------------------------------------------------------------------------------------------
 
 
-def test_a_compiled_network_is_converted_to_one_that_is_not() -> None:
-    """Its compiled call is bound to the plain network."""
+def test_converting_a_compiled_network_warns() -> None:
+    """The compiled call is bound to the plain network and is dropped."""
     model = reference("G", dtype=torch.float32).eval()
     model.compile(backend="eager")
     with pytest.warns(UserWarning, match="model is compiled, but the fast network around it is not"):
@@ -450,7 +450,7 @@ def test_a_compiled_network_is_converted_to_one_that_is_not() -> None:
 
 
 @pytest.mark.parametrize("kind", ["G", "D"])
-def test_a_replaced_forward_of_the_network_is_not_lost(kind: str) -> None:
+def test_convert_rejects_a_replaced_forward(kind: str) -> None:
     model = reference(kind, dtype=torch.float32)
     model.forward = types.MethodType(lambda self, x: 2 * self.main(x), model)
     with pytest.raises(TypeError, match=r"model\.forward has been replaced .*; convert the network first"):
@@ -463,7 +463,7 @@ def test_a_replaced_forward_of_the_network_is_not_lost(kind: str) -> None:
 
 
 class Foreign(nn.Module):
-    """pytorch/examples' Generator, written down again elsewhere."""
+    """A user's own network with the same layers."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -471,35 +471,38 @@ class Foreign(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["G", "D"])
-def test_conversion_of_a_foreign_network_says_what_works(kind: str) -> None:
+def test_convert_suggests_how_to_load_a_foreign_network(kind: str) -> None:
     model = reference(kind, dtype=torch.float32).eval()
     foreign: Any = Foreign(model)
     with pytest.raises(TypeError, match="its weights fit") as raised:
         fast.convert(foreign)
     line = str(raised.value).rsplit(": ", 1)[1]
     maker, arguments = line.split(").load_state_dict(")
-    made = eval(maker + ")", {"fast": fast})
-    made.load_state_dict(foreign.state_dict())
+    loaded = eval(maker + ")", {"fast": fast})
+    loaded.load_state_dict(foreign.state_dict())
     assert arguments == "model.state_dict())"
     x = sample(model)
     with torch.no_grad():
-        assert relative(made.eval()(x), model(x)) < FLOAT32
+        assert relative(loaded.eval()(x), model(x)) < FLOAT32
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: nn.Linear(2, 2), "other networks have no drop-in"),
-        (lambda: torch.compile(reference("G")), r"convert what it has compiled, model\._orig_mod"),
-        (lambda: type("Mine", (type(reference("D")),), {})(), r"can derive from dcgan\.fast\.Discriminator"),
-        (lambda: "netG.pth", "other networks have no drop-in"),
+        (lambda: nn.Linear(2, 2), "other networks have no fast drop-in"),
+        (lambda: torch.compile(reference("G")), r"convert the network that was compiled, model\._orig_mod"),
+        (
+            lambda: type("Mine", (type(reference("D")),), {})(),
+            r"derive the subclass from dcgan\.fast\.Discriminator",
+        ),
+        (lambda: "netG.pth", "other networks have no fast drop-in"),
     ],
 )
-def test_conversion_of_anything_else_says_so(make: Callable[[], Any], words: str) -> None:
+def test_convert_rejects_anything_else(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(TypeError, match=words):
         fast.convert(make())
 
 
-def test_the_slope_is_the_papers() -> None:
-    """The matrix shares one activation: not by chance the one that is there anyway."""
+def test_the_shared_activation_is_not_the_default() -> None:
+    """one_activation_for_all must change the network."""
     assert LEAKY_SLOPE != 0.3

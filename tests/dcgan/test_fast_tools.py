@@ -1,4 +1,4 @@
-"""The drop-ins under PyTorch's tools: tracing and export by the user's own hand, FLOP counts, inputs."""
+"""The drop-ins under PyTorch's tools: tracing and export by the user, FLOP counts, invalid inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcgan import fast, models
 from dcgan.kernels import chain, coverage, ops
-from dcgan.kernels.cpu import training
+from dcgan.kernels.cpu import products
 
 pytestmark = [NEEDED, pytest.mark.usefixtures("one_thread")]
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
@@ -28,8 +28,8 @@ MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 # --- tracing and export ------------------------------------------------------------------------------------
 
 
-def slopes(model: Any) -> None:
-    """A network that is not the default one."""
+def change_slopes(model: Any) -> None:
+    """Make the network differ from the default one."""
     for i, module in enumerate(model.main):
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
             model.main[i] = nn.LeakyReLU(0.4)
@@ -69,10 +69,10 @@ def to_onnx(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("called_before", [False, True])
 @pytest.mark.parametrize("how", [traced, exported, strictly_exported, to_onnx])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_recorded_as_pytorchs_own_operators(how: Any, kind: str, called_before: bool) -> None:
-    """So that it runs where this package is not: what the reference's would be, and of the user's modules."""
+def test_only_pytorchs_own_operators_are_recorded(how: Any, kind: str, called_before: bool) -> None:
+    """The recorded program runs without this package and includes the user's changes."""
     model = reference(kind, dtype=torch.float32).eval()
-    slopes(model)
+    change_slopes(model)
     other = drop_in(model)
     x = sample(model)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def flops(run: Callable[[], Any]) -> int:
 
 @NETWORKS
 @MODES
-def test_flops_are_the_references(kind: str, training: bool) -> None:
+def test_flops_match_the_reference(kind: str, training: bool) -> None:
     model = reference(kind, dtype=torch.float32).train(training)
     other = drop_in(model)
     x = sample(model)
@@ -117,7 +117,7 @@ CONVOLUTIONS = pytest.mark.parametrize("transposed", [False, True])
 @CONVOLUTIONS
 @pytest.mark.parametrize(("stride", "padding", "kernel"), [(2, 1, 4), (1, 0, 4), (1, 1, 3)])
 def test_flops_of_the_ops(transposed: bool, stride: int, padding: int, kernel: int) -> None:
-    """Of fprop, dgrad and wgrad, beside aten's; with nothing for prologues, epilogues and statistics."""
+    """fprop, dgrad and wgrad count as in aten; prologues, epilogues and statistics count nothing."""
     op = ops.conv_transpose2d_fused if transposed else ops.conv2d_fused
     aten = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
     x = torch.randn(2, 3, 6, 5, requires_grad=True)
@@ -143,7 +143,7 @@ def test_flops_of_the_ops(transposed: bool, stride: int, padding: int, kernel: i
 
 @pytest.mark.parametrize("make", [models, fast])
 @pytest.mark.parametrize("name", ["Generator", "Discriminator", "MLPGenerator", "MLPDiscriminator"])
-def test_an_input_that_is_no_tensor(make: Any, name: str) -> None:
+def test_an_input_that_is_not_a_tensor(make: Any, name: str) -> None:
     if not hasattr(make, name):
         return
     network = getattr(make, name)(image_size=32)
@@ -151,7 +151,9 @@ def test_an_input_that_is_no_tensor(make: Any, name: str) -> None:
     shape = (2, 100) if argument == "z" else (2, 1, 32, 32)
     methods = [network] if argument == "z" else [network, network.logits]
     for method in methods:
-        wanted = rf"{argument} must be a torch.Tensor, got ndarray; torch.from_numpy\({argument}\) makes one"
+        wanted = (
+            rf"{argument} must be a torch.Tensor, got ndarray; convert it with torch.from_numpy\({argument}\)"
+        )
         with pytest.raises(TypeError, match=wanted):
             method(np.zeros(shape, dtype=np.float32))
         with pytest.raises(TypeError, match=f"{argument} must be a torch.Tensor, got list$"):
@@ -164,8 +166,8 @@ def test_an_input_that_is_no_tensor(make: Any, name: str) -> None:
 @NETWORKS
 @MODES
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_bias_everywhere(kind: str, training: bool, momentum: float | None) -> None:
-    """As folding a BatchNorm, or a user's own definition, leaves it; before a BatchNorm it moves its mean."""
+def test_biases_on_all_convolutions(kind: str, training: bool, momentum: float | None) -> None:
+    """Biases may come from a folded BatchNorm; before a BatchNorm a bias shifts the running mean."""
     model = reference(kind, dtype=torch.float32).train(training)
     for i, m in enumerate(model.main):
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
@@ -179,9 +181,9 @@ def test_a_bias_everywhere(kind: str, training: bool, momentum: float | None) ->
     assert [row.engine for row in fast.explain(other, sample(model))] == ["native"] * 4
     for _ in range(2):
         x = sample(model)
-        for network, at in ((other, x), (exact, x.double())):
+        for network, given in ((other, x), (exact, x.double())):
             network.zero_grad()
-            network(at).square().sum().backward()
+            network(given).square().sum().backward()
         with torch.no_grad():
             assert relative(other.eval()(x), exact.eval()(x.double())) < 1e-5
         for network in (other, exact):
@@ -193,27 +195,25 @@ def test_a_bias_everywhere(kind: str, training: bool, momentum: float | None) ->
         assert relative(b.double(), c.double()) < 1e-5, name
 
 
-# --- where PyTorch's modules are faster --------------------------------------------------------------------
+# --- fallback to PyTorch's modules -------------------------------------------------------------------------
 
 
 @NETWORKS
-def test_a_network_with_too_little_to_do_is_left_to_pytorch_in_training(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_a_small_network_is_left_to_pytorch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = reference(kind, dtype=torch.float32)
     other = drop_in(model)
     x = sample(model)
     macs = flops(torch.no_grad()(lambda: copy.deepcopy(model).eval()(x))) // 2
-    for least, engine in ((macs, "native"), (macs + 1, "eager")):
-        monkeypatch.setattr(coverage, "SMALL_MACS", least / torch.get_num_threads())
+    for minimum, engine in ((macs, "native"), (macs + 1, "eager")):
+        monkeypatch.setattr(coverage, "MIN_TRAINING_MACS", minimum / torch.get_num_threads())
         for network in (model, other):
             network.train()
         rows = fast.explain(other, x)
         assert {row.engine for row in rows} == {engine}
         if engine == "eager":
-            assert "million multiply-adds a forward is faster by PyTorch" in rows[0].reason
+            assert "million multiply-adds per forward is faster with PyTorch" in rows[0].reason
             with ops.recording() as choices:
-                assert torch.equal(other(x), model(x))  # the same kernels
+                assert torch.equal(other(x), model(x))  # PyTorch's kernels
                 assert not choices
             with ops.use_engine("native"), ops.recording() as choices:
                 other(x)
@@ -230,7 +230,7 @@ def test_a_network_with_too_little_to_do_is_left_to_pytorch_in_training(
 def test_a_dtype_without_kernels_is_left_to_pytorch(
     kind: str, training: bool, dtype: torch.dtype, autocast: bool
 ) -> None:
-    """The reference's bits, forward and backward; 16-bit inference alone is the engine's."""
+    """Forward and backward equal the reference bitwise; the native engine runs only 16-bit inference."""
     if autocast and dtype == torch.float64:
         return
     model = reference(kind, dtype=torch.float32 if autocast else dtype).train(training)
@@ -259,36 +259,36 @@ def test_large_16_bit_batches_on_amx_are_left_to_pytorch(
 ) -> None:
     monkeypatch.setattr(coverage, "_on_amx", lambda dtype: amx)
     other = drop_in(reference("D", dtype=dtype)).eval()
-    for batch in (coverage.AMX_IMAGES - 1, coverage.AMX_IMAGES):
+    for batch in (coverage.AMX_MIN_IMAGES - 1, coverage.AMX_MIN_IMAGES):
         with torch.no_grad(), ops.recording() as choices:
             other(sample(other, batch))
-        assert bool(choices) == (not amx or batch < coverage.AMX_IMAGES)
+        assert bool(choices) == (not amx or batch < coverage.AMX_MIN_IMAGES)
 
 
 @NETWORKS
-def test_the_inputs_gradient_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a latent vector is searched for: the gradients of weights, not asked for, are not made."""
+def test_only_requested_gradients_are_computed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizing a latent vector, for example, computes no weight gradients."""
     model = reference(kind, dtype=torch.float32).eval()
     other = drop_in(model)
     x = sample(model).requires_grad_()
-    asked: list[tuple[bool, ...]] = []
-    made = training.backward
+    needs: list[tuple[bool, ...]] = []
+    backward = products.backward
 
     def watched(call: Any, *arguments: Any) -> Any:
-        asked.append(tuple(call.needs))
-        return made(call, *arguments)
+        needs.append(tuple(call.needs))
+        return backward(call, *arguments)
 
-    monkeypatch.setattr(training, "backward", watched)
+    monkeypatch.setattr(products, "backward", watched)
     (gradient,) = torch.autograd.grad(other(x).square().sum(), x)
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     assert relative(gradient, expected) < 1e-5
-    assert asked == [(True, False, False, False, False)] * 4
-    asked.clear()
-    weight = other.main[0].weight  # and one parameter alone, a leaf
+    assert needs == [(True, False, False, False, False)] * 4
+    needs.clear()
+    weight = other.main[0].weight  # a single parameter
     gradients = torch.autograd.grad(other(x.detach()).square().sum(), weight)
     exact = torch.autograd.grad(model(x.detach()).square().sum(), model.main[0].weight)
     assert relative(gradients[0], exact[0]) < 1e-5
-    assert [needs[1] for needs in asked] == [False, False, False, True]
-    asked.clear()
+    assert [need[1] for need in needs] == [False, False, False, True]
+    needs.clear()
     other(x).square().sum().backward()
-    assert all(needs[:2] == (True, True) for needs in asked)
+    assert all(need[:2] == (True, True) for need in needs)

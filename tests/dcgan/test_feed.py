@@ -1,4 +1,4 @@
-"""What each step is given."""
+"""The inputs of each step: images and noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def numbered(n: int) -> torch.Tensor:
-    """Images that are told apart by their two pixels."""
+    """Return n images of two pixels that encode their index."""
     indices = torch.arange(n)
     return torch.stack([indices // 256, indices % 256], 1).to(torch.uint8).view(n, 1, 1, 2)
 
@@ -27,7 +27,7 @@ def numbered(n: int) -> torch.Tensor:
     epoch=st.integers(0, 10),
     world=st.integers(1, 4),
 )
-def test_an_epoch_goes_through_the_images_once(n: int, batch: int, seed: int, epoch: int, world: int) -> None:
+def test_an_epoch_uses_every_image_once(n: int, batch: int, seed: int, epoch: int, world: int) -> None:
     batch = batch * world
     if batch > n:
         return
@@ -50,10 +50,10 @@ def test_an_epoch_goes_through_the_images_once(n: int, batch: int, seed: int, ep
     assert keys <= {tuple(row.flatten().tolist()) for row in normalise(pixels)}
 
 
-def test_orders_and_noise_are_functions_of_seed_and_step() -> None:
+def test_order_and_noise_depend_only_on_seed_and_step() -> None:
     pixels = numbered(50)
     a, b, other = (Feed(pixels, 8, seed, 5, CPU) for seed in (1, 1, 2))
-    b.real(3, 1)  # whatever it was asked for before
+    b.real(3, 1)  # earlier calls must not matter
     assert torch.equal(a.real(0, 2), b.real(0, 2))
     assert not torch.equal(a.real(0, 2), a.real(1, 2))
     assert not torch.equal(a.real(0, 2), other.real(0, 2))
@@ -72,12 +72,12 @@ def test_noise_is_normal() -> None:
     assert not torch.equal(normal(0, 1, 0, (8,)), normal(0, 2, 0, (8,)))
 
 
-def test_values_are_the_seeds_transform() -> None:
+def test_values_match_the_reference_transform() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     expected = (pixels.double() / 255 - 0.5) / 0.5
     torch.testing.assert_close(Feed(pixels, 1, 0, 1, CPU).real(0, 0).double(), expected, rtol=0, atol=1e-7)
 
 
-def test_a_batch_larger_than_the_images() -> None:
+def test_a_batch_larger_than_the_dataset() -> None:
     with pytest.raises(InputError, match="batch_size must be at most the number of images, 5, got 6"):
         Feed(numbered(5), 6, 0, 1, CPU)

@@ -1,4 +1,4 @@
-"""TrainStep learns what the seed's loop learns: the criterion of :mod:`bench.learning`, and its own tests."""
+"""TrainStep learns like the reference recipe by :mod:`bench.learning`'s criterion, which is tested too."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ TINY = Settings(features=4, image_size=32, batch=8, lr=4e-3)
 
 
 @pytest.mark.slow
-def test_fast_learns_what_the_reference_learns() -> None:
-    """300 steps on real digits from three seeds; twelve minutes of two idle cores at most."""
+def test_fast_learns_like_the_reference() -> None:
+    """Run 300 steps on real digits from three RNG seeds; takes at most twelve minutes on two idle cores."""
     outcome = command.race(Settings(), log=print)
     out = table.console()
     out.print(command.ends_table(outcome))
     out.print(command.findings_table(outcome))
     failed = [finding for finding in outcome.findings["fast"] if not finding.ok]
     assert not failed
-    for run in outcome.runs["reference"]:  # networks that learn nothing would agree on that
+    for run in outcome.runs["reference"]:  # the test must not pass because neither learns
         last = {name: float(value[-1]) for name, value in run.quantities().items() if value.ndim == 1}
         assert last["std"] == pytest.approx(float(outcome.real["std"]), rel=0.5)
         assert last["diversity"] == pytest.approx(float(outcome.real["diversity"]), rel=0.5)
 
 
-# --- the criterion, on curves made up -----------------------------------------------------------------------
+# --- the criterion, on synthetic curves ---------------------------------------------------------------------
 
 
-def made_up(seed: int, rounding: int = 0, **changes: float) -> Run:
-    """Curves and statistics that wander about levels of the seed's own; ``changes`` are added to them.
+def synthetic_run(seed: int, rounding: int = 0, **changes: float) -> Run:
+    """Return a run whose curves and statistics fluctuate around constant levels, plus ``changes``.
 
-    Another ``rounding`` is another walk, at once and entirely: complete chaos. The start is its own.
+    Different values of ``rounding`` give independent fluctuations, as after complete chaotic divergence. The
+    first steps, ``start``, have independent values too.
     """
     random = torch.Generator().manual_seed(1000 * rounding + seed)
     moments = STEPS // EVERY
@@ -65,23 +66,25 @@ def made_up(seed: int, rounding: int = 0, **changes: float) -> Run:
     }
     start = 1 + 1e-3 * torch.rand(START, 4, generator=random).double()
     start[-1] += changes.get("start", 0)
-    return Run("made up", seed, start, curves.repeat_interleave(WINDOW, 0), found, torch.zeros(1), 0.0)
+    return Run("synthetic", seed, start, curves.repeat_interleave(WINDOW, 0), found, torch.zeros(1), 0.0)
 
 
 def failures(rounding: int = 1, **changes: float) -> list[str]:
-    found = compare([made_up(seed) for seed in range(3)], [made_up(s, rounding, **changes) for s in range(3)])
+    found = compare(
+        [synthetic_run(seed) for seed in range(3)], [synthetic_run(s, rounding, **changes) for s in range(3)]
+    )
     names = [*(f"{name}, start" for name in LOSSES), *Result._fields, "std", "mean image"]
     assert [finding.quantity for finding in found] == names
     return [finding.quantity for finding in found if not finding.ok]
 
 
-def test_the_same_is_no_distance() -> None:
-    runs = [made_up(seed) for seed in range(3)]
+def test_identical_runs_have_distance_zero() -> None:
+    runs = [synthetic_run(seed) for seed in range(3)]
     assert all(finding.ok and finding.distance == 0 for finding in compare(runs, runs))
 
 
-def test_chaos_passes() -> None:
-    """Where a run has nothing in common with the reference of its seed but what it wanders about."""
+def test_chaotic_divergence_passes() -> None:
+    """A run passes if it shares only the levels with the reference run of the same RNG seed."""
     assert [rounding for rounding in range(1, 201) if failures(rounding)] == []
 
 
@@ -97,30 +100,30 @@ def test_chaos_passes() -> None:
         ({"start": float("nan")}, ["loss_d, start", "loss_g, start"]),
     ],
 )
-def test_what_is_off_fails(changes: dict[str, float], wrong: list[str]) -> None:
+def test_a_shifted_quantity_fails(changes: dict[str, float], wrong: list[str]) -> None:
     assert failures(**changes) == wrong
 
 
-def test_one_seed_that_is_off_fails() -> None:
-    references = [made_up(seed) for seed in range(3)]
-    found = compare(references, [*references[:2], made_up(2, loss_d=1.0, start=0.1)])
+def test_one_deviating_seed_fails() -> None:
+    references = [synthetic_run(seed) for seed in range(3)]
+    found = compare(references, [*references[:2], synthetic_run(2, loss_d=1.0, start=0.1)])
     failed = {finding.quantity: finding.seeds for finding in found if not finding.ok}
     assert list(failed) == ["loss_d, start", "loss_g, start", "loss_d"]
     assert failed["loss_d"] == pytest.approx((0, 0, 1))
 
 
 @pytest.mark.parametrize("seeds", [(0, 2), (0,), (1, 0), (0, 1, 2)])
-def test_other_seeds_are_refused(seeds: tuple[int, ...]) -> None:
+def test_mismatched_seeds_are_rejected(seeds: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="of the same two seeds or more, got"):
-        compare([made_up(0), made_up(1)][: len(seeds)], [made_up(seed) for seed in seeds])
+        compare([synthetic_run(0), synthetic_run(1)][: len(seeds)], [synthetic_run(seed) for seed in seeds])
 
 
-# --- and on short runs --------------------------------------------------------------------------------------
+# --- the criterion, on short runs ---------------------------------------------------------------------------
 
 
-def off(way: str, settings: Settings, references: list[Tensor]) -> Tensor:
-    """The largest relative distances of both losses at the start, over two seeds."""
-    starts = [learning.start(way, seed, settings) for seed in range(len(references))]
+def start_distance(variant: str, settings: Settings, references: list[Tensor]) -> Tensor:
+    """Return the maximum relative distance of each loss over the first steps and two RNG seeds."""
+    starts = [learning.start(variant, seed, settings) for seed in range(len(references))]
     distances = [(ours / theirs - 1)[:, :2].abs() for ours, theirs in zip(starts, references, strict=True)]
     return torch.cat(distances).amax(0)
 
@@ -133,26 +136,28 @@ def references() -> Iterator[list[Tensor]]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("way", ["fast", "channels_last"])
-def test_the_ways_start_alike(one_thread: None, references: list[Tensor], way: str) -> None:
-    assert (off(way, TINY, references) < TOLERANCE / 5).all()
+@pytest.mark.parametrize("variant", ["fast", "channels_last"])
+def test_variants_start_alike(one_thread: None, references: list[Tensor], variant: str) -> None:
+    assert (start_distance(variant, TINY, references) < TOLERANCE / 5).all()
 
 
-@pytest.mark.parametrize("way", ["fast", "reference"])
+@pytest.mark.parametrize("variant", ["fast", "reference"])
 @pytest.mark.parametrize("changes", [{"lr": 2 * TINY.lr}, {"real_label": 1.0}, {"batch": 9}])
-def test_other_training_fails(
-    one_thread: None, references: list[Tensor], way: str, changes: dict[str, Any]
+def test_different_training_fails(
+    one_thread: None, references: list[Tensor], variant: str, changes: dict[str, Any]
 ) -> None:
-    """Twice the step size, no label smoothing, other batches."""
-    assert (off(way, replace(TINY, **changes), references) > 2 * TOLERANCE).all()
+    """Twice the learning rate, no label smoothing, and other batches are detected."""
+    assert (start_distance(variant, replace(TINY, **changes), references) > 2 * TOLERANCE).all()
 
 
-def test_a_run_repeats(one_thread: None, references: list[Tensor]) -> None:
+def test_a_run_is_reproducible(one_thread: None, references: list[Tensor]) -> None:
     assert torch.equal(learning.start("reference", 1, TINY), references[1])
     assert not torch.allclose(references[0][0], references[1][0], rtol=1e-3)
 
 
-def test_moments_and_the_last_step(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_taken_at_intervals_and_after_the_last_step(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(learning, "EVERY", 2)
     run = learning.learn("fast", 0, replace(TINY, steps=3, features=2, batch=2))
     assert (run.curves.shape, run.start.shape) == ((3, 4), (START, 4))
@@ -161,7 +166,7 @@ def test_moments_and_the_last_step(one_thread: None, monkeypatch: pytest.MonkeyP
     assert run.samples.shape == (learning.SHOWN, 1, 32, 32)
 
 
-def test_statistics_by_hand() -> None:
+def test_statistics_of_a_hand_computed_example() -> None:
     images = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, -1.0]])
     found = statistics(images)
     assert found["mean image"].tolist() == pytest.approx([1 / 3, 1 / 3])
@@ -171,7 +176,7 @@ def test_statistics_by_hand() -> None:
     assert found["diversity"].item() == pytest.approx((1 + 2 + 5**0.5) / 3 / 2**0.5)
 
 
-def test_what_has_collapsed_has_no_diversity() -> None:
+def test_mode_collapse_has_no_diversity() -> None:
     real = digits(32)[:SAMPLES]
     assert statistics(real[:1].expand_as(real))["diversity"] == 0
     assert statistics(real)["diversity"] > 0.5

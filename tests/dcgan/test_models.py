@@ -1,4 +1,4 @@
-"""The reference networks are the seed's: layers, names, initialisation, shapes, and what they refuse."""
+"""The reference networks: layers, names, initialization, shapes, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dcgan.models import (
 )
 
 
-def seed_generator(latent_dim: int = 100) -> nn.Sequential:
-    """The seed's MNIST generator, layer by layer."""
+def recipe_generator(latent_dim: int = 100) -> nn.Sequential:
+    """The reference recipe's MNIST generator, layer by layer."""
     return nn.Sequential(
         nn.ConvTranspose2d(latent_dim, 512, 4, 1, 0, bias=False),
         nn.BatchNorm2d(512),
@@ -36,8 +36,8 @@ def seed_generator(latent_dim: int = 100) -> nn.Sequential:
     )
 
 
-def seed_discriminator() -> nn.Sequential:
-    """The seed's MNIST discriminator, layer by layer."""
+def recipe_discriminator() -> nn.Sequential:
+    """The reference recipe's MNIST discriminator, layer by layer."""
     return nn.Sequential(
         nn.Conv2d(1, 64, 4, 2, 1, bias=False),
         nn.LeakyReLU(0.2, inplace=True),
@@ -56,17 +56,19 @@ def seed_discriminator() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("model", "seed_main", "batch"),
+    ("model", "recipe", "batch"),
     [
-        (Generator(), seed_generator(), torch.randn(2, 100, 1, 1)),
-        (Discriminator(), seed_discriminator(), torch.rand(2, 1, 64, 64) * 2 - 1),
+        (Generator(), recipe_generator(), torch.randn(2, 100, 1, 1)),
+        (Discriminator(), recipe_discriminator(), torch.rand(2, 1, 64, 64) * 2 - 1),
     ],
     ids=["generator", "discriminator"],
 )
-def test_defaults_are_the_seeds(model: nn.Module, seed_main: nn.Sequential, batch: torch.Tensor) -> None:
-    assert repr(model.main) == repr(seed_main)
-    model.main.load_state_dict(seed_main.state_dict())
-    want = seed_main(batch)
+def test_defaults_match_the_reference_recipe(
+    model: nn.Module, recipe: nn.Sequential, batch: torch.Tensor
+) -> None:
+    assert repr(model.main) == repr(recipe)
+    model.main.load_state_dict(recipe.state_dict())
+    want = recipe(batch)
     if isinstance(model, Discriminator):
         want = want.view(-1, 1).squeeze(1)
     got = model(batch)
@@ -74,7 +76,7 @@ def test_defaults_are_the_seeds(model: nn.Module, seed_main: nn.Sequential, batc
     assert torch.equal(got, want)
 
 
-def test_state_dict_keys_are_the_seeds() -> None:
+def test_state_dict_keys_match_the_reference_recipe() -> None:
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     generator = [
         name
@@ -108,7 +110,7 @@ def test_shapes(size: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("build", [Generator, MLPGenerator])
-def test_both_ranks_of_z_make_the_same_images(build: type[nn.Module]) -> None:
+def test_both_ranks_of_z_give_the_same_images(build: type[nn.Module]) -> None:
     generator = build(latent_dim=5).eval()
     z = torch.randn(4, 5)
     assert torch.equal(generator(z), generator(z[:, :, None, None]))
@@ -116,21 +118,21 @@ def test_both_ranks_of_z_make_the_same_images(build: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("build", [Generator, MLPGenerator])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 5, 1), (4, 5, 2, 2), (4, 1, 5, 1), (5,)])
-def test_other_z_is_refused(build: type[nn.Module], shape: tuple[int, ...]) -> None:
+def test_other_shapes_of_z_are_rejected(build: type[nn.Module], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"z must be \[N, 5\] or \[N, 5, 1, 1\], got \["):
         build(latent_dim=5)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("build", [Discriminator, MLPDiscriminator])
 @pytest.mark.parametrize("shape", [(2, 1, 64, 64), (2, 3, 32, 32), (1, 32, 32), (2, 1, 32, 33)])
-def test_other_images_are_refused(build: type[nn.Module], shape: tuple[int, ...]) -> None:
+def test_other_image_shapes_are_rejected(build: type[nn.Module], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"image must be \[N, 1, 32, 32\], got \["):
         build(channels=1, image_size=32)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("build", [Generator, Discriminator])
 @pytest.mark.parametrize("size", [0, 16, 48, 512, -64, 64.5, "64"])
-def test_other_image_sizes_are_refused(build: type[nn.Module], size: object) -> None:
+def test_other_image_sizes_are_rejected(build: type[nn.Module], size: object) -> None:
     with pytest.raises(ValueError, match=r"image_size must be one of \(32, 64, 128, 256\), got"):
         build(image_size=size)
 
@@ -208,7 +210,7 @@ def test_a_checkpoint_of_other_sizes_changes_nothing(model: nn.Module, other: di
 
 
 @pytest.mark.parametrize("key", ["main.4.weight", "main.4.bias", "main.7.running_mean"])
-def test_a_checkpoint_of_the_same_sizes_that_differs_says_where(key: str) -> None:
+def test_a_mismatch_in_a_checkpoint_of_the_same_sizes_is_named(key: str) -> None:
     model = Generator(features=4)
     checkpoint = model.state_dict()
     checkpoint[key] = torch.zeros(3, *checkpoint[key].shape[1:])
@@ -232,12 +234,12 @@ def test_sizes_are_read_off_a_state_dict(size: int) -> None:
 
 @pytest.mark.parametrize("build", [Generator, Discriminator])
 @pytest.mark.parametrize("state", [{}, {"main.0.weight": torch.zeros(2, 3)}, {0: torch.zeros(1)}])
-def test_sizes_of_something_else_is_an_error(build: type[nn.Module], state: dict) -> None:
+def test_sizes_of_another_state_is_an_error(build: type[nn.Module], state: dict) -> None:
     with pytest.raises(ValueError, match=f"not a {build.__name__}'s state dict"):
         build.sizes_of(state)
 
 
-def test_missing_and_unknown_keys_are_pytorchs_errors() -> None:
+def test_missing_and_unknown_keys_raise_pytorchs_error() -> None:
     model = Discriminator(features=2)
     state = model.state_dict()
     del state["main.0.weight"]

@@ -1,4 +1,4 @@
-"""Networks from every kind of file that holds their weights, and what is refused."""
+"""Loading of networks from every supported kind of file, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL_MLP = Architecture("mlp", latent_dim=6, channels=1, image_size=32)
 
 
 def example_generator(nz: int, ngf: int, nc: int) -> nn.Module:
-    """netG of pytorch/examples, layer by layer; its file's keys begin with main."""
+    """Build netG of pytorch/examples layer by layer; the keys of its state dict begin with main."""
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate([(nz, 8 * ngf), (8 * ngf, 4 * ngf), (4 * ngf, 2 * ngf), (2 * ngf, ngf)]):
         up = nn.ConvTranspose2d(a, b, 4, 2 if i else 1, 1 if i else 0, bias=False)
@@ -84,7 +84,7 @@ def test_files_of_pytorch_examples(saved: Any, zipped: bool, tmp_path: Path) -> 
         torch.testing.assert_close(ours_d(x).double(), d(x.double()).flatten(), rtol=0, atol=1e-5)
 
 
-def test_a_half_precision_file_becomes_float32(tmp_path: Path) -> None:
+def test_a_half_precision_file_is_loaded_as_float32(tmp_path: Path) -> None:
     network = SMALL.generator("reference").half()
     torch.save(network.state_dict(), tmp_path / "g.pth")
     ours = pretrained.generator(tmp_path / "g.pth")
@@ -92,14 +92,14 @@ def test_a_half_precision_file_becomes_float32(tmp_path: Path) -> None:
     assert torch.equal(next(ours.parameters()), next(network.parameters()).float())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     latent_dim=st.integers(1, 9),
     channels=st.integers(1, 4),
     features=st.integers(1, 3),
     image_size=st.sampled_from([32, 64]),
 )
-def test_sizes_are_read_off(
+def test_sizes_are_inferred(
     tmp_path_factory: pytest.TempPathFactory, latent_dim: int, channels: int, features: int, image_size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("sizes")
@@ -174,15 +174,15 @@ def test_best_without_a_score(tmp_path: Path) -> None:
     state = SMALL.generator("reference").state_dict(), SMALL.discriminator("reference").state_dict()
     checkpoint.Folder(tmp_path / "checkpoints").save(checkpoint.Checkpoint(SMALL, *state))
     pretrained.generator(tmp_path)
-    with pytest.raises(CheckpointError, match="is marked best: the run measured no score"):
+    with pytest.raises(CheckpointError, match="has no best checkpoint because the run measured no score"):
         pretrained.generator(tmp_path, which="best")
 
 
-def test_folders_that_are_no_runs(tmp_path: Path) -> None:
+def test_folders_that_are_not_runs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path))} has no checkpoint of a run$"):
         pretrained.generator(tmp_path)
     torch.save({}, tmp_path / "netG_epoch_3.pth")
-    with pytest.raises(CheckpointError, match=r"give one of its files, such as netG_epoch_3\.pth"):
+    with pytest.raises(CheckpointError, match=r"pass one of its files, for example netG_epoch_3\.pth"):
         pretrained.generator(tmp_path)
 
 
@@ -215,7 +215,7 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     ),
     "fully connected": (
         models.MLPGenerator(6, 1, 32).state_dict(),
-        "a fully connected layer's, and the size of its images can't be read off; give the run's checkpoint",
+        "a fully connected layer, from which the image size cannot be inferred; pass the run's checkpoint",
     ),
     "16×16": (
         {f"main.{3 * i}.weight": torch.zeros(2, 2, 4, 4) for i in range(3)},
@@ -225,24 +225,27 @@ FOREIGN: dict[str, tuple[Any, str]] = {
         {f"main.{3 * i}.weight": torch.zeros(2, 2, 4, 4) for i in range(8)},
         "image_size must be one of 32, 64, 128, 256, got 512",
     ),
-    "a key less": (
+    "missing key": (
         {k: v for k, v in generator_state().items() if k != "main.1.bias"},
-        'does not hold a whole Generator: .*Missing key.*"main.1.bias"',
+        'does not hold a complete Generator: .*Missing key.*"main.1.bias"',
     ),
-    "a key more": (
+    "extra key": (
         generator_state(extra=torch.zeros(1)),
-        'does not hold a whole Generator: .*Unexpected.*"extra"',
+        'does not hold a complete Generator: .*Unexpected.*"extra"',
     ),
     "another width": (
         generator_state(**{"main.3.weight": torch.zeros(9, 9, 4, 4)}),
-        "does not hold a whole Generator: .*main.3.weight is",
+        "does not hold a complete Generator: .*main.3.weight is",
     ),
-    "a number for a tensor": (generator_state(**{"main.1.bias": 3}), "does not hold a whole Generator"),
+    "number instead of tensor": (
+        generator_state(**{"main.1.bias": 3}),
+        "does not hold a complete Generator",
+    ),
 }
 
 
 @pytest.mark.parametrize(("content", "message"), FOREIGN.values(), ids=FOREIGN)
-def test_foreign_content(content: Any, message: str, tmp_path: Path) -> None:
+def test_other_content(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "some.pth")
     with pytest.raises(CheckpointError, match=message) as raised:
         pretrained.generator(tmp_path / "some.pth")
@@ -261,7 +264,7 @@ def test_truncated(share: float, zipped: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "state"])
-def test_a_flipped_bit_is_seen(kind: str, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_detected(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "g.pt"
     if kind == "checkpoint":
         write(path)
@@ -275,27 +278,27 @@ def test_a_flipped_bit_is_seen(kind: str, tmp_path: Path) -> None:
 
 
 class Malicious:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, trap: Path) -> None:
+        self.trap = trap
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
+        return os.mkdir, (str(self.trap),)
 
 
 @pytest.mark.parametrize("writer", ["pickle", "zip", "legacy"])
-def test_a_pickle_with_code_is_not_run(writer: str, tmp_path: Path) -> None:
-    path, mark = tmp_path / "g.pth", tmp_path / "mark"
-    content = generator_state(extra=Malicious(mark))
+def test_code_in_a_pickle_is_not_executed(writer: str, tmp_path: Path) -> None:
+    path, trap = tmp_path / "g.pth", tmp_path / "trap"
+    content = generator_state(extra=Malicious(trap))
     if writer == "pickle":
-        path.write_bytes(pickle.dumps(Malicious(mark), protocol=2))
+        path.write_bytes(pickle.dumps(Malicious(trap), protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
     with pytest.raises(CheckpointError, match=re.escape(str(path))):
         pretrained.generator(path)
-    assert not mark.exists()
-    if writer == "pickle":  # the trap itself works
+    assert not trap.exists()
+    if writer == "pickle":  # make sure that the trap itself works
         pickle.loads(path.read_bytes())
-        assert mark.exists()
+        assert trap.exists()
 
 
 def test_a_whole_module_is_not_trusted(tmp_path: Path) -> None:
@@ -309,7 +312,7 @@ def test_missing_and_other_files(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=rf"cannot read .*{name}.*No such file"):
             pretrained.generator(tmp_path / name)
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(CheckpointError, match=r"text\.pth is not a checkpoint that can be loaded"):
+    with pytest.raises(CheckpointError, match=r"text\.pth is not a loadable checkpoint"):
         pretrained.generator(tmp_path / "text.pth")
 
 
@@ -329,7 +332,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         pretrained.read(path, "netG")  # type: ignore[arg-type]
 
 
-def test_safetensors_of_others(tmp_path: Path) -> None:
+def test_safetensors_of_other_programs(tmp_path: Path) -> None:
     state = generator_state()
     save_file(state, tmp_path / "g.safetensors")
     assert same(pretrained.generator(tmp_path / "g.safetensors"), state)

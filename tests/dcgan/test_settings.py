@@ -1,4 +1,4 @@
-"""A run's settings: defaults, files, what is refused."""
+"""The settings of a run: defaults, files and rejected values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcgan.errors import InputError
 from dcgan.training.settings import Settings, read_file, write_file
 
 
-def test_the_defaults_are_the_seeds() -> None:
+def test_defaults_are_those_of_the_reference_recipe() -> None:
     config = Settings().config()
     assert (config.epochs, config.latent_dim, config.lr, config.beta1) == (50, 100, 2e-4, 0.5)
     assert config.real_label == 0.9
@@ -41,13 +41,13 @@ def test_the_defaults_are_the_seeds() -> None:
         ("label_smoothing", 1.0, "[0, 1)"),
         ("ema", 1.0, "[0, 1)"),
         ("clip", 0.0, "positive"),
-        ("classes", "cat", "a list of text"),
+        ("classes", "cat", "a list of strings"),
         ("classes", [], "at least one class"),
         ("keep", 0, "at least 1"),
         ("compile", "yes", "true or false"),
     ],
 )
-def test_a_value_that_is_not_allowed(name: str, value: Any, allowed: str) -> None:
+def test_invalid_values(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(InputError) as error:
         Settings.of({name: value})
     assert name in str(error.value)
@@ -56,8 +56,8 @@ def test_a_value_that_is_not_allowed(name: str, value: Any, allowed: str) -> Non
         assert repr(value) in str(error.value)
 
 
-def test_an_unknown_setting_is_named_and_the_known_listed() -> None:
-    with pytest.raises(InputError, match=r"here: unknown setting 'batchsize'; known are .*batch_size"):
+def test_an_unknown_setting_is_named_and_the_valid_ones_are_listed() -> None:
+    with pytest.raises(InputError, match=r"here: unknown setting 'batchsize'; the settings are .*batch_size"):
         Settings.of({"batchsize": 3}, "here")
 
 
@@ -69,7 +69,7 @@ def test_an_unknown_setting_is_named_and_the_known_listed() -> None:
         ("run.yml", json.dumps({"dataset": "folder", "lr": 1e-4, "batch_size": 32, "classes": ["a", "b"]})),
     ],
 )
-def test_files(name: str, text: str, tmp_path: Path) -> None:
+def test_settings_files(name: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
     expected = Settings(dataset="folder", lr=1e-4, batch_size=32, classes=["a", "b"])
@@ -77,27 +77,27 @@ def test_files(name: str, text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "expected"),
     [
-        ("run.toml", "dataset = ", "no TOML"),
-        ("run.yaml", "a: [", "no YAML"),
-        ("run.yaml", "!!python/object/apply:os.system ['true']", "no YAML"),
+        ("run.toml", "dataset = ", "not valid TOML"),
+        ("run.yaml", "a: [", "not valid YAML"),
+        ("run.yaml", "!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("run.yaml", "- a\n- b\n", "table of settings"),
         ("run.yaml", "1: a\n", "table of settings"),
         ("run.ini", "", ".toml, .yaml or .yml"),
         ("none.toml", None, "cannot read"),
     ],
 )
-def test_files_that_can_not_be_used(name: str, text: str | None, said: str, tmp_path: Path) -> None:
+def test_invalid_settings_files(name: str, text: str | None, expected: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
         read_file(tmp_path / name)
-    assert said in str(error.value)
+    assert expected in str(error.value)
     assert name in str(error.value)
 
 
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing\n")
     assert Settings.of(read_file(tmp_path / "run.yaml")) == Settings()
 
@@ -110,7 +110,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     dataroot=st.text(st.characters(exclude_categories=["Cs"])),
     classes=st.none() | st.lists(st.text(), min_size=1),
 )
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
+def test_written_settings_are_read_back(tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
     settings = Settings.of(values)
     path = tmp_path_factory.mktemp("settings") / "config.yaml"
     write_file(settings, path)
@@ -118,7 +118,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, **val
     assert yaml.safe_load(path.read_text())["seed"] == values["seed"]
 
 
-def test_what_may_change_when_a_run_is_resumed() -> None:
+def test_settings_that_may_change_on_resume() -> None:
     run = Settings(epochs=2)
     assert run.resumed({"epochs": 5, "engine": "reference", "ngf": 64}) == Settings(
         epochs=5, engine="reference"

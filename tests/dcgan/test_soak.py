@@ -1,4 +1,4 @@
-"""2,000 steps of TrainStep: no NaN, no memory that grows. The criterion is :mod:`bench.soak`'s."""
+"""2,000 steps of TrainStep give no NaN and leak no memory, by the criterion of :mod:`bench.soak`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_2000_steps(sizes: tuple[int, ...]) -> None:
     assert not found.problems
 
 
-def test_the_slow_test_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slow_test_runs_the_cases_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "soak", lambda settings, sizes: sizes)
     assert list(soak.runs(SETTINGS)) == [(16,), (16, 1, 7, 32, 5)]
 
@@ -59,7 +59,7 @@ def test_the_criterion(changes: dict[str, Any], problem: str | None) -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A soak of 24 tiny steps, looked at from the 12th."""
+    """Settings of a soak of 24 tiny steps, of which the first 12 are warm-up."""
     monkeypatch.setattr(soak, "WARM", 12)
     monkeypatch.setattr(soak, "LAST", 12)
     threads = torch.get_num_threads()
@@ -77,7 +77,7 @@ def test_a_short_soak(short: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["tensor", "nan", "gradient"])
-def test_a_step_that_goes_wrong_is_found(short: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_faulty_step_is_detected(short: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     kept: list[Tensor] = []
     steps = 0
 

@@ -1,4 +1,4 @@
-"""Closed forms, inequalities for any discriminator, the trained one, and what the command refuses."""
+"""Closed forms, inequalities for any discriminator, training, and the command's usage errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPECS = [
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Nothing here is large enough for a second core, whose waits are long where it has other work."""
+    """Use one thread: nothing here is large enough for two, and waiting for a busy core takes long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +69,7 @@ def specs(draw: st.DrawFn) -> str:
         ("laplace:0.5,0.7", stats.laplace(0.5, 0.7)),
     ],
 )
-def test_densities_are_scipys(spec: str, reference: stats.rv_continuous) -> None:
+def test_densities_match_scipy(spec: str, reference: stats.rv_continuous) -> None:
     x = torch.linspace(-5, 5, 101, dtype=torch.float64)
     density = parse(spec)
     np.testing.assert_allclose(density.log(x), reference.logpdf(x.numpy()), rtol=1e-12)
@@ -99,15 +99,15 @@ def test_equal_densities(spec: str) -> None:
 
 
 def test_disjoint_uniforms() -> None:
-    apart = pair("uniform:0,1", "uniform:2,5")
-    assert apart.jsd() == pytest.approx(math.log(2), abs=1e-12)
-    assert apart.optimal_value() == pytest.approx(0, abs=1e-12)
+    disjoint = pair("uniform:0,1", "uniform:2,5")
+    assert disjoint.jsd() == pytest.approx(math.log(2), abs=1e-12)
+    assert disjoint.optimal_value() == pytest.approx(0, abs=1e-12)
     x = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)
-    assert torch.sigmoid(apart.optimal_logit(x)).tolist() == [1, 0.5, 0]
+    assert torch.sigmoid(disjoint.optimal_logit(x)).tolist() == [1, 0.5, 0]
 
 
 def test_overlapping_uniforms_by_hand() -> None:
-    """p on [0, 2], q on [1, 3]: half of each where D* = ½, half where D* is sure."""
+    """p on [0, 2], q on [1, 3]: half of each lies where D* = ½, half where D* is certain."""
     half = pair("uniform:0,2", "uniform:1,3")
     assert half.jsd() == pytest.approx(math.log(2) / 2, abs=1e-12)
     assert half.optimal_value() == pytest.approx(-math.log(2), abs=1e-12)
@@ -120,7 +120,7 @@ def test_identity(p: str, q: str) -> None:
     assert both.optimal_value() == pytest.approx(both.bound(), abs=1e-9)
 
 
-def test_jsd_is_quadpacks() -> None:
+def test_jsd_matches_quadpack() -> None:
     p, q = stats.norm(-1, 0.5), stats.laplace(0.5, 0.7)
 
     def kl(a: stats.rv_continuous, b: stats.rv_continuous) -> float:
@@ -135,7 +135,7 @@ def test_jsd_is_quadpacks() -> None:
 
 
 @given(specs(), specs())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_jsd_is_between_0_and_log_2_and_symmetric(p: str, q: str) -> None:
     jsd = pair(p, q).jsd()
     assert -1e-12 <= jsd <= math.log(2) + 1e-12
@@ -144,20 +144,20 @@ def test_jsd_is_between_0_and_log_2_and_symmetric(p: str, q: str) -> None:
 
 
 @given(specs(), specs(), st.floats(-20, 20), st.floats(-20, 20), st.floats(0, 30), st.floats(-3, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_discriminator_beats_the_optimal_one(
     p: str, q: str, a: float, b: float, c: float, d: float
 ) -> None:
     both = pair(p, q)
     best = both.optimal_value()
     optimal = both.optimal_logit(both.x)
-    any_one = a + b * both.x + c * torch.sin(both.x * 7)
+    arbitrary = a + b * both.x + c * torch.sin(both.x * 7)
     near = optimal.clamp(-30, 30) + d * torch.cos(both.x * 3)
-    for logit in (any_one, near):
+    for logit in (arbitrary, near):
         assert both.value(logit) <= best + 1e-12
 
 
-def test_a_disturbed_optimum_is_strictly_worse() -> None:
+def test_a_perturbed_optimum_is_strictly_worse() -> None:
     both = pair("normal:0,1", "normal:1,1")
     optimal = both.optimal_logit(both.x)
     assert all(both.value(optimal + s) < both.optimal_value() - 1e-5 for s in (-0.01, 0.01))
@@ -165,7 +165,7 @@ def test_a_disturbed_optimum_is_strictly_worse() -> None:
 
 @pytest.mark.parametrize("distance", [0.0, 0.5, 2.0, 6.0])
 def test_generator_gradients(distance: float) -> None:
-    """The minimax gradient is the derivative of 2·JSD; the two are those of autograd on samples' mean."""
+    """The minimax gradient is the derivative of 2·JSD, and the two gradients sum to the distance."""
     minimax, other = pair("normal:0,1", f"normal:{distance},1").generator_gradients()
     h = 1e-3
     up, down = (pair("normal:0,1", f"normal:{distance + s},1").jsd() for s in (h, -h))
@@ -180,16 +180,16 @@ def test_gradients_need_positive_densities() -> None:
 
 
 def test_sweep_saturates() -> None:
-    apart = theory.sweep(distances=11)
-    assert list(apart.distances) == list(range(11))
-    assert apart.jsd[0] == pytest.approx(0, abs=1e-12)
-    assert all(a < b for a, b in zip(apart.jsd, apart.jsd[1:], strict=False))
-    assert math.log(2) - apart.jsd[-1] < 1e-5
-    assert apart.minimax[-1] < 1e-4 < apart.minimax[4]
-    assert apart.non_saturating[-1] == pytest.approx(10, rel=1e-4)
+    swept = theory.sweep(distances=11)
+    assert list(swept.distances) == list(range(11))
+    assert swept.jsd[0] == pytest.approx(0, abs=1e-12)
+    assert all(a < b for a, b in zip(swept.jsd, swept.jsd[1:], strict=False))
+    assert math.log(2) - swept.jsd[-1] < 1e-5
+    assert swept.minimax[-1] < 1e-4 < swept.minimax[4]
+    assert swept.non_saturating[-1] == pytest.approx(10, rel=1e-4)
 
 
-def test_training_repeats_and_leaves_the_global_generator_alone() -> None:
+def test_training_is_reproducible_and_preserves_the_global_generator() -> None:
     both = pair("normal:0,1", "normal:1,1")
     torch.manual_seed(3)
     state = torch.get_rng_state()
@@ -200,12 +200,12 @@ def test_training_repeats_and_leaves_the_global_generator_alone() -> None:
     assert first.steps == tuple(range(6))
 
 
-def test_training_refuses_no_steps() -> None:
+def test_training_needs_a_step() -> None:
     with pytest.raises(InputError, match="steps must be an integer of at least 1, got 0"):
         theory.train(pair("normal:0,1", "normal:1,1"), 0)
 
 
-def test_a_discriminator_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_discriminator_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theory.Discriminator, "forward", lambda self, x: x.float() * math.nan)
     with pytest.raises(RunError, match="nan after 0 steps"):
         theory.train(pair("normal:0,1", "normal:1,1"), 5)
@@ -216,10 +216,10 @@ def test_a_discriminator_that_is_not_finite_is_an_error(monkeypatch: pytest.Monk
     [
         ("", "a density must be one of normal:MEAN,STD; uniform:LOW,HIGH.*got ''"),
         ("cauchy:0,1", "a density must be one of .*got 'cauchy:0,1'"),
-        ("normal", "the family normal is normal:MEAN,STD, in numbers; got 'normal'"),
-        ("normal:1", "is normal:MEAN,STD, in numbers; got 'normal:1'"),
-        ("normal:1,2,3", "is normal:MEAN,STD, in numbers"),
-        ("normal:a,b", "is normal:MEAN,STD, in numbers; got 'normal:a,b'"),
+        ("normal", "a density of family normal must be normal:MEAN,STD with numeric values, got 'normal'"),
+        ("normal:1", "must be normal:MEAN,STD with numeric values, got 'normal:1'"),
+        ("normal:1,2,3", "must be normal:MEAN,STD with numeric values"),
+        ("normal:a,b", "must be normal:MEAN,STD with numeric values, got 'normal:a,b'"),
         ("normal:0,0", "STD must be from 0.001 to 1000, got 0 in"),
         ("normal:0,-1", "STD must be from 0.001 to 1000, got -1 in"),
         ("normal:nan,1", "MEAN must be from -1000 to 1000, got nan in"),
@@ -231,14 +231,14 @@ def test_a_discriminator_that_is_not_finite_is_an_error(monkeypatch: pytest.Monk
         ("uniform:2,1", "HIGH must exceed LOW"),
         ("uniform:0,inf", "HIGH must be from -1000 to 1000, got inf"),
         ("uniform:-inf,0", "LOW must be from -1000 to 1000, got -inf"),
-        ("mixture:", "the family mixture is mixture:WEIGHT,MEAN,STD"),
-        ("mixture:1,0", "the family mixture is mixture:WEIGHT,MEAN,STD"),
-        ("mixture:1,0,1/", "the family mixture is mixture:WEIGHT,MEAN,STD"),
+        ("mixture:", "family mixture must be mixture:WEIGHT,MEAN,STD"),
+        ("mixture:1,0", "family mixture must be mixture:WEIGHT,MEAN,STD"),
+        ("mixture:1,0,1/", "family mixture must be mixture:WEIGHT,MEAN,STD"),
         ("mixture:0,0,1", "WEIGHT must be from 0.001 to 1000, got 0 in"),
         ("mixture:1,0,1/1,0,0", "STD must be from 0.001 to 1000, got 0 in"),
     ],
 )
-def test_bad_densities(spec: str, message: str) -> None:
+def test_invalid_densities(spec: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(spec)
 
@@ -247,7 +247,7 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, ["theory", *arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
 
 
-def test_command_with_its_defaults_comes_near_the_optimum(tmp_path: Path) -> None:
+def test_command_with_defaults_approaches_the_optimum(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     result = invoke("--out", str(out), "--steps", "300", "--sweep")
     assert result.exit_code == 0, result.output
@@ -266,9 +266,9 @@ def test_command_with_its_defaults_comes_near_the_optimum(tmp_path: Path) -> Non
         assert Image.open(out / name).size[0] == 960
 
 
-def test_a_failed_identity_is_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Pair.jsd
-    monkeypatch.setattr(Pair, "jsd", lambda self: right(self) + 1e-5)
+def test_a_failed_identity_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsd = Pair.jsd
+    monkeypatch.setattr(Pair, "jsd", lambda self: jsd(self) + 1e-5)
     result = invoke("--out", str(tmp_path), "--steps", "5")
     assert result.exit_code == 1
     assert "is not 2·JSD − 2·log 2" in result.output

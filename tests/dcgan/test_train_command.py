@@ -1,4 +1,4 @@
-"""``dcgan train``: what it writes, and what it refuses."""
+"""``dcgan train``: its outputs, and the input that it rejects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["train", *arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
 
 
-def test_what_a_run_writes(tmp_path: Path) -> None:
+def test_outputs_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "a" / "run"
     # --tensorboard given last wins over TINY's.
     result = invoke(*TINY, "--out", str(out), "--sample-interval", "4", "--ema", "0.5", "--tensorboard")
@@ -97,7 +97,7 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
     assert losses == pytest.approx([line["loss_d"] for line in lines[:6]])
 
 
-def test_spellings_of_pytorch_examples(tmp_path: Path) -> None:
+def test_option_names_of_pytorch_examples(tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = invoke(
         *("--dataset", "fake", "--batchSize", "8", "--imageSize", "32", "--nz", "6", "--ngf", "4"),
@@ -113,7 +113,7 @@ def test_spellings_of_pytorch_examples(tmp_path: Path) -> None:
     assert (out / "samples.gif").exists()
 
 
-def test_a_file_and_what_overrides_it(tmp_path: Path) -> None:
+def test_options_override_the_settings_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(
         'dataset = "fake"\nlimit = 44\nbatch_size = 8\nimage_size = 32\nngf = 4\nndf = 4\n'
         "nz = 6\nepochs = 9\ntensorboard = false\nlr = 1e-3\n"
@@ -125,7 +125,7 @@ def test_a_file_and_what_overrides_it(tmp_path: Path) -> None:
     assert (settings.lr, settings.epochs, settings.nz) == (1e-3, 1, 6)
 
 
-def test_resuming_for_more_epochs_is_the_longer_run(tmp_path: Path) -> None:
+def test_resuming_for_more_epochs_equals_the_longer_run(tmp_path: Path) -> None:
     given = [*TINY, "--out"]
     assert invoke(*given, str(tmp_path / "a")).exit_code == 0
     result = invoke("--resume", "--out", str(tmp_path / "a"), "--epochs", "2")
@@ -137,13 +137,13 @@ def test_resuming_for_more_epochs_is_the_longer_run(tmp_path: Path) -> None:
         {**vars(runs.final(tmp_path / "b")), "config": None},
         "",
     )
-    # At its end there is nothing to do, and nothing changes.
+    # Resuming a finished run is a no-op.
     result = invoke("--resume", "--out", str(tmp_path / "a"))
     assert result.exit_code == 0, result.output
     assert "Done after 12 steps" in result.output
 
 
-def test_starting_from_files(tmp_path: Path) -> None:
+def test_initial_weights_from_model_files(tmp_path: Path) -> None:
     torch.manual_seed(3)
     g, d = Generator(6, 1, 4, 32), Discriminator(1, 4, 32)
     torch.save(g.state_dict(), tmp_path / "g.pth")
@@ -168,7 +168,7 @@ def test_starting_from_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         (["--dataset", "imagenet"], ["imagenet", "mnist", "folder", "digits"]),
         (["--image-size", "48"], ["48", "32, 64, 128, 256"]),
@@ -178,7 +178,7 @@ def test_starting_from_files(tmp_path: Path) -> None:
         (["--lr", "nan"], ["lr", "positive", "nan"]),
         (["--model", "vae"], ["vae", "dcgan", "mlp"]),
         (["--model", "mlp", "--engine", "native"], ["mlp", "native", "auto or reference"]),
-        (["--engine", "triton"], ["--engine: engine 'triton' was asked for, but does not cover"]),
+        (["--engine", "triton"], ["--engine: engine 'triton' is forced, but does not cover"]),
         (["--dtype", "tf32"], ["tf32", "GPU"]),
         (["--dtype", "int8"], ["int8", "bfloat16"]),
         (["--device", "tpu"], ["tpu", "cpu", "cuda"]),
@@ -188,15 +188,15 @@ def test_starting_from_files(tmp_path: Path) -> None:
         (["--unknown"], ["--unknown"]),
     ],
 )
-def test_bad_input(given: list[str], said: list[str], tmp_path: Path) -> None:
+def test_bad_input(given: list[str], expected: list[str], tmp_path: Path) -> None:
     result = invoke(*TINY, "--out", str(tmp_path / "run"), *given)
     assert result.exit_code == 2, result.output
-    for words in said:
+    for words in expected:
         assert words in result.output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_folder_of_images_of_all_kinds_one_of_them_unreadable(tmp_path: Path) -> None:
+def test_a_folder_of_images_in_all_modes_with_one_unreadable(tmp_path: Path) -> None:
     root, random = tmp_path / "images", np.random.default_rng(0)
     for i, mode in enumerate(["L", "RGB", "RGBA", "P", "1", "LA"] * 2):
         image = Image.fromarray(random.integers(0, 256, (40, 33, 3), np.uint8)).convert(mode)
@@ -216,10 +216,10 @@ def test_a_folder_of_images_of_all_kinds_one_of_them_unreadable(tmp_path: Path) 
     assert "Training dcgan on 6 images of folder" in result.output
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_folder_without_images(there: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_images(exists: bool, tmp_path: Path) -> None:
     root = tmp_path / "empty"
-    if there:
+    if exists:
         root.mkdir()
         (root / "notes.txt").write_text("no image")
     result = invoke(*TINY, "--dataset=folder", f"--dataroot={root}", "--out", str(tmp_path / "run"))
@@ -234,18 +234,18 @@ def test_cuda_without_a_gpu(tmp_path: Path) -> None:
     assert "PyTorch finds no GPU" in result.output
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert invoke(*TINY, "--dry-run", "--out", str(out)).exit_code == 0
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     result = invoke(*TINY, "--dry-run", "--out", str(out))
     assert result.exit_code == 2
-    assert "holds a run; --resume goes on with it" in result.output
+    assert "already holds a run; add --resume to continue it" in result.output
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         (["--ngf", "8"], "ngf is 4 in the run to be resumed, got 8"),
         (["--model", "mlp"], "model is 'dcgan' in the run to be resumed, got 'mlp'"),
@@ -253,41 +253,41 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
         (["--limit", "20"], "limit is 44"),
     ],
 )
-def test_resuming_as_another_run(given: list[str], said: str, tmp_path: Path) -> None:
+def test_settings_that_cannot_change_on_resume(given: list[str], expected: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert invoke(*TINY, "--dry-run", "--out", str(out)).exit_code == 0
     result = invoke("--resume", "--out", str(out), *given)
     assert result.exit_code == 2
-    assert said in result.output
+    assert expected in result.output
 
 
-def test_resuming_with_another_architectures_checkpoint(tmp_path: Path) -> None:
+def test_resuming_from_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     out, other = tmp_path / "run", tmp_path / "other"
     assert invoke(*TINY, "--dry-run", "--out", str(out)).exit_code == 0
     assert invoke(*TINY, "--dry-run", "--ngf", "8", "--out", str(other)).exit_code == 0
     os.replace(other / "checkpoints" / "step-000000001.pt", out / "checkpoints" / "step-000000001.pt")
     result = invoke("--resume", "--out", str(out))
     assert result.exit_code == 2
-    for words in ("the checkpoint is of", "features_g=8", "features_g=4"):
+    for words in ("the checkpoint has", "features_g=8", "features_g=4"):
         assert words in result.output
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
-def test_an_out_that_cannot_be_a_folder(out: str, tmp_path: Path) -> None:
+def test_out_cannot_be_a_file(out: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = invoke(*TINY, "--out", str(tmp_path / out))
     assert result.exit_code == 2
     assert "--out" in result.output
 
 
-def test_an_out_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root may write anywhere
+def test_out_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root can write anywhere
     result = invoke(*TINY, "--out", str(tmp_path))
     assert result.exit_code == 2
     assert "is not writable" in result.output
 
 
-def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = invoke(*TINY, "--lr", "1e30", "--checkpoint-interval", "1", "--out", str(out))
     assert result.exit_code == 1
@@ -302,7 +302,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp
         assert "There is no checkpoint yet" in result.output
 
 
-def test_nan_images_stop_a_run_at_the_step_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_images_stop_the_run_at_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dcgan.training.run import Run
 
     inputs = Run.inputs
@@ -321,13 +321,13 @@ def test_nan_images_stop_a_run_at_the_step_they_come(tmp_path: Path, monkeypatch
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_earlier_checkpoints_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert invoke(*TINY, "--out", str(out)).exit_code == 0
     before = checkpoints.read(out / "checkpoints" / "last.pt")
     size = (out / "checkpoints" / "last.pt").stat().st_size
 
-    def limited() -> None:  # a file that grows to this is refused the rest, as on a full disk
+    def limited() -> None:  # writes beyond this file size fail, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
     done = subprocess.run(

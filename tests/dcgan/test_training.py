@@ -1,4 +1,4 @@
-"""The step is the seed's, value for value; the loop repeats for a seed."""
+"""The reference step matches the original recipe, and the loop is reproducible for an RNG seed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from reference_loop import reference_step
 from torch import Tensor, nn, optim
 
 from dcgan.data import Batches
@@ -29,60 +30,26 @@ def mlp_pair(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     return tuple(model.to(dtype) for model in pair)
 
 
-def seed_step(
-    generator: nn.Module,
-    discriminator: nn.Module,
-    optimizer_G: optim.Optimizer,
-    optimizer_D: optim.Optimizer,
-    real_images: Tensor,
-    noise: Tensor,
-    minimax: bool,
-) -> tuple[float, float]:
-    """The body of the seed's inner loop, with its names; the minimax branch is the article's other loss."""
-    criterion = nn.BCELoss()
-    batch_size = real_images.size(0)
-    real_labels = torch.full((batch_size,), 0.9, dtype=real_images.dtype)
-    fake_labels = torch.full((batch_size,), 0.0, dtype=real_images.dtype)
-
-    optimizer_D.zero_grad()
-    outputs_real = discriminator(real_images)
-    loss_real = criterion(outputs_real, real_labels)
-    fake_images = generator(noise)
-    outputs_fake = discriminator(fake_images.detach())
-    loss_fake = criterion(outputs_fake, fake_labels)
-    loss_D = loss_real + loss_fake
-    loss_D.backward()
-    optimizer_D.step()
-
-    optimizer_G.zero_grad()
-    outputs = discriminator(fake_images)
-    loss_G = torch.log(1 - outputs).mean() if minimax else criterion(outputs, real_labels)
-    loss_G.backward()
-    optimizer_G.step()
-    return loss_D.item(), loss_G.item()
-
-
 def everything(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers and gradients."""
+    """Return parameters, buffers and gradients by name."""
     gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {**model.state_dict(), **gradients}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("pair", [dcgan_pair, mlp_pair])
-def test_the_step_is_the_seeds(pair, loss: str) -> None:
+def test_the_step_matches_the_original_recipe(pair, loss: str) -> None:
     networks = pair(torch.float64)
-    seeds = copy.deepcopy(networks)
+    reference = copy.deepcopy(networks)
     adams = optimizers(*networks, Config())
-    seed_adams = [optim.Adam(model.parameters(), lr=0.0002, betas=(0.5, 0.999)) for model in seeds]
+    reference_adams = [optim.Adam(model.parameters(), lr=0.0002, betas=(0.5, 0.999)) for model in reference]
     for size in (5, 5, 3):
         real = torch.rand(size, 1, 32, 32, dtype=torch.float64) * 2 - 1
         noise = torch.randn(size, 6, 1, 1, dtype=torch.float64)
         result = train_step(*networks, *adams, real, noise, loss=loss)
-        loss_d, loss_g = seed_step(*seeds, *seed_adams, real, noise, loss == "minimax")
-        assert result.loss_d.item() == pytest.approx(loss_d, rel=1e-12)
-        assert result.loss_g.item() == pytest.approx(loss_g, rel=1e-12)
-        for ours, theirs in zip(networks, seeds, strict=True):
+        expected = reference_step(*reference, *reference_adams, real, noise, minimax=loss == "minimax")
+        torch.testing.assert_close(tuple(result), expected, rtol=1e-12, atol=0.0)
+        for ours, theirs in zip(networks, reference, strict=True):
             want = everything(theirs)
             got = everything(ours)
             assert got.keys() == want.keys()
@@ -90,7 +57,7 @@ def test_the_step_is_the_seeds(pair, loss: str) -> None:
                 torch.testing.assert_close(got[name], want[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_result_is_read_without_gradient_and_is_before_ds_update() -> None:
+def test_results_have_no_gradient_and_d_means_precede_ds_update() -> None:
     generator, discriminator = dcgan_pair()
     before = copy.deepcopy((generator, discriminator))
     real, noise = torch.rand(4, 1, 32, 32), torch.randn(4, 6, 1, 1)
@@ -109,7 +76,7 @@ def test_result_is_read_without_gradient_and_is_before_ds_update() -> None:
 
 
 @pytest.mark.parametrize("real_label", [0.9, 1.0])
-def test_both_losses_by_their_formulas(real_label: float) -> None:
+def test_losses_match_their_formulas(real_label: float) -> None:
     real, noise = torch.rand(4, 1, 32, 32), torch.randn(4, 6, 1, 1)
     got = {}
     for loss in LOSSES:
@@ -119,7 +86,7 @@ def test_both_losses_by_their_formulas(real_label: float) -> None:
         got[loss] = train_step(
             generator, discriminator, *adams, real, noise, real_label=real_label, loss=loss
         ).loss_g
-        # G's loss is of the D just updated; in training mode its BatchNorm does not depend on the past.
+        # G's loss uses the D just updated; in training mode its BatchNorm does not depend on earlier batches.
         p = discriminator(fake.detach()).detach()
     torch.testing.assert_close(
         got["non-saturating"], -(real_label * p.log() + (1 - real_label) * (1 - p).log()).mean()
@@ -127,7 +94,7 @@ def test_both_losses_by_their_formulas(real_label: float) -> None:
     torch.testing.assert_close(got["minimax"], (1 - p).log().mean())
 
 
-def test_an_unknown_loss_is_refused_before_anything_changes() -> None:
+def test_an_unknown_loss_is_rejected_before_any_update() -> None:
     networks = dcgan_pair()
     before = copy.deepcopy([model.state_dict() for model in networks])
     adams = optimizers(*networks, Config())
@@ -140,7 +107,7 @@ def test_an_unknown_loss_is_refused_before_anything_changes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pair", [dcgan_pair, mlp_pair])
-def test_every_parameter_moves_in_any_dtype(pair, dtype: torch.dtype) -> None:
+def test_every_parameter_is_updated_in_any_dtype(pair, dtype: torch.dtype) -> None:
     networks = pair(dtype)
     before = [[p.clone() for p in model.parameters()] for model in networks]
     config = Config(epochs=1, latent_dim=6, lr=0.05)
@@ -161,7 +128,7 @@ def run(seed: int = 0, batches_seed: int = 0) -> tuple[list[Step], dict[str, Ten
     return steps, networks[0].state_dict()
 
 
-def test_the_loop_visits_every_batch_and_the_short_last_one() -> None:
+def test_the_loop_includes_the_short_last_batch() -> None:
     steps, _ = run()
     assert [(s.epoch, s.batch, s.images) for s in steps] == [
         (epoch, batch, images) for epoch in range(2) for batch, images in enumerate((4, 4, 2))
@@ -176,7 +143,7 @@ def test_a_last_batch_of_one_image() -> None:
     assert all(value.isfinite() for value in steps[-1].result)
 
 
-def test_the_loop_repeats_for_a_seed_whatever_else_draws() -> None:
+def test_the_loop_is_reproducible_independently_of_the_global_rng() -> None:
     first_steps, first = run()
     torch.manual_seed(99)
     second_steps, second = run()
@@ -187,11 +154,11 @@ def test_the_loop_repeats_for_a_seed_whatever_else_draws() -> None:
 
 
 @pytest.mark.parametrize("seeds", [{"seed": 1}, {"batches_seed": 1}])
-def test_another_seed_is_another_run(seeds: dict[str, int]) -> None:
+def test_different_seeds_give_different_runs(seeds: dict[str, int]) -> None:
     assert run()[0][-1].result.loss_d != run(**seeds)[0][-1].result.loss_d
 
 
-def test_the_loop_is_the_step_with_its_own_noise() -> None:
+def test_the_loop_runs_the_step_with_private_noise() -> None:
     networks = dcgan_pair()
     by_hand = copy.deepcopy(networks)
     images = torch.rand(6, 1, 32, 32)
@@ -208,7 +175,7 @@ def test_the_loop_is_the_step_with_its_own_noise() -> None:
             assert torch.equal(ours.state_dict()[name], value)
 
 
-def test_the_loop_trains_in_training_mode_and_can_be_left() -> None:
+def test_the_loop_sets_training_mode_and_can_be_stopped() -> None:
     networks = dcgan_pair()
     for model in networks:
         model.eval()
@@ -220,8 +187,8 @@ def test_the_loop_trains_in_training_mode_and_can_be_left() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_training_moves_d_apart(loss: str) -> None:
-    """On constant images D tells real from generated within a few steps."""
+def test_d_learns_to_separate_real_from_generated(loss: str) -> None:
+    """On constant images D separates real from generated ones within a few steps."""
     images = torch.full((32, 1, 32, 32), 0.8)
     steps = list(
         train(*dcgan_pair(), Batches(images, 16), Config(epochs=10, latent_dim=6, lr=2e-3, loss=loss))
@@ -230,7 +197,7 @@ def test_training_moves_d_apart(loss: str) -> None:
     assert last.d_x - last.d_g_z > 0.2
 
 
-def test_defaults_are_the_seeds() -> None:
+def test_defaults_are_those_of_the_reference_recipe() -> None:
     assert asdict(Config()) == {
         "epochs": 50,
         "latent_dim": 100,
@@ -262,11 +229,11 @@ def test_defaults_are_the_seeds() -> None:
         ("loss", "hinge", r"one of \('non-saturating', 'minimax'\)"),
     ],
 )
-def test_config_refuses(name: str, value: object, allowed: str) -> None:
+def test_config_rejects(name: str, value: object, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be {allowed}, got {value!r}"):
         Config(**{name: value})
 
 
-def test_a_latent_dim_that_is_not_the_generators() -> None:
+def test_a_latent_dim_other_than_the_generators() -> None:
     with pytest.raises(ValueError, match=r"z must be \[N, 6\].*got \[4, 100, 1, 1\]"):
         next(train(*dcgan_pair(), Batches(torch.zeros(4, 1, 32, 32)), Config()))

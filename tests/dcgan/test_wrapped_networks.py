@@ -1,4 +1,4 @@
-"""TrainStep around networks that are compiled, parametrized or wrapped, against the seed's loop."""
+"""TrainStep with compiled, parametrized or wrapped networks, compared with the reference loop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from seed_loop import seed_step
-from steps import Pair, Pretended, Wrapper, adams, assert_states_close, batch_of, pair, sgds
+from reference_loop import reference_step
+from steps import Pair, SimulatedGraphBackend, Wrapper, adams, assert_states_close, batch_of, pair, sgds
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 from dcgan.training import TrainStep
-from dcgan.training.graph import WARM_UP
+from dcgan.training.captured_step import WARM_UP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ def compiled_in_place(network: nn.Module) -> nn.Module:
 
 
 def parametrized(network: Any) -> nn.Module:
-    """Every second convolution: its weight is then computed, and moves a buffer in training."""
+    """Parametrize every second convolution: its weight is computed and updates a buffer in training."""
     for module in [m for m in network.main if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)][::2]:
         parametrizations.spectral_norm(module)
     return network
@@ -52,7 +52,7 @@ def _process_group(tmp_path: Path) -> Iterator[None]:
 
 
 def tensors_of(networks: Any) -> dict[str, Tensor]:
-    """Parameters and buffers in their order, whatever a wrapper calls them."""
+    """Return parameters and buffers by position, independently of a wrapper's prefixes."""
     each = [[*network.parameters(), *network.buffers()] for network in networks]
     return {
         f"{which}{i}": t.detach()
@@ -70,32 +70,34 @@ def bare_pair(kind: str, change: str) -> Pair:
 @pytest.mark.parametrize("kind", ["fast", "reference"])
 @pytest.mark.parametrize("change", WRAPS)
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-def test_a_wrapped_pair_trains_as_the_bare_one(kind: str, change: str, captured: bool) -> None:
+def test_a_wrapped_pair_trains_like_the_bare_one(kind: str, change: str, captured: bool) -> None:
     bare = bare_pair(kind, change)
-    seeds = copy.deepcopy(bare)
+    expected = copy.deepcopy(bare)
     networks = bare if change == "parametrized" else tuple(map(WRAPS[change], bare))
-    ema = copy.deepcopy(seeds[0])
-    ours, theirs = adams(networks), adams(seeds)
-    step = TrainStep(*networks, *ours, ema=ema, ema_decay=0.5)
-    backend = Pretended(step)
+    ema = copy.deepcopy(expected[0])
+    optimizers, reference_optimizers = adams(networks), adams(expected)
+    step = TrainStep(*networks, *optimizers, ema=ema, ema_decay=0.5)
+    backend = SimulatedGraphBackend(step)
     if captured:
-        step._graphs = step._on(backend, insist=True)
+        step._graphs = step._on(backend, raise_on_failure=True)
     for count in [4] * (WARM_UP + 2) + [3]:
         real, noise = batch_of(bare, count, torch.float64)
         result = step(real, noise)
-        wanted = seed_step(*seeds, *theirs, real, noise[:, :, None, None])
+        wanted = reference_step(*expected, *reference_optimizers, real, noise[:, :, None, None])
         for got, want in zip(result, wanted, strict=True):
             assert abs(got - want) <= 1e-9
-        assert_states_close(tensors_of(networks), tensors_of(seeds), 1e-8)
+        assert_states_close(tensors_of(networks), tensors_of(expected), 1e-8)
     if captured:
         assert backend.new() == ["run"] * WARM_UP + ["capture"] + ["replay"] * 2 + ["run"]
-        networks[1].train(False)  # seen through whatever is around it
+        networks[1].train(False)  # noticed through any wrapper
         step(*batch_of(bare, 4, torch.float64))
         assert backend.new() == ["run"]
 
 
 @pytest.mark.usefixtures("_process_group")
-def test_averaged_networks_are_not_captured_nor_averaged_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributed_networks_are_neither_captured_nor_averaged_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bare = pair()
     networks = tuple(map(DistributedDataParallel, bare))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The precisions that GPU tests run in."""
+"""A fixture for the precisions that GPU tests run in."""
 
 from __future__ import annotations
 

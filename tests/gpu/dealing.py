@@ -1,13 +1,13 @@
-"""A pytest plugin that deals tests to processes beside each other: ``pytest -p dealing --deal DIR``.
+"""A pytest plugin that distributes tests over concurrent processes: ``pytest -p dealing --deal DIR``.
 
-Compiling takes longest, a second or two of one core a kernel, and Triton keeps on disk what any process has
-compiled. So tests that compile the same kernels are one group, run by one process after the other, and every
-process takes the next group that none has taken: what matters most first, of equals the longest. A group is
-taken by creating its file in DIR, which only one process can.
+Compilation dominates the run time, at one or two seconds of one core per kernel, and Triton caches on disk
+what any process has compiled. Tests that compile the same kernels therefore form a group, which one process
+runs serially. Each process claims the next unclaimed group, the most important first and among equals the
+longest, by creating its file in DIR, which only one process can do.
 
-Each outcome is appended to a file of DIR as it is known, so that a process that is killed or dies leaves what
-it has found. A process that can no longer use its GPU after a failure (a capture that failed, an illegal
-access) puts the rest of its group back and ends; whoever has started it starts another.
+Each outcome is appended to a file in DIR as soon as it is known, so a process that is killed or crashes
+leaves its results. A process that can no longer use its GPU after a failure (a failed capture, an illegal
+access) returns the rest of its group and exits; the parent process then starts another.
 """
 
 from __future__ import annotations
@@ -26,68 +26,81 @@ COSTS = {
     "test_gpu.py::test_every_tile": 10.0,
     "test_compiled": 25.0,
     "compiled": 8.0,
-    "test_a_run_goes_on": 10.0,
+    "test_resume": 10.0,
 }
-"""Seconds of a test's own, roughly, by a part of its name, the first that it has."""
-OTHERS = 3.0
-TILES = {
+"""Approximate seconds per test, by the first matching part of its name."""
+DEFAULT_COST = 3.0
+TILE_COSTS = {
     **{"G1": 30.0, "G2": 55.0, "G5": 15.0, "D1": 12.0, "D2": 42.0, "D3": 55.0, "D5": 30.0},
     **{"G2-act": 45.0, "D3-act": 45.0},
 }
-"""Likewise of those of test_gpu_tiles.py in 16 bits, by their layer: a second a kernel that they compile."""
-FEWER_TILES = {"float32": 0.5, "tf32": 0.8}
-LONGEST = 40.0  # seconds of a group, beyond which it is better that two processes compile the same
-SHARED = ("layer", "which", "dtype", "mode", "keeper", "precision")
-"""Parameters that decide what is compiled; others do not, or hardly."""
+"""Approximate seconds of test_gpu_tiles.py in 16 bits, by layer: one second per kernel compiled."""
+TILE_COST_FACTORS = {"float32": 0.5, "tf32": 0.8}
+MAX_GROUP_SECONDS = 40.0  # beyond this it is faster if two processes compile the same kernels
+SHARED = ("layer", "which", "dtype", "mode", "caller", "precision")
+"""Parameters that determine which kernels are compiled; other parameters hardly matter."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dealing")
-    group.addoption("--deal", type=Path, metavar="DIR", help="share the tests with other processes")
-    group.addoption("--end", type=float, default=float("inf"), help="begin no test that would end later")
-    group.addoption("--grace", type=float, default=0.0, help="seconds before the end in which no test begins")
+    group.addoption(
+        "--deal", type=Path, metavar="DIR", help="share the tests with other processes through DIR"
+    )
+    group.addoption(
+        "--end",
+        type=float,
+        default=float("inf"),
+        help="start no test expected to end after this time (time.monotonic() seconds)",
+    )
+    group.addoption(
+        "--grace",
+        type=float,
+        default=0.0,
+        help="start no test in the last GRACE seconds before --end (default: 0)",
+    )
 
 
 @pytest.hookimpl(trylast=True)  # after the conftest that sets PyTorch's threads
 def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("--deal")
     if folder is not None:
-        torch.set_num_threads(1)  # each process has one core
+        torch.set_num_threads(1)  # one core per process
         config.pluginmanager.register(Dealt(folder, *map(config.getoption, ("--end", "--grace"))))
 
 
 def is_checked(item: pytest.Item) -> bool:
-    """Whether it belongs to the tests that matter most."""
+    """Return whether the test is marked as most important."""
     return item.get_closest_marker("check") is not None
 
 
 def group(item: pytest.Item) -> tuple[object, ...]:
-    """What is equal for tests that compile the same kernels."""
+    """Return a key that is equal for tests that compile the same kernels."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     name = "" if "layer" in parameters else item.name.partition("[")[0]
-    own = (is_checked(item), is_exhaustive(item), item.path.name, name)
-    return (*own, *(str(parameters.get(shared)) for shared in SHARED))
+    prefix = (is_checked(item), is_exhaustive(item), item.path.name, name)
+    return (*prefix, *(str(parameters.get(shared)) for shared in SHARED))
 
 
 def is_exhaustive(item: pytest.Item) -> bool:
-    """Whether it tries every tile of a kernel: much work for a fault that few have."""
+    """Return whether the test tries every tile of a kernel: much work for rare faults."""
     return "tile" in item.nodeid
 
 
 def cost(item: pytest.Item) -> float:
+    """Return the approximate seconds that the test takes."""
     if item.path.name == "test_gpu_tiles.py":
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        of = TILES.get(str(parameters.get("layer")), OTHERS)
-        return of * FEWER_TILES.get(str(parameters.get("precision")), 1.0)
-    return next((seconds for part, seconds in COSTS.items() if part in item.nodeid), OTHERS)
+        seconds = TILE_COSTS.get(str(parameters.get("layer")), DEFAULT_COST)
+        return seconds * TILE_COST_FACTORS.get(str(parameters.get("precision")), 1.0)
+    return next((seconds for part, seconds in COSTS.items() if part in item.nodeid), DEFAULT_COST)
 
 
 def groups(items: list[pytest.Item]) -> list[list[pytest.Item]]:
-    """In the order in which they are to be taken; the same in every process."""
+    """Group the tests, in the order to claim them; the same in every process."""
     found: dict[tuple[object, ...], list[pytest.Item]] = {}
     for item in items:
         found.setdefault(group(item), []).append(item)
-    pieces = [piece for tests in found.values() for piece in divided(tests)]
+    pieces = [piece for tests in found.values() for piece in split_group(tests)]
 
     def rank(tests: list[pytest.Item]) -> tuple[bool, bool, float]:
         later = not is_checked(tests[0])
@@ -96,18 +109,18 @@ def groups(items: list[pytest.Item]) -> list[list[pytest.Item]]:
     return sorted(pieces, key=rank)
 
 
-def divided(tests: list[pytest.Item]) -> list[list[pytest.Item]]:
-    """A group that takes too long, as several."""
+def split_group(tests: list[pytest.Item]) -> list[list[pytest.Item]]:
+    """Split a group that takes too long into several."""
     pieces: list[list[pytest.Item]] = [[]]
     for item in tests:
-        if pieces[-1] and sum(map(cost, [*pieces[-1], item])) > LONGEST:
+        if pieces[-1] and sum(map(cost, [*pieces[-1], item])) > MAX_GROUP_SECONDS:
             pieces.append([])
         pieces[-1].append(item)
     return pieces
 
 
 def usable() -> bool:
-    """Whether this process can still run anything on its GPU."""
+    """Return whether this process can still use its GPU."""
     if not torch.cuda.is_available():
         return True
     try:
@@ -119,19 +132,19 @@ def usable() -> bool:
 
 
 def reason(report: pytest.TestReport) -> str:
-    """Why it failed or was skipped, in one line."""
-    told: Any = report.longrepr
-    if isinstance(told, tuple):
-        text = str(told[2])
-    elif hasattr(told, "reprcrash") and told.reprcrash is not None:
-        text = told.reprcrash.message
+    """Return in one line why the test failed or was skipped."""
+    longrepr: Any = report.longrepr
+    if isinstance(longrepr, tuple):
+        text = str(longrepr[2])
+    elif hasattr(longrepr, "reprcrash") and longrepr.reprcrash is not None:
+        text = longrepr.reprcrash.message
     else:
-        text = str(told)
+        text = str(longrepr)
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 class Dealt:
-    """The plugin's part in a process."""
+    """The pytest hooks of one process."""
 
     def __init__(self, folder: Path, end: float, grace: float) -> None:
         self._deal, self._end, self._grace = Deal(folder), end, grace
@@ -144,7 +157,7 @@ class Dealt:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         if session.testsfailed or session.config.option.collectonly:
-            return None  # pytest's own says what was not collected, or lists what was
+            return None  # pytest's own loop reports collection errors or lists the tests
         dealt = groups(session.items)
         self._deal.publish([item.nodeid for tests in dealt for item in tests])
         for number, tests in enumerate(dealt):
@@ -156,11 +169,11 @@ class Dealt:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not self._usable:  # set here, as pytest prints no tracebacks before a status that is not its own
+        if not self._usable:  # set last: pytest prints no tracebacks for exit statuses it does not know
             session.exitstatus = UNUSABLE
 
     def _run(self, tests: list[pytest.Item]) -> bool:
-        """The tests of a group that are not done; False where this process cannot go on."""
+        """Run the remaining tests of a group; return False if this process cannot continue."""
         done = self._deal.outcomes()
         for item in tests:
             late = time.monotonic() + max(cost(item), self._grace) > self._end
@@ -169,20 +182,20 @@ class Dealt:
         return True
 
     def _failed(self, item: pytest.Item) -> bool:
-        """Runs a test and writes its outcome; no fixture is kept for the next, which may be any."""
+        """Run a test and record its outcome, tearing down all fixtures; return whether it failed."""
         process = os.getpid()
         self._reports.clear()
         begun = time.monotonic()
         self._deal.write(process, test=item.nodeid, outcome="started", begun=begun)
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-        bad = next((report for report in self._reports if report.failed), None)
+        failed = next((report for report in self._reports if report.failed), None)
         skipped = next((report for report in self._reports if report.skipped), None)
-        worst = bad or skipped
+        worst = failed or skipped
         self._deal.write(
             process,
             test=item.nodeid,
-            outcome="failed" if bad else "skipped" if skipped else "passed",
+            outcome="failed" if failed else "skipped" if skipped else "passed",
             seconds=round(time.monotonic() - begun, 3),
             reason="" if worst is None else reason(worst),
         )
-        return bad is not None
+        return failed is not None

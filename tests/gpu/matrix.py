@@ -1,4 +1,4 @@
-"""Which layers, batches and precisions are tested with each other."""
+"""The combinations of layer, batch and precision that are tested."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from real import LAYERS
 
 from bench.cases import DTYPES
 
-FULL = 64  # fills tiles
-RAGGED = (1, 7)  # leave the last tile of rows, or the only one, almost empty
-ONE = "bfloat16"
+FULL = 64  # fills whole tiles
+RAGGED = (1, 7)  # leave the last or only row tile almost empty
+RAGGED_PRECISION = "bfloat16"
 
 
 def layers(check: Collection[tuple[str, str]]) -> list[Any]:
-    """(layer, batch, precision), for a ``precision`` fixture: every layer in every precision at a full batch.
+    """Return parameters (layer, batch, precision): every layer in every precision at a full batch.
 
-    Ragged batches are a matter of masks, which are the same code whatever the precision: one has them.
-    ``check`` names the (precision, layer) of full batches that are marked so.
+    Ragged batches test masks, whose code does not depend on the precision, so they use a single one.
+    ``check`` lists the (precision, layer) pairs whose full batches get the ``check`` mark.
     """
     full = [(layer, FULL, precision) for precision in DTYPES for layer in LAYERS]
-    ragged = [(layer, batch, ONE) for batch in RAGGED for layer in LAYERS]
+    ragged = [(layer, batch, RAGGED_PRECISION) for batch in RAGGED for layer in LAYERS]
     return [
         pytest.param(
             layer,
@@ -36,4 +36,4 @@ def layers(check: Collection[tuple[str, str]]) -> list[Any]:
 
 
 LAYER = ("layer", "batch", "precision")
-"""The names of these parameters."""
+"""The names of these parameters; ``precision`` is the fixture's."""

@@ -1,11 +1,11 @@
-"""What the GPU tests share: layers of both networks at their real shapes, and how exact results must be."""
+"""Shared by the GPU tests: layers of both networks at their real shapes, references and error bounds."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from statement import act, gradients, leaves, op, state
+from float64_reference import act, expected_outputs, gradients, leaves, op
 from torch import Tensor, nn
 
 from dcgan import fast, models
@@ -14,17 +14,18 @@ from dcgan.kernels.call import Backward, Call
 
 DEVICE = "cuda"
 
-# ‖error‖/‖result‖. float32: sums of up to 8192 terms of random sign, √8192·2⁻²⁴. tf32: the tensor cores cut
-# both operands off after 11 bits, by up to 2⁻¹⁰ each and all in one direction. 16-bit types: operands are
-# exact, the result is rounded once.
+# Bounds of ‖error‖/‖result‖. float32: sums of up to 8192 terms of random sign, √8192·2⁻²⁴. tf32: the tensor
+# cores truncate both operands to 11 bits, by up to 2⁻¹⁰ each and all in one direction. 16-bit types: operands
+# are exact, the result is rounded once.
 TOLERANCE = {"float32": 6e-6, "tf32": 2**-9, "float16": 2**-11, "bfloat16": 2**-8}
 
-# Training. float32: a weight gradient sums up to 2¹⁶ pixels, √2¹⁶·2⁻²⁴. 16-bit types: what a prologue makes,
-# du and the result are rounded; where a gradient hangs on one number of du (the last layer at batch 1) that
-# rounding is not averaged over many: two whole half units in the last place.
+# Bounds in training. float32: a weight gradient sums up to 2¹⁶ pixels, √2¹⁶·2⁻²⁴. 16-bit types: x̂, du and
+# the result are rounded; where a gradient depends on a single element of du (the last layer at batch 1) its
+# rounding does not average out: two full half units in the last place.
 TRAINING = {"float32": 2**-16, "tf32": 2**-9, "float16": 2**-10, "bfloat16": 2**-7}
 
-# A network in eval, beyond twice eager's error: TF32's cut adds up over the layers, cuDNN's rounding not.
+# Bounds for a network in eval beyond twice eager's error: TF32 truncation accumulates over the layers,
+# whereas cuDNN's rounding does not.
 NETWORK = TOLERANCE | {"tf32": 5 * 2**-10}
 
 LAYERS = {  # transposed, C_in, C_out, H, stride, padding
@@ -71,11 +72,11 @@ def _operands(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def call_of(layer: str, batch: int, dtype: torch.dtype) -> tuple[Call, bool]:
-    """A layer in eval: BatchNorm and activation in the epilogue.
+    """Return a layer in eval, with BatchNorm and activation in the epilogue.
 
-    A shift is at most half as large as the products u are. What rounding makes wrong is u, and it is y that
-    is held against float64: of a single channel shifted far below 0 a ReLU would leave next to nothing of y,
-    and TF32's 8e-4 of u were 5e-3 of that; shifted far above, no fault of u would show.
+    A shift is at most half as large as the products u. Rounding affects u, whereas y is compared with
+    float64: if a single channel were shifted far below 0, a ReLU would leave almost nothing of y, and TF32's
+    error of 8e-4 of u would be 5e-3 of y; shifted far above 0, errors of u would not show.
     """
     transposed, c_in, c_out, size, stride, padding = LAYERS[layer]
     x, weight = _operands(layer, batch, dtype)
@@ -88,17 +89,17 @@ def call_of(layer: str, batch: int, dtype: torch.dtype) -> tuple[Call, bool]:
 
 
 def in_float64(call: Call, transposed: bool) -> Tensor:
-    return state(call, transposed)[0]
+    return expected_outputs(call, transposed)[0]
 
 
 # --- training ----------------------------------------------------------------------------------------------
 
 
 def training_call(layer: str, batch: int, dtype: torch.dtype) -> tuple[Call, bool]:
-    """A layer in training, as :mod:`dcgan.fast` runs it: the BatchNorm before it is its prologue.
+    """Return a layer in training, as :mod:`dcgan.fast` runs it, with the preceding BatchNorm as its prologue.
 
-    No pre-activation of the prologue is so near to 0 that rounding could change its sign, which would change
-    a gradient by as much as it is.
+    No pre-activation of the prologue is so close to 0 that rounding could flip its sign, which would change
+    an element of a gradient by its full size.
     """
     transposed, c_in, _, _, stride, padding = LAYERS[layer]
     in_act, stats, out_act = ROLES[layer.removesuffix("-rgb")]
@@ -126,7 +127,7 @@ def training_call(layer: str, batch: int, dtype: torch.dtype) -> tuple[Call, boo
 
 
 class Gradients(NamedTuple):
-    """The gradients of a call's outputs that its backward is given."""
+    """Gradients of a call's outputs, the inputs of its backward."""
 
     dy: Tensor
     dmean: Tensor | None
@@ -134,7 +135,7 @@ class Gradients(NamedTuple):
 
 
 def cotangents(call: Call, y: Tensor, var: Tensor) -> Gradients:
-    """Random ones of such sizes that dy, dmean and dvar have equal parts in du; no sum overflows float16."""
+    """Return random gradients, scaled to contribute equally to du and not to overflow float16."""
     dy = (0.05 * torch.randn(y.shape, device=y.device)).to(y.dtype)
     if not call.stats:
         return Gradients(dy, None, None)
@@ -144,22 +145,22 @@ def cotangents(call: Call, y: Tensor, var: Tensor) -> Gradients:
 
 
 def exact(call: Call, transposed: bool, y: Tensor, given: Gradients | None) -> dict[str, Tensor]:
-    """Outputs and gradients in float64: 'y', 'mean', 'var', and by the arguments' names.
+    """Return outputs ('y', 'mean', 'var') and gradients (by argument name) in float64.
 
-    The derivative of the output's activation is told from ``y``, which an engine has kept: rounded, it may
-    fall on the other side of a kink.
+    The derivative of the output's activation is computed from ``y``, the output that the engine saved: after
+    rounding it may be on the other side of a kink.
     """
     wide = Call(*[v.detach().double().requires_grad_() if isinstance(v, Tensor) else v for v in call])
-    raw, mean, var = state(wide._replace(out_act="none"), transposed)
+    raw, mean, var = expected_outputs(wide._replace(out_act="none"), transposed)
     found = {"y": act(raw, call.out_act, call.slope).detach(), "mean": mean.detach(), "var": var.detach()}
     if given is None:
         return found
-    kept = y.detach().double()
+    saved = y.detach().double()
     slope = {
-        "none": lambda: torch.ones_like(kept),
-        "leaky_relu": lambda: torch.where(kept > 0, 1.0, call.slope).to(kept),
-        "tanh": lambda: 1 - kept * kept,
-        "sigmoid": lambda: kept * (1 - kept),
+        "none": lambda: torch.ones_like(saved),
+        "leaky_relu": lambda: torch.where(saved > 0, 1.0, call.slope).to(saved),
+        "tanh": lambda: 1 - saved * saved,
+        "sigmoid": lambda: saved * (1 - saved),
     }[call.out_act]()
     dmean, dvar = (None if v is None else v.double() for v in given[1:])
     return found | gradients((raw, mean, var), (given.dy.double() * slope, dmean, dvar), leaves(wide))
@@ -168,7 +169,7 @@ def exact(call: Call, transposed: bool, y: Tensor, given: Gradients | None) -> d
 def run(
     call: Call, transposed: bool, given: Gradients | None = None
 ) -> tuple[dict[str, Tensor], Gradients, list[ops.Choice]]:
-    """Outputs and gradients by the operators, by name as :func:`exact`'s; what ran them."""
+    """Run the operators; return results as :func:`exact` does, the outputs' gradients, the engine choices."""
     call = Call(*[v.detach().requires_grad_() if isinstance(v, Tensor) else v for v in call])
     with ops.recording() as choices:
         outputs = op(transposed)(*call)
@@ -180,7 +181,7 @@ def run(
 
 
 def backward_of(call: Call, given: Gradients, y: Tensor, mean: Tensor) -> Backward:
-    """All the gradients of a call."""
+    """Return the backward call that computes all gradients of a call."""
     return Backward(
         *given, call.x, call.weight, call.center, call.scale, call.shift, call.in_act, None, call.out_act, y,
         mean if call.stats else None, call.stats, call.slope, call.stride, call.padding,
@@ -188,8 +189,10 @@ def backward_of(call: Call, given: Gradients, y: Tensor, mean: Tensor) -> Backwa
     )  # fmt: skip
 
 
-def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor], precision: str, what: object) -> None:
-    """Each within TRAINING of the precision; a mean is held against its channel's deviation too."""
+def assert_within_bounds(
+    found: dict[str, Tensor], expected: dict[str, Tensor], precision: str, what: object
+) -> None:
+    """Check each error against TRAINING[precision]; a mean's is relative to its standard deviation too."""
     assert found.keys() == expected.keys()
     for name, got in found.items():
         want = expected[name]
@@ -201,14 +204,14 @@ def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor], precisio
             norm = (want.square() + expected["var"]).sum().sqrt()
         off = ((got.double() - want).norm() / norm).item()
         allowed = TRAINING[precision] * (2 if name == "var" else 1)
-        assert off <= allowed, f"{what}: {name} is off by {off:.1e}, {allowed:.1e} is allowed"
+        assert off <= allowed, f"{what}: relative error of {name} is {off:.1e}, allowed {allowed:.1e}"
 
 
 # --- networks ----------------------------------------------------------------------------------------------
 
 
 def networks(dtype: torch.dtype, **sizes: int) -> tuple[fast.Generator, fast.Discriminator]:
-    """Both in eval mode, with running statistics as training leaves them."""
+    """Return both networks in eval mode, with running statistics as after training."""
     made = fast.Generator(**sizes), fast.Discriminator(**sizes)
     for network in made:
         network.apply(models.weights_init)
@@ -222,8 +225,8 @@ def networks(dtype: torch.dtype, **sizes: int) -> tuple[fast.Generator, fast.Dis
     return made
 
 
-def twin(network: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The reference network with the same values and mode, in float64 or as told."""
+def reference_copy(network: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return the reference network with the same state and mode, in float64 or ``dtype``."""
     assert isinstance(network, models.Generator | models.Discriminator)
     kind = models.Generator if isinstance(network, models.Generator) else models.Discriminator
     reference = kind(**network.sizes()).to(DEVICE, dtype).train(network.training)
@@ -232,7 +235,7 @@ def twin(network: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def cotangent_of(network: nn.Module, batch: int) -> Tensor:
-    """The gradient of a network's output in float64; so small that none overflows float16."""
+    """Return a gradient of a network's output in float64, small enough for float16."""
     image = isinstance(network, models.Generator)
     assert isinstance(network, models.Generator | models.Discriminator)
     size = network.image_size
@@ -241,7 +244,7 @@ def cotangent_of(network: nn.Module, batch: int) -> Tensor:
 
 
 def samples(network: nn.Module, batch: int, dtype: torch.dtype) -> Tensor:
-    """Inputs of a network."""
+    """Return random inputs of a network."""
     if isinstance(network, models.Generator):
         return torch.randn(batch, network.latent_dim, device=DEVICE).to(dtype)
     assert isinstance(network, models.Discriminator)

@@ -1,4 +1,4 @@
-"""On a real GPU, in eval: every layer of both networks at its real shape, against float64, beside eager."""
+"""On a real GPU, in eval: every layer at its real shape and both networks, against float64 and eager."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import matrix
 import pytest
 import torch
-from real import NETWORK, ROLES, TOLERANCE, call_of, error, in_float64, networks, twin
+from real import NETWORK, ROLES, TOLERANCE, call_of, error, in_float64, networks, reference_copy
 from torch import Tensor, nn
 
 from bench.cases import DTYPES
 from dcgan import fast, models
-from dcgan.kernels import gpu, ops, weights
-from dcgan.kernels.gpu import products, tiles
+from dcgan.kernels import gpu, ops, weight_cache
+from dcgan.kernels.gpu import lowering, tiles
 from dcgan.training import TrainStep
-from dcgan.training.graph import WARM_UP
+from dcgan.training.captured_step import WARM_UP
 
 pytestmark = pytest.mark.gpu
 
-# Every kernel once, and where TF32's cut shows most.
+# Every kernel once, and the layer where TF32 truncation shows most.
 CHECKED = [*(("bfloat16", layer) for layer in ROLES), ("tf32", "G5")]
 
 
@@ -33,13 +33,13 @@ def test_layer(layer: str, batch: int, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"], indirect=True)
-@pytest.mark.parametrize("layer", ["G1", "G2", "G5", "D1", "D2", "D5"])  # one a kernel
+@pytest.mark.parametrize("layer", ["G1", "G2", "G5", "D1", "D2", "D5"])  # one per kernel
 def test_every_tile(layer: str, precision: str) -> None:
-    """Each tile writes every element, right: a loop miscompiled at one size shows here."""
+    """Each tile writes every element correctly, which detects a loop that is miscompiled for one size."""
     call, transposed = call_of(layer, 5, DTYPES[precision])
     exact = in_float64(call, transposed)
     y = gpu.output(call, transposed)
-    product = products.forward(call, transposed, y)
+    product = lowering.forward(call, transposed, y)
     kernel = gpu.kernel_for(product)
     packed = kernel.pack(call.weight)
     problem = kernel.problem(product)
@@ -54,35 +54,35 @@ def test_every_tile(layer: str, precision: str) -> None:
     ("batch", "precision"), [*((64, name) for name in DTYPES), (1, "bfloat16")], indirect=["precision"]
 )
 def test_networks(batch: int, precision: str) -> None:
-    """No further from float64 than twice eager is, and by Triton alone."""
+    """The error is at most twice eager's, and only Triton kernels run."""
     dtype = DTYPES[precision]
     generator, discriminator = networks(dtype)
     z = torch.randn(batch, 100, device="cuda").to(dtype)
-    image = twin(generator)(z.double()).to(dtype)
+    image = reference_copy(generator)(z.double()).to(dtype)
     for network, x in ((generator, z), (discriminator, image)):
-        exact = twin(network)(x.double())
+        exact = reference_copy(network)(x.double())
         base = models.Generator if network is generator else models.Discriminator
-        plain = base.forward(network, x)
+        eager = base.forward(network, x)
         with ops.recording() as choices:
             y = network(x)
         assert {choice.engine for choice in choices} == {"triton"}
-        assert y.stride() == plain.stride()
-        assert error(y, exact) <= max(2 * error(plain, exact), NETWORK[precision])
+        assert y.stride() == eager.stride()
+        assert error(y, exact) <= max(2 * error(eager, exact), NETWORK[precision])
 
 
 @pytest.fixture
-def _nothing_compiled() -> Iterator[None]:
+def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.usefixtures("_fresh_dynamo")
 @torch.no_grad()
 @pytest.mark.check
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_compiled(mode: str) -> None:
-    """Call after call, also where calls are replays of a graph; and they follow the weights."""
+    """Repeated calls, also as CUDA graph replays, stay correct and use the current weights."""
     generator, discriminator = networks(torch.bfloat16)
     compiled = [torch.compile(network, fullgraph=True, mode=mode) for network in (generator, discriminator)]
     for call in range(6):
@@ -94,8 +94,8 @@ def test_compiled(mode: str) -> None:
         image = compiled[0](z).clone()
         assert error(image, generator(z).double()) <= 2**-8, f"call {call}"
         torch.compiler.cudagraph_mark_step_begin()
-        verdict = compiled[1](image).clone()
-        assert error(verdict, discriminator(image).double()) <= 2**-8, f"call {call}"
+        probability = compiled[1](image).clone()
+        assert error(probability, discriminator(image).double()) <= 2**-8, f"call {call}"
 
 
 def _edits() -> dict[str, Callable[[fast.Generator], None]]:
@@ -119,7 +119,7 @@ def _edits() -> dict[str, Callable[[fast.Generator], None]]:
             network.main[6].weight.copy_(network.main[6].weight * 0.5)
 
     def flat(network: fast.Generator) -> None:
-        """One tensor that all convolutions' weights are views of, stepped on by an optimizer."""
+        """Make all convolution weights views of one tensor, and take an optimizer step on that tensor."""
         parameters = [p for p in network.parameters() if p.ndim == 4]
         whole = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
         for p, part in zip(parameters, whole.data.split([p.numel() for p in parameters]), strict=True):
@@ -130,15 +130,15 @@ def _edits() -> dict[str, Callable[[fast.Generator], None]]:
         torch.optim.Adam([whole], lr=0.02, fused=True).step()
 
     def replay(network: fast.Generator) -> None:
-        """The network is trained by a captured step, in which it is its own moving average."""
-        trained = twin(network, torch.float32).train()
-        judge = models.Discriminator().cuda()
-        pair = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (trained, judge)]
-        step = TrainStep(trained, judge, *pair, capture=True, ema=network, ema_decay=0.5)
+        """Train a copy by a captured step whose moving average is the network."""
+        trained = reference_copy(network, torch.float32).train()
+        discriminator = models.Discriminator().cuda()
+        pair = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (trained, discriminator)]
+        step = TrainStep(trained, discriminator, *pair, capture=True, ema=network, ema_decay=0.5)
         for _ in range(WARM_UP + 2):
             step(torch.randn(8, 1, 64, 64, device="cuda").tanh(), torch.randn(8, 100, device="cuda"))
 
-    def unseen(network: fast.Generator) -> None:
+    def untracked(network: fast.Generator) -> None:
         network.main[6].weight.data.mul_(0.5)
         network.refresh()
 
@@ -155,23 +155,23 @@ def _edits() -> dict[str, Callable[[fast.Generator], None]]:
         "copy_": copy,
         "a flat tensor": flat,
         "a replay": replay,
-        ".data.mul_ and refresh": unseen,
-        "parameter replaced": replace,
+        ".data.mul_ and refresh": untracked,
+        "replaced parameter": replace,
     }
 
 
-def _keepers() -> dict[str, Callable[[fast.Generator], Callable[[Tensor], Tensor]]]:
-    """In what something is made of the weights, once."""
+def _callers() -> dict[str, Callable[[fast.Generator], Callable[[Tensor], Tensor]]]:
+    """Functions that run a network, each caching something derived from its weights."""
 
-    def beside(network: fast.Generator) -> fast.Generator:
-        """A network of the same modules, which the edit is not made through."""
+    def shared(network: fast.Generator) -> fast.Generator:
+        """Return another network that shares the modules; the edit goes through the first."""
         other = fast.Generator.__new__(fast.Generator)
         nn.Module.__init__(other)
         other.main, other.latent_dim = network.main, network.latent_dim
         return other.eval()
 
     def under_autocast(network: fast.Generator) -> Callable[[Tensor], Tensor]:
-        """A cast is kept, and what is packed of the cast."""
+        """The cast weight is cached, and so is its packed form."""
 
         def run(z: Tensor) -> Tensor:
             with torch.autocast("cuda", torch.float16):
@@ -182,23 +182,23 @@ def _keepers() -> dict[str, Callable[[fast.Generator], Callable[[Tensor], Tensor
     return {
         "eager": lambda network: network,
         "graphed": lambda network: fast.graphed(network, 8),
-        "beside": beside,
+        "shared": shared,
         "autocast": under_autocast,
         "compiled": lambda network: torch.compile(network, mode="reduce-overhead"),
     }
 
 
-EVERY = [(keeper, edit) for keeper in _keepers() for edit in _edits() if keeper != "compiled"]
-# A compiled network keeps nothing, which three tell as well as all, and each takes long.
-EVERY += [("compiled", edit) for edit in ("fused Adam", ".data =", "a replay")]
+COMBINATIONS = [(caller, edit) for caller in _callers() for edit in _edits() if caller != "compiled"]
+# A compiled network caches nothing; three edits are enough to verify this, as each takes long.
+COMBINATIONS += [("compiled", edit) for edit in ("fused Adam", ".data =", "a replay")]
 
 
-@pytest.mark.usefixtures("_nothing_compiled")
-@pytest.mark.parametrize(("keeper", "edit"), EVERY)
-def test_weights_are_never_stale(keeper: str, edit: str) -> None:
-    """Every way in which weights change, and every one in which something made of them is kept."""
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize(("caller", "edit"), COMBINATIONS)
+def test_weights_are_never_stale(caller: str, edit: str) -> None:
+    """Every kind of weight update, with every kind of caller that caches something derived from weights."""
     generator, _ = networks(torch.float32)
-    run = _keepers()[keeper](generator)
+    run = _callers()[caller](generator)
     z = torch.randn(8, 100, device="cuda")
     with torch.no_grad():
         for _ in range(3):  # the third call of a compiled network is its first replay
@@ -206,22 +206,22 @@ def test_weights_are_never_stale(keeper: str, edit: str) -> None:
     _edits()[edit](generator)
     with torch.no_grad():
         after = run(z)
-        exact = twin(generator)(z.double())
+        exact = reference_copy(generator)(z.double())
     assert error(before, exact) > 1e-2
     assert error(after, exact) <= NETWORK["tf32"]
 
 
 @torch.no_grad()
-def test_packed_weights_are_kept_and_freed() -> None:
+def test_packed_weights_are_cached_and_freed() -> None:
     generator, _ = networks(torch.float16)
     z = torch.randn(4, 100, device="cuda", dtype=torch.float16)
     generator(z)
-    packed = {id(t) for entry in weights._entries.values() for t in entry.derived.values()}
+    packed = {id(t) for entry in weight_cache._entries.values() for t in entry.derived.values()}
     generator(z)
-    assert packed == {id(t) for entry in weights._entries.values() for t in entry.derived.values()}
+    assert packed == {id(t) for entry in weight_cache._entries.values() for t in entry.derived.values()}
     assert packed
     del generator
-    assert not weights._entries
+    assert not weight_cache._entries
 
 
 @torch.no_grad()
@@ -249,7 +249,7 @@ def test_graphed_follows_running_statistics() -> None:
     torch.testing.assert_close(after, generator(z))
 
 
-def test_graphed_bad_input() -> None:
+def test_graphed_rejects_bad_input() -> None:
     generator, _ = networks(torch.float32)
     run = fast.graphed(generator, 4)
     with pytest.raises(ValueError, match="≤ 4"):
@@ -262,7 +262,7 @@ def test_graphed_bad_input() -> None:
 
 
 @torch.no_grad()
-def test_another_stream_packs_its_own() -> None:
+def test_a_second_stream_packs_separately() -> None:
     generator, _ = networks(torch.float32)
     z = torch.randn(4, 100, device="cuda")
     expected = generator(z)
@@ -278,7 +278,7 @@ def test_another_stream_packs_its_own() -> None:
 def test_autocast() -> None:
     generator, _ = networks(torch.float32)
     z = torch.randn(8, 100, device="cuda")
-    exact = twin(generator)(z.double())
+    exact = reference_copy(generator)(z.double())
     with torch.autocast("cuda", torch.bfloat16):
         y = generator(z)
     assert y.dtype == torch.bfloat16
@@ -286,7 +286,7 @@ def test_autocast() -> None:
 
 
 @torch.no_grad()
-def test_autotuning_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_is_cached_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DCGAN_CACHE", str(tmp_path))
     monkeypatch.setenv("DCGAN_AUTOTUNE", "1")
     tiles._tuned.cache_clear()

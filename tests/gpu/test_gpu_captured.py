@@ -1,4 +1,4 @@
-"""On a real GPU: training steps in a captured CUDA graph, and compiled whole."""
+"""On a real GPU: training steps captured in a CUDA graph, and compiled training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RATE = 0.05
 
 
 def training_step(network: nn.Module, x: Tensor, cotangent: Tensor) -> Tensor:
-    """A forward, a backward and a step of SGD; the loss."""
+    """Run forward, backward and an SGD step; return the loss."""
     network.zero_grad(set_to_none=True)
     loss = (network(x).float() * cotangent).sum()
     loss.backward()
@@ -29,14 +29,14 @@ def training_step(network: nn.Module, x: Tensor, cotangent: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_captured_step_follows_the_weights(dtype: torch.dtype) -> None:
-    """Weights are packed inside the graph: a replay takes what they have become, whatever changed them."""
+def test_a_captured_step_uses_the_current_weights(dtype: torch.dtype) -> None:
+    """Weights are packed inside the graph: a replay uses their current values, whatever changed them."""
     network = networks(dtype, **SMALL)[0].train()
     x, cotangent = samples(network, 16, dtype), 0.01 * torch.randn(16, 1, 32, 32, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, plans
+        for _ in range(3):  # compile and plan
             training_step(network, x, cotangent)
     torch.cuda.current_stream().wait_stream(stream)
     network.zero_grad(set_to_none=True)
@@ -44,21 +44,21 @@ def test_a_captured_step_follows_the_weights(dtype: torch.dtype) -> None:
     with torch.cuda.graph(graph):
         loss = training_step(network, x, cotangent)
 
-    beside = fast.Generator(**SMALL).to("cuda", dtype).train()
-    beside.load_state_dict(network.state_dict())
+    eager = fast.Generator(**SMALL).to("cuda", dtype).train()
+    eager.load_state_dict(network.state_dict())
     losses = []
     for replay in range(4):
         x.copy_(samples(network, 16, dtype))
-        if replay == 2:  # by hand, between two replays
+        if replay == 2:  # edit between two replays
             with torch.no_grad():
-                for one in (network, beside):
-                    one.main[3].weight.mul_(-0.5)
-                    one.main[0].weight.add_(0.01)
+                for edited in (network, eager):
+                    edited.main[3].weight.mul_(-0.5)
+                    edited.main[0].weight.add_(0.01)
         graph.replay()
-        wanted = training_step(beside, x, cotangent)
+        wanted = training_step(eager, x, cotangent)
         torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
         for (name, value), other in zip(
-            network.state_dict().items(), beside.state_dict().values(), strict=True
+            network.state_dict().items(), eager.state_dict().values(), strict=True
         ):
             torch.testing.assert_close(
                 value, other, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
@@ -68,12 +68,12 @@ def test_a_captured_step_follows_the_weights(dtype: torch.dtype) -> None:
 
 
 def test_a_captured_step_with_torch_sgd() -> None:
-    """The optimizer's own step in the graph."""
+    """The graph includes the step of torch.optim.SGD."""
     network = networks(torch.float32, **SMALL)[0].train()
     optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
     x = samples(network, 16, torch.float32)
 
-    def once() -> Tensor:
+    def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         loss = network(x).square().mean()
         loss.backward()
@@ -84,28 +84,29 @@ def test_a_captured_step_with_torch_sgd() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            once()
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = once()
+        loss = step()
     seen = []
     for _ in range(5):
         graph.replay()
         seen.append(loss.item())
-    assert seen == sorted(seen, reverse=True), "each step is downhill, from where the last one ended"
+    assert seen == sorted(seen, reverse=True), "each replay continues downhill from the previous one"
     assert seen[-1] < seen[0]
 
 
 @pytest.fixture
-def _nothing_compiled() -> Iterator[None]:
+def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def gradients_of(run: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return output, parameter gradients and buffers after a forward and backward."""
     network.zero_grad(set_to_none=True)
     y = run(x)
     (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
@@ -116,19 +117,20 @@ def gradients_of(run: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor)
     return found | {name: buffer.clone() for name, buffer in network.named_buffers()}
 
 
-@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.check)], ids=str
 )
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_training(which: int, dtype: torch.dtype, mode: str) -> None:
-    """One graph forward and backward, the uncompiled results, and nothing compiled anew between steps."""
+    """One graph for forward and backward, the same results as uncompiled, no recompilation between steps."""
     network = networks(dtype, features=16, image_size=32)[which].train()
     compiled = torch.compile(network, fullgraph=True, mode=mode)
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    bound = {torch.float32: NETWORK["tf32"], torch.bfloat16: 0.2}[dtype]  # signs before a ReLU may change
-    for step in range(4):  # a graph is warmed up, captured, and replayed
+    # In bfloat16, rounding may flip signs before a ReLU.
+    bound = {torch.float32: NETWORK["tf32"], torch.bfloat16: 0.2}[dtype]
+    for step in range(4):  # the CUDA graph is warmed up, captured, and replayed
         torch.compiler.cudagraph_mark_step_begin()
         x = samples(network, 32, dtype)
         network.load_state_dict(state)
@@ -143,7 +145,7 @@ def test_compiled_training(which: int, dtype: torch.dtype, mode: str) -> None:
         for name, want in expected.items():
             off = (found[name].double() - want.double()).norm()
             assert off <= bound * torch.maximum(want.double().norm(), floor), f"step {step}: {name}"
-        with torch.no_grad():  # as an optimizer would, in place
+        with torch.no_grad():  # update in place, as an optimizer does
             for value in state.values():
                 if value.is_floating_point() and value.ndim == 4:
                     value.mul_(1.1)

@@ -1,4 +1,4 @@
-"""On a real GPU: a whole run, stopped, and gone on with there and on a CPU."""
+"""On a real GPU: a whole training run, stopped and resumed on the GPU and on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("PIL", reason="images are read with Pillow, which PyTorch does without")
+pytest.importorskip("PIL", reason="images are read with Pillow, which is not installed")
 
 from dcgan.checkpoint import Checkpoint, Folder
 from dcgan.data import Images
@@ -28,7 +28,7 @@ def images() -> Images:
     return Images(torch.randint(0, 256, (44, 1, 32, 32), dtype=torch.uint8, generator=random), "fake")
 
 
-def lived(settings: Settings, device: str, folder: Folder, limit: int | None, resume: bool) -> Run:
+def run_for(settings: Settings, device: str, folder: Folder, limit: int | None, resume: bool) -> Run:
     saved = folder.resume(print)[0] if resume else None
     run = Run(settings, images(), torch.device(device), saved=saved)
     follow(run, folder, None, Stop(), limit=limit)
@@ -36,7 +36,7 @@ def lived(settings: Settings, device: str, folder: Folder, limit: int | None, re
 
 
 def assert_close(found: Checkpoint, expected: Checkpoint, lr: float) -> None:
-    """Adam's first steps are about lr·sign(gradient): each may go the other way where rounding differs."""
+    """Adam's first steps are about lr·sign(gradient), and rounding may flip the sign of each."""
     assert (found.step, found.epoch, found.images) == (expected.step, expected.epoch, expected.images)
     for name, value in expected.generator.items():
         if "running" not in name and "tracked" not in name:
@@ -46,26 +46,26 @@ def assert_close(found: Checkpoint, expected: Checkpoint, lr: float) -> None:
 @pytest.mark.parametrize(
     "more", [{}, {"dtype": "bfloat16", "ema": 0.9}, {"dtype": "float16"}, {"dtype": "tf32"}]
 )
-def test_a_run_goes_on(more: dict[str, Any], tmp_path: Path) -> None:
+def test_resume(more: dict[str, Any], tmp_path: Path) -> None:
     settings = Settings.of(TINY | more)
-    whole, parts = Folder(tmp_path / "whole"), Folder(tmp_path / "parts")
-    run = lived(settings, "cuda", whole, None, False)
+    uninterrupted, resumed = Folder(tmp_path / "uninterrupted"), Folder(tmp_path / "resumed")
+    run = run_for(settings, "cuda", uninterrupted, None, False)
     assert run.feed.real(0, 0).device.type == "cuda"
     for resume in (False, True, True):
-        lived(settings, "cuda", parts, 5, resume)
-    found, expected = (folder.resume(print)[0] for folder in (parts, whole))
+        run_for(settings, "cuda", resumed, 5, resume)
+    found, expected = (folder.resume(print)[0] for folder in (resumed, uninterrupted))
     assert found.step == STEPS
     assert_close(found, expected, settings.lr)
 
 
 @pytest.mark.parametrize(("before", "after"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_run_goes_on_elsewhere(before: str, after: str, tmp_path: Path) -> None:
+def test_resume_on_another_device(before: str, after: str, tmp_path: Path) -> None:
     settings = Settings.of(TINY)
-    folder, alone = Folder(tmp_path / "run"), Folder(tmp_path / "alone")
-    lived(settings, before, folder, 5, False)
-    lived(settings, after, folder, None, True)
-    lived(settings, "cpu", alone, None, False)
-    assert_close(folder.resume(print)[0], alone.resume(print)[0], settings.lr)
+    folder, cpu_only = Folder(tmp_path / "run"), Folder(tmp_path / "cpu_only")
+    run_for(settings, before, folder, 5, False)
+    run_for(settings, after, folder, None, True)
+    run_for(settings, "cpu", cpu_only, None, False)
+    assert_close(folder.resume(print)[0], cpu_only.resume(print)[0], settings.lr)
 
 
 def test_inputs_are_the_same_on_every_device() -> None:

@@ -1,7 +1,7 @@
-"""Every tile of every kernel, for equality: a loop miscompiled at one size, a race, a border, all show here.
+"""Every tile of every kernel, tested for exact equality: detects miscompiled loops, races and mask errors.
 
-Above all of prologues inside the products, which leave the operand in registers: ptxas has been seen to reuse
-these before an asynchronous matrix instruction has read them.
+Fused prologues need this most, because they pass operands in registers: ptxas is known to reuse these
+registers before an asynchronous matrix instruction has read them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from triton.runtime.errors import OutOfResources
 from bench import shortlist
 from bench.cases import DTYPES
 from bench.layers import Layer
-from dcgan.kernels.gpu import model, tiles
+from dcgan.kernels.gpu import cost_model, tiles
 
 pytestmark = pytest.mark.gpu
 
-REPEATS = 3  # a race need not be lost each time
-ONE = "bfloat16"
+REPEATS = 3  # a race need not show every time
+MAIN_PRECISION = "bfloat16"
 
 
 def capability() -> int:
@@ -34,20 +34,20 @@ def capability() -> int:
 
 @pytest.fixture
 def out(request: pytest.FixtureRequest) -> Path | None:
-    """The stage's folder, in which that of the processes lies; tuned tiles in it are tested too."""
+    """Return the stage's output folder, the parent of --deal's; tuned tiles in it are tested too."""
     folder: Path | None = request.config.getoption("--deal", default=None)
     return None if folder is None else folder.parent
 
 
 def tuned(problem: tiles.Problem, out: Path | None) -> Iterator[tiles.Tile]:
-    """Tiles that tuning has found for the problem's kernel and precision, on any GPU."""
+    """Yield the tuned tiles, of any GPU, for the problem's kernel and precision."""
     folders = [tiles.DIRECTORY, *([] if out is None else [out])]
     for path in sorted(path for folder in folders for path in folder.glob("*.json")):
         if path.name in ("default.json", tiles.REFUSED):
             continue
         try:
             found = tiles.read(path)
-        except ValueError:  # something else of a stage's
+        except ValueError:  # another file of the stage
             continue
         for key, tile in found.items():
             if key.startswith(f"{problem.kernel}/{problem.precision}/"):
@@ -55,50 +55,53 @@ def tuned(problem: tiles.Problem, out: Path | None) -> Iterator[tiles.Tile]:
 
 
 def listed(layer: Layer, out: Path | None) -> list[tiles.Tile]:
-    """Every candidate and every tuned tile, with the prologues inside and as passes of their own."""
+    """Return every candidate and every tuned tile, with fused and with standalone prologues."""
     problem, limit = layer.problem, tiles.SHARED_LIMIT[capability()]
     more = [
-        way
+        variant
         for tile in tuned(problem, out)
-        for way in (tile._replace(fused=True), tile._replace(fused=False))
-        if way.fused or set(model.prologues(problem)) != {"none"}
+        for variant in (tile._replace(fused=True), tile._replace(fused=False))
+        if variant.fused or set(cost_model.prologues(problem)) != {"none"}
     ]
-    fitting = [tile for tile in more if tiles.allowed(problem, tile) and model.fits(problem, tile, limit)]
-    return list(dict.fromkeys([*shortlist.every(layer, limit), *fitting]))
+    fitting = [
+        tile for tile in more if tiles.allowed(problem, tile) and cost_model.fits(problem, tile, limit)
+    ]
+    return list(dict.fromkeys([*shortlist.candidates(layer, limit), *fitting]))
 
 
-# float16's code is bfloat16's but for the type's name, and takes the same tiles. A prologue of an activation
-# alone is tested in one precision.
+# float16 compiles to the same code as bfloat16 apart from the type, with the same tiles. Prologues that are
+# only an activation are tested in one precision.
 PAIRS = [
-    pytest.param(layer, precision, marks=[pytest.mark.check] if precision == ONE else [])
+    pytest.param(layer, precision, marks=[pytest.mark.check] if precision == MAIN_PRECISION else [])
     for layer in integers.SHAPES
     for precision in DTYPES
-    if precision == ONE or (precision != "float16" and not layer.endswith("-act"))
+    if precision == MAIN_PRECISION or (precision != "float16" and not layer.endswith("-act"))
 ]
 
 
 @pytest.mark.parametrize(("layer", "precision"), PAIRS, indirect=["precision"])
 def test_every_tile(layer: str, precision: str, out: Path | None) -> None:
-    """Each a few times, over several waves of programs and many steps of their loops.
+    """Each tile runs a few times, over several waves of programs and many K steps.
 
-    What is wrong goes to refused.json in the stage's folder, to be copied into ``kernels/gpu/configs``.
+    Tiles with wrong results are written to refused.json in the stage's folder, to be copied to
+    ``kernels/gpu/configs``.
     """
-    processors = tiles.multiprocessors(torch.device(real.DEVICE))
+    sms = tiles.sm_count(torch.device(real.DEVICE))
     wrong: dict[str, str] = {}
     for case in integers.cases(layer, integers.SHAPES[layer], DTYPES[precision], real.DEVICE):
         problem = case.layer.problem
-        if case.layer.phase == "eval" and precision != ONE:
-            continue  # no prologue, and the epilogue is the same code in every precision
+        if case.layer.phase == "eval" and precision != MAIN_PRECISION:
+            continue  # no prologue, and the code of the epilogue is the same in every precision
         found = listed(case.layer, out)
         assert found
         for tile in found:
-            differences = (integers.difference(case, tile, processors) for _ in range(REPEATS))
+            differences = (integers.difference(case, tile, sms) for _ in range(REPEATS))
             try:
                 difference = next(filter(None, differences), "")
-            except OutOfResources:  # more than was reckoned: it is never chosen
+            except OutOfResources:  # needs more than estimated, so it is never chosen
                 continue
             if difference:
-                wrong[tiles.refusal(problem, tile)] = f"{case.layer.phase} {tuple(tile)}: {difference}"
+                wrong[tiles.refused_name(problem, tile)] = f"{case.layer.phase} {tuple(tile)}: {difference}"
     if wrong and out is not None:
         tiles.refuse(out / tiles.REFUSED, *wrong)
     assert not wrong, "\n".join(wrong.values())

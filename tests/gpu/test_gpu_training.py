@@ -9,15 +9,15 @@ from real import (
     LAYERS,
     ROLES,
     TRAINING,
-    assert_exact,
+    assert_within_bounds,
     cotangent_of,
     error,
     exact,
     networks,
+    reference_copy,
     run,
     samples,
     training_call,
-    twin,
 )
 from torch import Tensor, nn
 
@@ -26,8 +26,9 @@ from dcgan.kernels import ops
 
 pytestmark = pytest.mark.gpu
 
-# Beyond twice eager's error. A sign that rounding changes before a ReLU changes an element of a gradient by
-# as much as it is; in float32 that is one of the 2¹⁷ of the smallest map now and then: 2^-8.5 of its norm.
+# Bounds beyond twice eager's error. Where rounding flips a sign before a ReLU, an element of a gradient
+# changes by its full size; in float32 this sometimes happens to one of the smallest map's 2¹⁷ elements, which
+# is 2^-8.5 of its norm.
 FLIPS = {"float32": 2**-8, "tf32": 5e-2, "float16": 5e-2, "bfloat16": 2e-1}
 
 
@@ -35,18 +36,18 @@ FLIPS = {"float32": 2**-8, "tf32": 5e-2, "float16": 5e-2, "bfloat16": 2e-1}
     matrix.LAYER, matrix.layers([("bfloat16", layer) for layer in ROLES]), indirect=["precision"]
 )
 def test_layer(layer: str, batch: int, precision: str) -> None:
-    """Output, statistics and every gradient against float64, by Triton alone."""
+    """Output, statistics and every gradient against float64; only Triton kernels run."""
     call, transposed = training_call(layer, batch, DTYPES[precision])
     found, given, choices = run(call, transposed)
     assert [choice.engine for choice in choices] == ["triton", "triton"]
     assert [choice.op for choice in choices] == [choices[0].op, f"{choices[0].op}_backward"]
-    assert_exact(found, exact(call, transposed, found["y"], given), precision, layer)
+    assert_within_bounds(found, exact(call, transposed, found["y"], given), precision, layer)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_same_bits_twice(layer: str, precision: str) -> None:
-    """No atomics, sums in a fixed order: whichever program comes first."""
+    """There are no atomics and sums have a fixed order, so scheduling does not change the bits."""
     call, transposed = training_call(layer, 64, DTYPES[precision])
     first, given, _ = run(call, transposed)
     second, _, _ = run(call, transposed, given)
@@ -57,7 +58,7 @@ def test_the_same_bits_twice(layer: str, precision: str) -> None:
 def step(
     network: nn.Module, x: Tensor, cotangent: Tensor, autocast: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Output, gradients and buffers after a forward, under autocast or not, and a backward in training."""
+    """Run a training forward, optionally under autocast, and backward; return output, gradients, buffers."""
     network.zero_grad()
     x = x.detach().requires_grad_()
     with torch.autocast("cuda", autocast, enabled=autocast is not None):
@@ -75,15 +76,16 @@ def assert_as_good_as_eager(
     found: dict[str, Tensor], eager: dict[str, Tensor], expected: dict[str, Tensor], precision: str
 ) -> None:
     squares = [t.double().square().sum() for name, t in expected.items() if name.startswith("gradient")]
-    floor = 1e-2 * torch.stack(squares).sum().sqrt()  # a gradient that is 0 but for rounding, to all of them
+    # The error of a gradient that is 0 except for rounding is taken relative to all gradients.
+    floor = 1e-2 * torch.stack(squares).sum().sqrt()
     for name, want in expected.items():
         if name.endswith("num_batches_tracked"):
             assert torch.equal(found[name], want)
             continue
         norm = torch.maximum(want.norm(), floor if name.startswith("gradient") else want.new_zeros(()))
         off, plain = (((t.double() - want).norm() / norm).item() for t in (found[name], eager[name]))
-        spare = FLIPS[precision] if name.startswith("gradient") else 2 * TRAINING[precision]
-        assert off <= max(2 * plain, spare), f"{name}: {off:.1e}, eager {plain:.1e}"
+        minimum = FLIPS[precision] if name.startswith("gradient") else 2 * TRAINING[precision]
+        assert off <= max(2 * plain, minimum), f"{name}: error {off:.1e}, eager {plain:.1e}"
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
@@ -91,11 +93,11 @@ def assert_as_good_as_eager(
     ("batch", "precision"), [*((64, name) for name in DTYPES), (16, "bfloat16")], indirect=["precision"]
 )
 def test_network(which: int, batch: int, precision: str) -> None:
-    """A forward and a backward, running statistics included, no further from float64 than twice eager."""
+    """Forward, backward and running statistics have at most twice eager's error."""
     dtype = DTYPES[precision]
     network = networks(dtype)[which].train()
     x, cotangent = samples(network, batch, dtype), cotangent_of(network, batch)
-    wide, plain = twin(network), twin(network, dtype)
+    wide, plain = reference_copy(network), reference_copy(network, dtype)
     expected, eager = step(wide, x.double(), cotangent), step(plain, x, cotangent)
     with ops.recording() as choices:
         found = step(network, x, cotangent)
@@ -120,10 +122,10 @@ def test_network_gives_the_same_bits_twice(which: int, precision: str) -> None:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
 def test_autocast(which: int) -> None:
-    """bfloat16 inside, float32 parameters and gradients."""
+    """Compute in bfloat16 with float32 parameters and gradients."""
     network = networks(torch.float32)[which].train()
     x, cotangent = samples(network, 64, torch.float32), cotangent_of(network, 64)
-    wide, plain = twin(network), twin(network, torch.float32)
+    wide, plain = reference_copy(network), reference_copy(network, torch.float32)
     expected = step(wide, x.double(), cotangent)
     eager = step(plain, x, cotangent, torch.bfloat16)
     with ops.recording() as choices:
@@ -135,9 +137,9 @@ def test_autocast(which: int) -> None:
 
 
 def test_grad_scaler() -> None:
-    """float16 with a scaled loss: a step of SGD lands where float64's lands, and nothing overflows."""
+    """float16 with a scaled loss: the SGD step agrees with float64, and nothing overflows."""
     network = networks(torch.float32)[0].train()
-    reference = twin(network)
+    reference = reference_copy(network)
     z, cotangent = samples(network, 32, torch.float32), cotangent_of(network, 32)
     before = {name: p.detach().double() for name, p in network.named_parameters()}
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
@@ -153,4 +155,4 @@ def test_grad_scaler() -> None:
         wanted = reference.get_parameter(name).grad
         assert wanted is not None
         moved = (before[name] - parameter.detach().double()) / 0.1
-        assert error(moved, wanted) <= 0.1, name  # what changes of sign before a ReLU may do
+        assert error(moved, wanted) <= 0.1, name  # rounding may flip signs before a ReLU

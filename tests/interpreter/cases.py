@@ -1,4 +1,4 @@
-"""Calls for the kernels' tests: geometries, options, operands; and what results are held against."""
+"""Calls for the kernels' tests (geometries, options, operands), and the comparison with reference results."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from statement import column, gradients, leaves, op, state
+from float64_reference import column, expected_outputs, gradients, leaves, op
 from tolerance import Cotangents, uncancelled
 from torch import Tensor
 
 from dcgan.kernels import ops
 from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import model, plans, tiles, wgrad
+from dcgan.kernels.gpu import cost_model, plans, tiles, wgrad
 from dcgan.kernels.reference import accumulator_dtype, activation_backward, empty_gradient, memory_format
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,21 +53,21 @@ SHAPES = {
         "dense_narrow_3": (False, 2, 16, 3, 3, 3, 3, 1, 0),
     }.items()
 }
-"""The kernel that serves it first in each name; ``few`` channels make the adjoint a narrow one."""
+"""Names start with the kernel that serves the shape; with ``few`` channels the adjoint's kernel is narrow."""
 
 
 # --- options ------------------------------------------------------------------------------------------------
 
 
-class Before(NamedTuple):
-    """A prologue."""
+class PrologueOptions(NamedTuple):
+    """Options of a prologue."""
 
     affine: bool
     act: str
 
 
-class After(NamedTuple):
-    """Statistics, or an epilogue."""
+class TailOptions(NamedTuple):
+    """Statistics, or options of an epilogue."""
 
     stats: bool = False
     scale: bool = False
@@ -76,25 +76,25 @@ class After(NamedTuple):
 
 
 PROLOGUES = {
-    "as_it_is": Before(False, "none"),
-    "relu": Before(False, "relu"),
-    "leaky_relu": Before(False, "leaky_relu"),
-    "sigmoid": Before(False, "sigmoid"),  # of a padded zero it is not zero
-    "affine": Before(True, "none"),
-    "affine_relu": Before(True, "relu"),
-    "affine_leaky_relu": Before(True, "leaky_relu"),
-    "affine_tanh": Before(True, "tanh"),
-    "affine_sigmoid": Before(True, "sigmoid"),
+    "plain": PrologueOptions(False, "none"),
+    "relu": PrologueOptions(False, "relu"),
+    "leaky_relu": PrologueOptions(False, "leaky_relu"),
+    "sigmoid": PrologueOptions(False, "sigmoid"),  # sigmoid(0) ≠ 0 must not leak into the padding
+    "affine": PrologueOptions(True, "none"),
+    "affine_relu": PrologueOptions(True, "relu"),
+    "affine_leaky_relu": PrologueOptions(True, "leaky_relu"),
+    "affine_tanh": PrologueOptions(True, "tanh"),
+    "affine_sigmoid": PrologueOptions(True, "sigmoid"),
 }
 TAILS = {
-    "statistics": After(stats=True),
-    "raw": After(),
-    "tanh": After(act="tanh"),
-    "scale": After(scale=True),
-    "shift_sigmoid": After(shift=True, act="sigmoid"),
-    "scale_shift_tanh": After(scale=True, shift=True, act="tanh"),
-    "scale_shift_leaky_relu": After(scale=True, shift=True, act="leaky_relu"),
-    "scale_relu": After(scale=True, act="relu"),
+    "statistics": TailOptions(stats=True),
+    "raw": TailOptions(),
+    "tanh": TailOptions(act="tanh"),
+    "scale": TailOptions(scale=True),
+    "shift_sigmoid": TailOptions(shift=True, act="sigmoid"),
+    "scale_shift_tanh": TailOptions(scale=True, shift=True, act="tanh"),
+    "scale_shift_leaky_relu": TailOptions(scale=True, shift=True, act="leaky_relu"),
+    "scale_relu": TailOptions(scale=True, act="relu"),
 }
 
 
@@ -102,7 +102,7 @@ TAILS = {
 
 
 def exact(*size: int, deviation: float = 1.0) -> Tensor:
-    """Random float32 numbers that every dtype here holds exactly."""
+    """Return random float32 numbers that every tested dtype represents exactly."""
     return (deviation * torch.randn(*size)).bfloat16().half().float()
 
 
@@ -121,7 +121,7 @@ def training_call(
     x_nhwc: bool = True,
     **changes: Any,
 ) -> Call:
-    """A call with everything that the prologue and the tail of those names want."""
+    """Return a call with the prologue PROLOGUES[before] and the tail TAILS[after]."""
     prologue, tail = PROLOGUES[before], TAILS[after]
     order = (shape.c_in, shape.c_out) if shape.transposed else (shape.c_out, shape.c_in)
     x = exact(shape.n, shape.c_in, shape.h, shape.w).to(dtype)
@@ -130,7 +130,7 @@ def training_call(
         shape.c_in * (shape.kernel // shape.stride) ** 2 if shape.transposed else shape.c_in * shape.kernel**2
     )
     terms = shape.c_in if (shape.h, shape.w) == (1, 1) else terms
-    deviation = max(terms, 1) ** -0.5  # y of order one, where no activation is flat
+    deviation = max(terms, 1) ** -0.5  # y of order one, where no activation saturates
     call = Call(
         x.contiguous(memory_format=memory_format(x_nhwc)),
         exact(*order, shape.kernel, shape.kernel, deviation=deviation).to(dtype),
@@ -150,9 +150,9 @@ def training_call(
 
 
 def cotangents(call: Call, transposed: bool, layout: str = "nhwc") -> Cotangents:
-    """dy, laid out as ``nhwc``, ``nchw`` or ``expanded`` (strides of 0), and dmean and dvar if there are any.
+    """Return dy in layout ``nhwc``, ``nchw`` or ``expanded`` (strides of 0), and any dmean and dvar.
 
-    The latter reach du divided by the number of pixels, and are as many times larger, so as to be seen.
+    The latter enter du divided by the number of pixels, so they are scaled up by it to matter.
     """
     n, c, h, w = ops.empty(call, ops.check(call, transposed))[0].shape
     if layout == "expanded":
@@ -164,30 +164,30 @@ def cotangents(call: Call, transposed: bool, layout: str = "nhwc") -> Cotangents
     return dy, n * h * w * exact(c), n * h * w * exact(c)
 
 
-def backward_of(call: Call, transposed: bool, given: Cotangents) -> Backward:
-    """What autograd would ask of an engine for all gradients, with the reference's outputs."""
+def backward_of(call: Call, transposed: bool, grad_outputs: Cotangents) -> Backward:
+    """Return the backward call with all gradients needed, given the reference engine's outputs."""
     with ops.use_engine("reference"):
         y, mean, _ = op(transposed)(*call)
-    dy, dmean, dvar = given
+    dy, dmean, dvar = grad_outputs
     dy = torch.zeros_like(y) if dy is None else dy
-    kept = y if call.stats or call.out_act != "none" else None
+    saved = y if call.stats or call.out_act != "none" else None
     return Backward(
         dy, dmean, dvar, call.x, call.weight, call.center, call.scale, call.shift, call.in_act,
-        call.out_scale, call.out_act, kept, mean if call.stats else None, call.stats,
+        call.out_scale, call.out_act, saved, mean if call.stats else None, call.stats,
         call.slope, call.stride, call.padding, (True,) * 5,
     )  # fmt: skip
 
 
 def surrounded(t: Tensor, value: float = NAN) -> Tensor:
-    """A copy that lies in ``value`` on all sides."""
+    """Return a copy of t inside a larger tensor filled with ``value``."""
     framed = torch.full([size + 4 for size in t.shape], value, dtype=t.dtype)
     return framed[tuple(slice(2, -2) for _ in t.shape)].copy_(t)
 
 
 def far_apart(t: Tensor) -> Tensor:
-    """A copy [2, C, H, W] whose two images are more than 2³¹ elements apart.
+    """Return a copy of t [2, C, H, W] whose two images are more than 2³¹ elements apart.
 
-    The memory between them is never touched, and so never there.
+    The memory between them is never touched, so the operating system never allocates it.
     """
     n, c, h, w = t.shape
     assert n == 2
@@ -199,9 +199,9 @@ def far_apart(t: Tensor) -> Tensor:
 
 
 def results(
-    call: Call, transposed: bool, given: Cotangents, wanted: tuple[str, ...] | None = None
+    call: Call, transposed: bool, grad_outputs: Cotangents, wanted: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name, of the engine in force; only the ``wanted`` inputs require one."""
+    """Return the current engine's outputs and gradients by name; only ``wanted`` inputs require grad."""
     fresh = call._replace(
         **{
             name: t.detach().requires_grad_(wanted is None or name in wanted)
@@ -212,27 +212,27 @@ def results(
     inputs = {name: t for name, t in leaves(fresh).items() if t.requires_grad}
     named = dict(zip(("y", "mean", "var") if call.stats else ("y",), outputs, strict=False))
     found = {name: t.detach() for name, t in named.items()}
-    return found | {f"d{name}": t for name, t in gradients(outputs, given, inputs).items()}
+    return found | {f"d{name}": t for name, t in gradients(outputs, grad_outputs, inputs).items()}
 
 
-def exact_results(call: Call, transposed: bool, given: Cotangents) -> dict[str, Tensor]:
-    """The same in float64, by autograd."""
+def exact_results(call: Call, transposed: bool, grad_outputs: Cotangents) -> dict[str, Tensor]:
+    """Return the same in float64, by autograd."""
     wide = call._replace(**{name: t.detach().double().requires_grad_() for name, t in leaves(call).items()})
-    outputs = state(wide, transposed)
+    outputs = expected_outputs(wide, transposed)
     found = {name: t.detach() for name, t in zip(("y", "mean", "var"), outputs, strict=True) if t.numel()}
-    return found | {f"d{name}": t for name, t in gradients(outputs, given, leaves(wide)).items()}
+    return found | {f"d{name}": t for name, t in gradients(outputs, grad_outputs, leaves(wide)).items()}
 
 
 def triton_results(
-    call: Call, transposed: bool, given: Cotangents, wanted: tuple[str, ...] | None = None
+    call: Call, transposed: bool, grad_outputs: Cotangents, wanted: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
-    """Of the Triton engine, forward and backward, with the strides that they should have."""
+    """Return the Triton engine's outputs and gradients, after checking which engine ran and their strides."""
     with ops.use_engine("triton"), ops.recording() as choices:
-        made = results(call, transposed, given, wanted)
+        actual = results(call, transposed, grad_outputs, wanted)
     name = ops.NAMES[transposed]
     assert choices == [ops.Choice(name, "triton", ""), ops.Choice(f"{name}_backward", "triton", "")]
-    assert made["y"].stride() == ops.empty(call, ops.check(call, transposed))[0].stride()
-    for name, gradient in made.items():
+    assert actual["y"].stride() == ops.empty(call, ops.check(call, transposed))[0].stride()
+    for name, gradient in actual.items():
         if name in ("y", "mean", "var"):
             continue
         argument = getattr(call, name[1:])
@@ -241,23 +241,24 @@ def triton_results(
             assert gradient.stride() == empty_gradient(call.x).stride()
         elif name == "dweight":
             assert gradient.stride() == call.weight.stride()
-    return made
+    return actual
 
 
-# The kernels round the operands of a product, x̂ and du, to x's dtype, and its result. The reference, whose
-# products are float32, rounds x̂ and the result alone. An error is measured by the reference's, or by the
-# reference's with du rounded too where that is more: in 16 bits they are then all but the same errors. Twice
-# that is for other orders of summation and other tanhs and sigmoids. Where the reference is exact by chance,
-# as one channel's sum often is, there remain float32 accumulation and an operand or two that this rounds to
-# the other side. Sums here have K ≤ 2·10³ terms of random sign: √K·2⁻²⁴ ≤ 3e-6 of the root of the sum of the
-# terms' squares, which is as much as the sum itself unless that cancels, and no less than 2⁻²⁴ of Σ|term|.
-TIMES = 2
-MORE = 3e-6
+# The kernels round a product's operands x̂ and du, and its result, to x's dtype. The reference, whose products
+# are float32, rounds only x̂ and the result. The bound for a kernel's error is the larger of two errors, that
+# of the reference and that of the reference with du rounded as well; in 16 bits the latter is nearly the
+# kernel's own error. A factor of two allows for other summation orders and other tanh and sigmoid functions.
+# Where the reference is exact by chance, as one channel's sum often is, a floor allows for float32
+# accumulation and a few operands rounded differently. Sums here have K ≤ 2·10³ terms of random sign:
+# √K·2⁻²⁴ ≤ 3e-6 of the root of the sum of squared terms, which is about the sum itself unless that cancels,
+# and no less than 2⁻²⁴ of Σ|term|.
+ERROR_FACTOR = 2
+ERROR_FLOOR = 3e-6
 
 
-def with_du_rounded(call: Call, transposed: bool, given: Cotangents) -> dict[str, Tensor]:
-    """The reference's gradients, of all but out_shift, from a du that was rounded to x's dtype."""
-    it = backward_of(call, transposed, given)
+def with_du_rounded(call: Call, transposed: bool, grad_outputs: Cotangents) -> dict[str, Tensor]:
+    """Return the reference's gradients, except out_shift's, with du rounded to x's dtype."""
+    it = backward_of(call, transposed, grad_outputs)
     du, found = it.dy.to(accumulator_dtype(call.x.dtype)), {}
     if call.stats:
         assert it.y is not None
@@ -280,42 +281,46 @@ def with_du_rounded(call: Call, transposed: bool, given: Cotangents) -> dict[str
     return found | {name: t for name, t in of_plain.items() if name != "y"}
 
 
-def assert_right(made: dict[str, Tensor], call: Call, transposed: bool, given: Cotangents) -> None:
-    """Every result there is, against float64, wherever that is finite."""
-    exactly = exact_results(call, transposed, given)
-    sizes = uncancelled(call, transposed, given)
+def assert_accurate(
+    actual: dict[str, Tensor], call: Call, transposed: bool, grad_outputs: Cotangents
+) -> None:
+    """Compare every result with float64, wherever that is finite."""
+    references = exact_results(call, transposed, grad_outputs)
+    sizes = uncancelled(call, transposed, grad_outputs)
     with ops.use_engine("reference"):
-        measures = [results(call, transposed, given), with_du_rounded(call, transposed, given)]
-    for name, result in made.items():
-        expected = exactly[name]
+        measures = [results(call, transposed, grad_outputs), with_du_rounded(call, transposed, grad_outputs)]
+    for name, result in actual.items():
+        expected = references[name]
         finite = expected.isfinite()
 
         def norm(t: Tensor, finite: Tensor = finite) -> float:
             return float(t[finite].double().norm())
 
-        own = max(norm(found[name] - expected) for found in measures if name in found)
+        reference_error = max(norm(found[name] - expected) for found in measures if name in found)
         size = max(norm(expected), norm(sizes[name].nan_to_num(0, 0)))
-        error, allowed = norm(result - expected), TIMES * own + MORE * size
-        assert error <= allowed, f"{name}: error {error:.2e} of {size:.2e} where {allowed:.2e} is allowed"
+        error, allowed = norm(result - expected), ERROR_FACTOR * reference_error + ERROR_FLOOR * size
+        assert error <= allowed, f"{name}: error {error:.2e} (norm {size:.2e}) exceeds {allowed:.2e}"
 
 
 def check(call: Call, transposed: bool, layout: str = "nhwc") -> dict[str, Tensor]:
-    """Outputs and all gradients of the Triton engine, found right."""
-    given = cotangents(call, transposed, layout)
-    made = triton_results(call, transposed, given)
+    """Check the Triton engine's outputs and all gradients against float64, and return them."""
+    grad_outputs = cotangents(call, transposed, layout)
+    actual = triton_results(call, transposed, grad_outputs)
     expected = {"y", *(f"d{name}" for name in leaves(call))} | ({"mean", "var"} if call.stats else set())
-    assert made.keys() == expected
-    assert made["y"].dtype == call.x.dtype
-    assert all(made[name].dtype == accumulator_dtype(call.x.dtype) for name in ("mean", "var") if call.stats)
-    assert_right(made, call, transposed, given)
-    return made
+    assert actual.keys() == expected
+    assert actual["y"].dtype == call.x.dtype
+    assert all(
+        actual[name].dtype == accumulator_dtype(call.x.dtype) for name in ("mean", "var") if call.stats
+    )
+    assert_accurate(actual, call, transposed, grad_outputs)
+    return actual
 
 
 # --- tiles --------------------------------------------------------------------------------------------------
 
 
 def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
-    """A tile of the same proportions that a test's shapes fill more than once."""
+    """Shrink a tile, keeping its proportions, so that the tests' small shapes cover several tiles."""
     if kernel == "dense_narrow":
         return tile._replace(block_k=tile.block_k // 16)
     return tile._replace(
@@ -326,10 +331,10 @@ def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
 
 
 def listed(*kernels: str) -> list[Any]:
-    """Parameters (kernel, precision, tile) for each listed tile, shrunk.
+    """Return test parameters (kernel, precision, tile) for each candidate, shrunk.
 
-    Those that then differ in warps and stages alone, which the interpreter knows nothing of, are there once.
-    In the fast tests there are two of a kernel, which differ most in rows.
+    Tiles that differ only in warps and stages, which the interpreter ignores, are listed once. The fast tests
+    contain two per kernel, the smallest and the largest.
     """
     found: dict[tuple[str, str, tuple[int, ...]], Any] = {}
     for kernel in kernels:
@@ -352,15 +357,15 @@ def listed(*kernels: str) -> list[Any]:
 
 @contextlib.contextmanager
 def prologues(products: bool, gradients: bool) -> Iterator[None]:
-    """Those of products, and of weight gradients, inside or as passes of their own, on the same tiles."""
+    """Fuse the prologues of products and of weight gradients, or make them standalone, on the same tiles."""
 
     def choose(problem: tiles.Problem, *_: Any) -> tiles.Tile:
-        tile = tiles.estimate(model.plain(problem), model.PROCESSORS)
-        inside = gradients if problem.kernel.startswith("wgrad") else products
-        return tile._replace(fused=inside or set(model.prologues(problem)) == {"none"})
+        tile = tiles.estimate(cost_model.without_prologue(problem), cost_model.SM_COUNT)
+        fused = gradients if problem.kernel.startswith("wgrad") else products
+        return tile._replace(fused=fused or set(cost_model.prologues(problem)) == {"none"})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "_plans", {})  # where it is kept which prologues are passes
+        patch.setattr(plans, "_plans", {})  # plans record which prologues are standalone
         patch.setattr(plans, "choose", choose)
-        patch.setattr(wgrad, "model", types.SimpleNamespace(splits=lambda *_: 2))
+        patch.setattr(wgrad, "cost_model", types.SimpleNamespace(splits=lambda *_: 2))
         yield

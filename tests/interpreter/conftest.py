@@ -1,7 +1,7 @@
-"""The Triton kernels' meaning, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/interpreter`.
+"""The Triton kernels in Triton's interpreter: run `TRITON_INTERPRET=1 pytest tests/interpreter`.
 
-The variable must be set before triton is imported, so these tests are a run of their own; `make test` and
-`make test-slow` do both.
+The variable must be set before triton is imported, so these tests need a separate pytest run; `make test` and
+`make test-slow` include it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What Triton's interpreter lacks: bfloat16, on whose bit patterns it computes, and speed.
+"""Patches of Triton's interpreter: bfloat16 arithmetic, and speed.
 
-Of bfloat16, casts round to nearest even, products are of values with float32 sums, elementwise operations go
-through float32. Checked against Triton 3.6 and 3.8.
+The interpreter computes on the bit patterns of bfloat16. Patched, casts round to nearest even, products
+multiply values and accumulate in float32, and elementwise operations go through float32. Tested with Triton
+3.6 and 3.8.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def bfloat16() -> None:
-    """Repair the interpreter of this process."""
+    """Patch bfloat16 arithmetic into this process's interpreter."""
     builder: Any = interpreter.InterpreterBuilder
     handle: Any = interpreter.TensorHandle
     cast, dot, binary = builder.cast_impl, builder.create_dot, builder.binary_op
@@ -63,11 +64,11 @@ def bfloat16() -> None:
 
 
 def speed() -> None:
-    """Make the interpreter of this process more than twice as fast.
+    """Make this process's interpreter more than twice as fast.
 
-    Much of its time goes into checks of every integer operation for overflow, which only large offsets need
-    (:func:`overflow_checked`), and into listing the members of triton.language anew at every call of a device
-    function, to find those that it has to replace.
+    It spends much of its time on overflow checks of every integer operation, which only large offsets need
+    (:func:`overflow_checked`), and on listing the members of triton.language at every call of a device
+    function to find those it has to patch; this list is cached.
     """
     _check_overflow(False)
 
@@ -81,14 +82,14 @@ def speed() -> None:
     interpreter.inspect = types.SimpleNamespace(**(vars(inspect) | {"getmembers": getmembers}))
 
 
-def _check_overflow(wanted: bool) -> None:
+def _check_overflow(enabled: bool) -> None:
     builder: Any = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=wanted)
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=enabled)
 
 
 @contextlib.contextmanager
 def overflow_checked() -> Iterator[None]:
-    """An error where a 32-bit integer operation overflows, as the interpreter has it by itself."""
+    """Raise an error where a 32-bit integer operation overflows, as the unpatched interpreter does."""
     _check_overflow(True)
     try:
         yield

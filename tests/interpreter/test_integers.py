@@ -1,4 +1,4 @@
-"""The test for equality that tiles go through on a GPU, here at small sizes."""
+"""The exact-equality test of tiles that runs on a GPU, at small sizes in the interpreter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 from bench import layers
 from bench.cases import DTYPES
-from dcgan.kernels.gpu import aten, model, tiles
+from dcgan.kernels.gpu import aten, cost_model, tiles
 from dcgan.kernels.gpu.launch import Product
 
 BATCH = 3
 FACTOR = 16
 
 
-def few(problem: tiles.Problem) -> list[tiles.Tile]:
-    """The first tile inside, and the first with passes of their own."""
-    found = tiles.ways(problem)
-    return [next(tile for tile in found if tile.fused == way) for way in {tile.fused for tile in found}]
+def fused_and_standalone(problem: tiles.Problem) -> list[tiles.Tile]:
+    """Return the first tile with fused and, if there are prologues, the first with standalone prologues."""
+    found = tiles.variants(problem)
+    return [next(tile for tile in found if tile.fused == fused) for fused in {tile.fused for tile in found}]
 
 
 @pytest.mark.parametrize(
@@ -32,35 +32,35 @@ def test_results_are_equal(name: str, precision: str) -> None:
     found = list(integers.cases(name, shape, DTYPES[precision], "cpu"))
     assert [case.layer.phase for case in found] == ["eval", "forward", "dgrad", "wgrad"]
     for case in found:
-        for tile in few(case.layer.problem):
+        for tile in fused_and_standalone(case.layer.problem):
             assert integers.difference(case, tile, 4) == "", (case.layer.phase, tile)
 
 
 @pytest.mark.parametrize("name", ["G2", "D3"])
-def test_one_operand_that_is_off_shows(name: str) -> None:
-    """By one, in one place of one tensor, after its prologue."""
+def test_one_wrong_operand_is_detected(name: str) -> None:
+    """One element of one tensor is off by one, where its prologue does not hide it."""
     shape = integers.shrunk(integers.SHAPES[name], BATCH, FACTOR)
     for case in integers.cases(name, shape, torch.bfloat16, "cpu"):
-        (tile, *_) = few(case.layer.problem)
+        (tile, *_) = fused_and_standalone(case.layer.problem)
         it = case.layer.operation
         x, prologue = (it.x, it.prologue) if isinstance(it, Product) else (it.small, it.small_prologue)
-        at = tuple(aten.prepared(x, prologue, it.slope).gt(0).nonzero()[7].tolist())
+        at = tuple(aten.apply_prologue(x, prologue, it.slope).gt(0).nonzero()[7].tolist())
         x[at] += 1
         assert "numbers: " in integers.difference(case, tile, 4), case.layer.phase
         x[at] -= 1
 
 
-def test_what_a_launch_leaves_out_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NaN, whatever lay there before; sums between two launches included."""
+def test_outputs_that_are_not_written_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NaN, whatever the memory held before; including partial sums between two launches."""
     shape = integers.shrunk(integers.SHAPES["G2"], BATCH, FACTOR)
     for case in integers.cases("G2", shape, torch.bfloat16, "cpu"):
-        (tile, *_) = few(case.layer.problem)
+        (tile, *_) = fused_and_standalone(case.layer.problem)
         assert integers.difference(case, tile, 4) == ""
         with monkeypatch.context() as patch:
             patch.setattr(layers.Launches, "__call__", lambda self: None)
             assert "numbers: nan for" in integers.difference(case, tile, 4)
         product = case.layer.launches(tile, 4).product
-        if case.layer.phase == "wgrad":  # a chunk that is left out spoils the sum of chunks
+        if case.layer.phase == "wgrad":  # a missing split-K partial makes the sum NaN
             with monkeypatch.context() as patch:
                 patch.setattr(type(product), "__call__", _without(product.kernel, type(product).__call__))
                 assert "numbers: nan for" in integers.difference(case, tile, 4)
@@ -70,20 +70,20 @@ def _without(kernel: Any, call: Any) -> Any:
     return lambda launch: None if launch.kernel is kernel else call(launch)
 
 
-def test_every_kernel_prologue_and_epilogue_is_among_them() -> None:
-    """At the sizes that a GPU has: several waves of programs, rows that fill no tile, many steps."""
+def test_the_cases_cover_every_kernel_prologue_and_epilogue() -> None:
+    """At the sizes used on a GPU: several waves of programs, partially filled row tiles, many K steps."""
     kernels, prologues, epilogues = set(), set(), set()
     for name, shape in integers.SHAPES.items():
         small = integers.shrunk(shape, BATCH, FACTOR)
         for case in integers.cases(name, small, torch.bfloat16, "cpu"):
             problem = case.layer.problem
             kernels.add(problem.kernel)
-            prologues |= set(model.prologues(problem))
+            prologues |= set(cost_model.prologues(problem))
             if isinstance(case.layer.operation, Product):
                 epilogues.add(problem.fusion.split("+")[1])
         pixels = shape.size * 2 if shape.transposed and shape.size > 1 else shape.size // 2
         assert integers.divides(shape.batch * max(pixels, 1) ** 2) or not shape.stats
-        assert shape.batch % 2, "no multiple of a tile"
+        assert shape.batch % 2, "the last row tile must be partially filled"
     assert kernels == set(tiles.KERNELS)
     assert prologues == {"none", "act", "affine", "gradient", "statistics"}
     assert epilogues == {"affine", "statistics", "adjoint"}

@@ -1,4 +1,4 @@
-"""The kernels of inference against float64: shapes, layouts, dtypes, activations, tiles, borders, 64 bits."""
+"""Inference kernels against float64: shapes, layouts, dtypes, activations, tiles, bounds, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from dcgan.kernels import gpu, ops
 from dcgan.kernels.call import Call
-from dcgan.kernels.gpu import products, tiles
+from dcgan.kernels.gpu import lowering, tiles
 from dcgan.kernels.reference import ACTIVATIONS, accumulator_dtype
 
 ONE_OF_EACH = ("up", "up_narrow_1", "down", "down_narrow_3", "dense_up", "dense_narrow_1")
 
-# Operands are random numbers that the dtype holds exactly, so a float64 reference sees the same ones. What is
-# left is float32 accumulation, of K ≤ 2·10³ terms of random sign, √K·2⁻²⁴ of the root of the sum of their
-# squares, and one rounding of the result.
+# The random operands are exact in the dtype, so the float64 reference uses the same values. What remains is
+# float32 accumulation of K ≤ 2·10³ terms of random sign, √K·2⁻²⁴ of the root of the sum of their squares, and
+# one rounding of the result.
 ACCUMULATION = 3e-6
 
 
@@ -38,7 +38,7 @@ def expected(call: Call, transposed: bool) -> Tensor:
 
 
 def assert_close(y: Tensor, call: Call, transposed: bool) -> None:
-    """As close as the value before the activation may be: every activation is 1-Lipschitz."""
+    """Allow the error of the value before the activation: every activation is 1-Lipschitz."""
     reference = expected(call, transposed)
     before = expected(call._replace(out_act="none"), transposed)
     size = max(before.norm(), uncancelled(call, transposed)["y"].norm())
@@ -94,7 +94,7 @@ def test_shift_without_scale(shape: tuple) -> None:
 
 
 def test_tanh_is_accurate_near_zero() -> None:
-    """Relative accuracy, elementwise: 1 - exp(-2x) would have lost all of it at 1e-7."""
+    """Elementwise relative accuracy: 1 - exp(-2x) would lose all digits at 1e-7."""
     x = torch.logspace(-8, 1, 400).view(1, 1, 20, 20)
     weight = torch.zeros(20, 1, 4, 4)
     weight[:, :, 1, 1] = 1  # y[2p] = x[2p]
@@ -114,15 +114,15 @@ def test_every_tile(kernel: str, precision: str, tile: tiles.Tile) -> None:
     call = operands(shape, dtype)
     call = call._replace(out_scale=torch.randn(shape[3]), out_act="leaky_relu")
     y = gpu.output(call, shape[0]).fill_(float("nan"))
-    product = products.forward(call, shape[0], y)
+    product = lowering.forward(call, shape[0], y)
     chosen = gpu.kernel_for(product)
     chosen.launch(product, chosen.pack(call.weight), None, tile)()
     assert_close(y, call, shape[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_nothing_outside_is_read_or_written(shape: tuple) -> None:
-    """x, weight and vectors lie in NaN; y lies in a sentinel and is NaN where it is to be written."""
+def test_nothing_out_of_bounds_is_read_or_written(shape: tuple) -> None:
+    """x, weight and vectors are surrounded by NaN; y starts as NaN and is surrounded by a sentinel."""
     call = operands(shape, torch.float32)
     transposed, c_out = shape[0], shape[3]
 
@@ -131,14 +131,14 @@ def test_nothing_outside_is_read_or_written(shape: tuple) -> None:
         out_scale=surrounded(torch.randn(c_out)),
         out_shift=surrounded(torch.randn(c_out)),
     )
-    chosen = gpu.kernel_for(products.forward(call, transposed, gpu.output(call, transposed)))
+    chosen = gpu.kernel_for(lowering.forward(call, transposed, gpu.output(call, transposed)))
     packed = chosen.pack(call.weight)
     packed = torch.cat([torch.full((64,), float("nan")), packed.flatten(), torch.full((64,), float("nan"))])
     packed = packed[64:-64].view(chosen.pack(call.weight).shape)
     shape_y = gpu.output(call, transposed).shape
     framed = torch.full([size + 4 for size in shape_y], 7.0)
     y = framed[2:-2, 2:-2, 2:-2, 2:-2].fill_(float("nan"))
-    product = products.forward(call, transposed, y)
+    product = lowering.forward(call, transposed, y)
     tile = tiles.estimate(chosen.problem(product), 132)
     chosen.launch(product, packed, None, tile)()
     assert_close(y, call, transposed)
@@ -148,7 +148,7 @@ def test_nothing_outside_is_read_or_written(shape: tuple) -> None:
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_offsets_beyond_int32(name: str) -> None:
-    """Two images more than 2³¹ elements apart; the memory between them is never touched, so never there."""
+    """The two images are more than 2³¹ elements apart; the memory in between is never allocated."""
     shape = SHAPES[name]
     call = operands((shape[0], 2, *shape[2:]), torch.float16)
     with repair.overflow_checked():
@@ -157,7 +157,7 @@ def test_offsets_beyond_int32(name: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("act", ["relu", "leaky_relu", "tanh", "sigmoid"])
-def test_non_finite_goes_through(value: float, act: str) -> None:
+def test_non_finite_values_propagate(value: float, act: str) -> None:
     call = operands(SHAPES["up"], torch.float32)._replace(out_act=act)
     call.x[1, 3, 2, 1] = value
     with ops.use_engine("triton"):
@@ -183,7 +183,7 @@ def test_any_size(
     check(call._replace(out_act=act, channels_last=channels_last), transposed)
 
 
-def test_uncovered_calls_are_refused_by_name() -> None:
+def test_unsupported_calls_are_refused_with_a_reason() -> None:
     call = operands(SHAPES["up"], torch.float32)
     for changed, reason in (
         (call._replace(padding=0), "1×1 map"),

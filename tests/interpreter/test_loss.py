@@ -1,4 +1,4 @@
-"""The loss's kernels against float64."""
+"""The loss kernels against float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_loss_and_gradient(dtype: torch.dtype, count: int, target: float) -> Non
     wide = logits.detach().double().requires_grad_()
     exact, exact_probability = bce_with_logits(wide, target)
     (2 * exact + 3 * exact_probability).backward()
-    # A sum of float32 numbers of one sign; then one rounding to the dtype for the gradient.
+    # The loss sums float32 numbers of one sign; the gradient is also rounded once to the dtype.
     torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(probability.double(), exact_probability, rtol=2e-6, atol=0)
     assert logits.grad is not None
@@ -31,8 +31,8 @@ def test_loss_and_gradient(dtype: torch.dtype, count: int, target: float) -> Non
     assert error <= 2e-6 + torch.finfo(dtype).eps / 2
 
 
-def test_small_terms_and_saturation() -> None:
-    """softplus(-x) ≈ exp(-x) elementwise for large x, and no overflow on the other side."""
+def test_large_logits() -> None:
+    """softplus(-x) ≈ exp(-x) keeps its relative accuracy for large x, and does not overflow for large -x."""
     for value in (3.0, 8.0, 30.0, 80.0, -80.0):
         with ops.use_engine("triton"):
             loss = bce_with_logits(torch.tensor([value]), 1.0)[0]
@@ -40,7 +40,7 @@ def test_small_terms_and_saturation() -> None:
         torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
 
-def test_nan_is_not_hidden() -> None:
+def test_nan_propagates() -> None:
     with ops.use_engine("triton"):
         loss, probability = bce_with_logits(torch.tensor([0.0, float("nan")]), 0.9)
     assert loss.isnan()

@@ -15,7 +15,7 @@ from dcgan import fast, models
 from dcgan.kernels import ops
 
 
-def randomised(network: torch.nn.Module) -> torch.nn.Module:
+def randomized(network: torch.nn.Module) -> torch.nn.Module:
     network.apply(models.weights_init)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -38,8 +38,8 @@ def randomised(network: torch.nn.Module) -> torch.nn.Module:
     ids=str,
 )
 def test_generator_and_discriminator(channels: int, dtype: torch.dtype) -> None:
-    generator = randomised(fast.Generator(20, channels, features=8, image_size=32)).to(dtype)
-    discriminator = randomised(fast.Discriminator(channels, features=8, image_size=32)).to(dtype)
+    generator = randomized(fast.Generator(20, channels, features=8, image_size=32)).to(dtype)
+    discriminator = randomized(fast.Discriminator(channels, features=8, image_size=32)).to(dtype)
     z = torch.randn(3, 20).to(dtype)
     with torch.no_grad(), ops.use_engine("triton"), ops.recording() as choices:
         image = generator(z)
@@ -53,15 +53,15 @@ def test_generator_and_discriminator(channels: int, dtype: torch.dtype) -> None:
         wide_image = wide_g(z.double())
         wide_probability = wide_d(image.double())
     assert image.stride() == wide_image.stride()
-    # A few layers each round once to the dtype: about √layers ≈ 2 unit roundoffs; 4 leaves room.
+    # Each of four layers rounds once to the dtype: about √4 = 2 unit roundoffs in total; allow 4.
     bound = 4 * torch.finfo(dtype).eps
     assert (image.double() - wide_image).norm() / wide_image.norm() <= bound
     assert (probability.double() - wide_probability).norm() / wide_probability.norm() <= bound
 
 
-def test_packed_weights_follow_every_step() -> None:
-    """In eval packed weights are kept; a fused optimizer's step, which no version shows, drops them."""
-    network = randomised(fast.Generator(8, 1, features=4, image_size=32))
+def test_a_fused_optimizer_step_invalidates_packed_weights() -> None:
+    """Packed weights are cached in eval; a fused optimizer's step bumps no version, yet invalidates them."""
+    network = randomized(fast.Generator(8, 1, features=4, image_size=32))
     z = torch.randn(2, 8)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.05, fused=True)
     with ops.use_engine("triton"):
@@ -92,7 +92,7 @@ def loss(probability: Tensor) -> Tensor:
     ids=str,
 )
 def test_training_step(channels: int, dtype: torch.dtype) -> None:
-    """The Generator's loss through the Discriminator: all gradients and running statistics of both."""
+    """The Generator's loss through the Discriminator: all gradients and running statistics."""
     wide = torch.nn.Sequential(
         networks.reference("G", channels, features=8), networks.reference("D", channels, features=8)
     )
@@ -108,17 +108,19 @@ def test_training_step(channels: int, dtype: torch.dtype) -> None:
             return networks.results(narrow, z.float(), loss)
 
     with ops.recording() as choices:
-        made = found("triton")
+        actual = found("triton")
     assert [(choice.op.endswith("_backward"), choice.engine) for choice in choices] == (
         [(False, "triton")] * 8 + [(True, "triton")] * 8
     )
-    own = found("reference")
-    assert made.keys() == expected.keys()
+    reference = found("reference")
+    assert actual.keys() == expected.keys()
     for name, want in expected.items():
         if not want.dtype.is_floating_point:
-            assert torch.equal(made[name], want), name
+            assert torch.equal(actual[name], want), name
             continue
-        # What two networks and their backwards round, and BatchNorms blow up, is as much in either engine:
-        # some 1e-6 in float32 and 1e-1 in bfloat16.
-        error, measure = (relative(t[name], want) for t in (made, own))
-        assert error <= 2 * measure + 4 * torch.finfo(dtype).eps, f"{name}: error {error:.2e}, {measure:.2e}"
+        # The rounding errors of two networks and their backwards, amplified by BatchNorm, are of equal size
+        # in both engines: about 1e-6 in float32 and 1e-1 in bfloat16.
+        error, reference_error = (relative(t[name], want) for t in (actual, reference))
+        assert error <= 2 * reference_error + 4 * torch.finfo(dtype).eps, (
+            f"{name}: {error:.2e}, reference {reference_error:.2e}"
+        )

@@ -1,11 +1,11 @@
-"""Mean and variance of the Triton engine: before rounding, of any count, however large the mean."""
+"""Mean and variance from the Triton engine: unrounded input, any count, large means."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cases import SHAPES, Shape, check, exact_results, training_call
-from statement import op
+from float64_reference import op
 from torch import Tensor
 
 from dcgan.kernels import ops
@@ -29,12 +29,12 @@ def statistics(call: Call, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def copying(shape: Shape, x: Tensor) -> Call:
-    """A call whose output holds numbers of x, unchanged: every weight is 0 but one tap's of one channel."""
+    """Return a call whose output copies elements of x: all weights are 0 except one tap of one channel."""
     order = (shape.c_in, shape.c_out) if shape.transposed else (shape.c_out, shape.c_in)
     weight = torch.zeros(*order, shape.kernel, shape.kernel)
     dense = shape.padding == 0
     if shape.transposed:
-        taps = slice(None) if dense else slice(1, 3)  # each output pixel sees one of these, once
+        taps = slice(None) if dense else slice(1, 3)  # each output pixel uses exactly one of these taps
     else:
         taps = slice(0, 1) if dense else slice(1, 2)
     for c_out in range(shape.c_out):
@@ -44,14 +44,14 @@ def copying(shape: Shape, x: Tensor) -> Call:
 
 
 @pytest.mark.parametrize("name", WITH_STATISTICS)
-def test_a_mean_of_a_thousand_deviations(name: str) -> None:
-    # Several row tiles, the last partly filled.
+def test_a_mean_of_a_thousand_standard_deviations(name: str) -> None:
+    # Several row tiles, the last one partially filled.
     shape = SHAPES[name]._replace(n=13 if name in ("up", "up_narrow_1") else 37)
     x = 1000 + torch.randn(shape.n, shape.c_in, shape.h, shape.w)
     y, mean, var = statistics(copying(shape, x), shape.transposed)
     assert bool(torch.isin(y, x).all())
-    # With κ = √(1 + mean²/var) = 1000 the error is some κ·2⁻²⁴ = 6e-5 of the variance, a few roundings of the
-    # tiles' means; that of E[y²] - E[y]² has κ², and does not pass.
+    # With κ = √(1 + mean²/var) = 1000 the relative error of the variance is about κ·2⁻²⁴ = 6e-5, from a few
+    # roundings of the tiles' means; that of E[y²] - E[y]² grows with κ² and fails.
     bound = 3e-4
     wide = y.double()
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=1e-6, atol=0)
@@ -62,28 +62,28 @@ def test_a_mean_of_a_thousand_deviations(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_STATISTICS)
-def test_of_the_accumulator_before_it_is_rounded(name: str) -> None:
+def test_statistics_use_the_unrounded_accumulator(name: str) -> None:
     shape = SHAPES[name]
-    call = training_call(shape, "as_it_is", "statistics", torch.bfloat16)
+    call = training_call(shape, "plain", "statistics", torch.bfloat16)
     y, mean, var = statistics(call, shape.transposed)
-    nothing = (torch.zeros_like(y), None, None)
-    exactly = exact_results(call, shape.transposed, nothing)
-    deviation = exactly["var"].sqrt()
-    assert ((mean - exactly["mean"]).abs() <= 1e-6 * (deviation + exactly["mean"].abs())).all()
-    assert ((var - exactly["var"]).abs() <= 3e-6 * exactly["var"]).all()
+    zeros = (torch.zeros_like(y), None, None)
+    expected = exact_results(call, shape.transposed, zeros)
+    deviation = expected["var"].sqrt()
+    assert ((mean - expected["mean"]).abs() <= 1e-6 * (deviation + expected["mean"].abs())).all()
+    assert ((var - expected["var"]).abs() <= 3e-6 * expected["var"]).all()
     of_rounded = y.double().mean((0, 2, 3))
-    assert ((of_rounded - exactly["mean"]).abs() / deviation).max() > 1e-4
+    assert ((of_rounded - expected["mean"]).abs() / deviation).max() > 1e-4
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(False, 1, 20, 24, 2, 2, 4, 2, 1),  # one number a channel
+        Shape(False, 1, 20, 24, 2, 2, 4, 2, 1),  # one element per channel
         pytest.param(Shape(False, 1, 3, 17, 3, 2, 4, 2, 1), marks=pytest.mark.slow),
-        Shape(True, 1, 20, 3, 1, 1, 4, 2, 1),  # one a channel and parity
-        Shape(True, 1, 20, 12, 1, 1, 4, 1, 0),  # one a channel and pixel
+        Shape(True, 1, 20, 3, 1, 1, 4, 2, 1),  # one element per channel and parity
+        Shape(True, 1, 20, 12, 1, 1, 4, 1, 0),  # one element per channel and pixel
         pytest.param(Shape(False, 1, 12, 20, 4, 4, 4, 1, 0), marks=pytest.mark.slow),
-        Shape(False, 5, 5, 20, 2, 6, 4, 2, 1),  # 15 rows of a tile of 16, 16 and 17
+        Shape(False, 5, 5, 20, 2, 6, 4, 2, 1),  # 15 rows in a tile of 16; the next have 16 and 17
         pytest.param(Shape(False, 4, 5, 20, 2, 8, 4, 2, 1), marks=pytest.mark.slow),
         Shape(False, 1, 5, 20, 2, 34, 4, 2, 1),
         pytest.param(Shape(True, 1, 5, 20, 17, 1, 4, 2, 1), marks=pytest.mark.slow),
@@ -93,9 +93,9 @@ def test_of_the_accumulator_before_it_is_rounded(name: str) -> None:
     ids=lambda shape: "x".join(map(str, map(int, shape))),
 )
 def test_any_count(shape: Shape) -> None:
-    """Gradients are divided by the same count."""
+    """Including the gradients, which divide by the same count."""
     call = training_call(shape, "affine_leaky_relu", "statistics")
-    made = check(call, shape.transposed)
-    if made["y"][:, 0].numel() == 1:
-        assert (made["var"] == 0).all()
-        assert torch.equal(made["mean"], made["y"].flatten())
+    actual = check(call, shape.transposed)
+    if actual["y"][:, 0].numel() == 1:
+        assert (actual["var"] == 0).all()
+        assert torch.equal(actual["mean"], actual["y"].flatten())

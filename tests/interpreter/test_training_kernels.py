@@ -1,7 +1,7 @@
-"""Single launches of training's kernels: every listed tile, any number of chunks and of tiles, borders.
+"""Single launches of the training kernels: every candidate tile, any number of splits and tiles, bounds.
 
-What a launch reads lies in NaN, and what it writes is NaN in the midst of a sentinel: a number from outside,
-or one that is not written, spoils a result, and one that is written outside is seen.
+Inputs are surrounded by NaN; outputs start as NaN and are surrounded by a sentinel. An element read out of
+bounds or not written makes a result NaN, and a write out of bounds changes the sentinel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cases import (
     SHAPES,
     Cotangents,
     Shape,
-    assert_right,
+    assert_accurate,
     backward_of,
     cotangents,
     far_apart,
@@ -22,20 +22,20 @@ from cases import (
     surrounded,
     training_call,
 )
-from statement import leaves
+from float64_reference import leaves
 from tolerance import relative
 from torch import Tensor
 
 from dcgan.kernels import gpu
 from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import products, reduce, tiles, wgrad
+from dcgan.kernels.gpu import lowering, reduce, tiles, wgrad
 from dcgan.kernels.gpu.launch import Product
 from dcgan.kernels.reference import empty_gradient
 
 SENTINEL = 7.0
 PRECISION = {"16bit": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 PRODUCTS = [name for name in tiles.KERNELS if not name.startswith("wgrad")]
-FORWARD = {  # what each kernel is to run: geometry, prologue, tail
+FORWARD = {  # by kernel: shape, prologue, tail
     "up": ("up", "affine_relu", "statistics"),
     "up_narrow": ("up_narrow_3", "affine_relu", "scale_shift_tanh"),
     "down": ("down", "affine_leaky_relu", "statistics"),
@@ -45,20 +45,20 @@ FORWARD = {  # what each kernel is to run: geometry, prologue, tail
 }
 ADJOINT = {
     "up": ("down_odd", "affine_leaky_relu", "statistics"),
-    "up_narrow": ("down_narrow_3", "as_it_is", "statistics"),
+    "up_narrow": ("down_narrow_3", "plain", "statistics"),
     "down": ("up", "affine_relu", "statistics"),
     "down_narrow": ("up_narrow_3", "affine_relu", "statistics"),
     "dense": ("dense_down", "affine_leaky_relu", "statistics"),
-    "dense_narrow": ("dense_up_few", "as_it_is", "statistics"),
+    "dense_narrow": ("dense_up_few", "plain", "statistics"),
 }
-WEIGHT = {  # over 72 pixels: 4½ steps of 16
+WEIGHT = {  # over 72 pixels: 4½ K steps of 16
     "wgrad": Shape(False, 3, 20, 24, 12, 8, 4, 2, 1),
     "wgrad_narrow": Shape(True, 4, 17, 3, 6, 3, 4, 2, 1),
 }
 
 
-def among_nan(call: Call, transposed: bool) -> tuple[Call, Cotangents, Backward]:
-    """The call, gradients of its outputs, and what a backward is given, all surrounded."""
+def surrounded_by_nan(call: Call, transposed: bool) -> tuple[Call, Cotangents, Backward]:
+    """Return the call, its outputs' gradients and the backward call, with every tensor surrounded by NaN."""
     call = call._replace(**{name: surrounded(t) for name, t in leaves(call).items()})
     dy, dmean, dvar = (None if t is None else surrounded(t) for t in cotangents(call, transposed))
     it = backward_of(call, transposed, (dy, dmean, dvar))
@@ -66,18 +66,18 @@ def among_nan(call: Call, transposed: bool) -> tuple[Call, Cotangents, Backward]
     return call, (dy, dmean, dvar), it._replace(y=y, mean=mean)
 
 
-def contiguous(*size: int) -> Tensor:
-    """Numbers to be written, without gaps."""
+def contiguous_output(*size: int) -> Tensor:
+    """Return a contiguous output tensor of NaN, surrounded by the sentinel."""
     return surrounded(torch.full(size, NAN).flatten(), SENTINEL).view(size)
 
 
-def strided(like: Tensor) -> Tensor:
-    """Numbers to be written, with gaps."""
+def strided_output(like: Tensor) -> Tensor:
+    """Return an output tensor of NaN with gaps between its rows, surrounded by the sentinel."""
     return surrounded(torch.full_like(like, NAN), SENTINEL)
 
 
-def taken(t: Tensor) -> Tensor:
-    """What was written to one of these; nothing was written around it."""
+def written(t: Tensor) -> Tensor:
+    """Return what was written to such an output, after checking that nothing was written around it."""
     values = t.clone()
     t.fill_(SENTINEL)
     assert t._base is not None
@@ -85,19 +85,19 @@ def taken(t: Tensor) -> Tensor:
     return values
 
 
-def launched(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor | None, int, int]:
-    """Run it; (partial sums or None, rows, rows of partial that a row tile leaves)."""
+def run_product(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor | None, int, int]:
+    """Launch a product; returns (partial sums or None, rows, rows of the partial sums per row tile)."""
     chosen = gpu.kernel_for(product)
     assert chosen.name.startswith(kernel)
-    rows, group = chosen.problem(product).rows, chosen.tiles_a_row(product)
+    rows, group = chosen.problem(product).rows, chosen.partial_rows_per_row_tile(product)
     packed = chosen.pack(product.weight)
     packed = surrounded(packed.flatten()).view(packed.shape)
     if not product.epilogue.sums:
         chosen.launch(product, packed, None, tile)()
         return None, rows, group
-    partial = contiguous(2, -(-rows // tile.block_m) * group, product.y.shape[1])
+    partial = contiguous_output(2, -(-rows // tile.block_m) * group, product.y.shape[1])
     chosen.launch(product, packed, partial, tile)()
-    found = taken(partial)
+    found = written(partial)
     assert not found.isnan().any()
     return surrounded(found.flatten()).view(found.shape), rows, group
 
@@ -105,38 +105,38 @@ def launched(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor | 
 def forward_results(
     call: Call, transposed: bool, kernel: str, tile: tiles.Tile, y: Tensor | None = None
 ) -> dict[str, Tensor]:
-    y = strided(gpu.output(call, transposed)) if y is None else y
-    partial, rows, group = launched(products.forward(call, transposed, y), kernel, tile)
+    y = strided_output(gpu.output(call, transposed)) if y is None else y
+    partial, rows, group = run_product(lowering.forward(call, transposed, y), kernel, tile)
     if partial is None:
         return {"y": y}
-    mean, var = contiguous(y.shape[1]), contiguous(y.shape[1])
+    mean, var = contiguous_output(y.shape[1]), contiguous_output(y.shape[1])
     reduce.statistics(partial, mean, var, rows, group, tile.block_m)()
-    return {"y": y, "mean": taken(mean), "var": taken(var)}
+    return {"y": y, "mean": written(mean), "var": written(var)}
 
 
 def adjoint_results(
     it: Backward, transposed: bool, kernel: str, tile: tiles.Tile, dx: Tensor | None = None
 ) -> dict[str, Tensor]:
-    dx = strided(empty_gradient(it.x)) if dx is None else dx
-    partial, _, _ = launched(products.adjoint(it, transposed, dx), kernel, tile)
+    dx = strided_output(empty_gradient(it.x)) if dx is None else dx
+    partial, _, _ = run_product(lowering.adjoint(it, transposed, dx), kernel, tile)
     if partial is None:
         return {"dx": dx}
     assert it.scale is not None
-    dcenter, dscale, dshift = (contiguous(it.x.shape[1]) for _ in range(3))
+    dcenter, dscale, dshift = (contiguous_output(it.x.shape[1]) for _ in range(3))
     reduce.sums(partial, it.scale, dcenter, dscale, dshift)()
-    return {"dx": dx, "dcenter": taken(dcenter), "dscale": taken(dscale), "dshift": taken(dshift)}
+    return {"dx": dx, "dcenter": written(dcenter), "dscale": written(dscale), "dshift": written(dshift)}
 
 
 def weight_results(it: Backward, transposed: bool, tile: tiles.Tile, splits: int) -> dict[str, Tensor]:
-    gradient = products.weight_gradient(it, transposed)
+    gradient = lowering.weight_gradient(it, transposed)
     c_small, c_large, k_h, k_w = gradient.shape
-    partial = contiguous(splits, k_h * k_w, c_small, c_large)
+    partial = contiguous_output(splits, k_h * k_w, c_small, c_large)
     wgrad.launch(gradient, partial, tile)()
-    found = taken(partial)
+    found = written(partial)
     assert not found.isnan().any()
-    dweight = strided(it.weight)
-    reduce.chunks(surrounded(found.flatten()).view(found.shape), dweight)()
-    return {"dweight": taken(dweight)}
+    dweight = strided_output(it.weight)
+    reduce.split_k(surrounded(found.flatten()).view(found.shape), dweight)()
+    return {"dweight": written(dweight)}
 
 
 # --- tiles --------------------------------------------------------------------------------------------------
@@ -146,42 +146,46 @@ def weight_results(it: Backward, transposed: bool, tile: tiles.Tile, splits: int
 def test_every_tile_forward(kernel: str, precision: str, tile: tiles.Tile) -> None:
     name, before, after = FORWARD[kernel]
     transposed = SHAPES[name].transposed
-    call, given, _ = among_nan(training_call(SHAPES[name], before, after, PRECISION[precision]), transposed)
-    made = forward_results(call, transposed, kernel, tile)
-    made["y"] = taken(made["y"])
-    assert_right(made, call, transposed, given)
+    call, grad_outputs, _ = surrounded_by_nan(
+        training_call(SHAPES[name], before, after, PRECISION[precision]), transposed
+    )
+    actual = forward_results(call, transposed, kernel, tile)
+    actual["y"] = written(actual["y"])
+    assert_accurate(actual, call, transposed, grad_outputs)
 
 
 @pytest.mark.parametrize(("kernel", "precision", "tile"), listed(*PRODUCTS))
-def test_every_tile_of_the_adjoint(kernel: str, precision: str, tile: tiles.Tile) -> None:
+def test_every_tile_dgrad(kernel: str, precision: str, tile: tiles.Tile) -> None:
     name, before, after = ADJOINT[kernel]
     transposed = SHAPES[name].transposed
-    call, given, it = among_nan(training_call(SHAPES[name], before, after, PRECISION[precision]), transposed)
-    made = adjoint_results(it, transposed, kernel, tile)
-    made["dx"] = taken(made["dx"])
-    assert_right(made, call, transposed, given)
+    call, grad_outputs, it = surrounded_by_nan(
+        training_call(SHAPES[name], before, after, PRECISION[precision]), transposed
+    )
+    actual = adjoint_results(it, transposed, kernel, tile)
+    actual["dx"] = written(actual["dx"])
+    assert_accurate(actual, call, transposed, grad_outputs)
 
 
 @pytest.mark.parametrize(("kernel", "precision", "tile"), listed("wgrad", "wgrad_narrow"))
-def test_every_tile_of_the_weight_gradient(kernel: str, precision: str, tile: tiles.Tile) -> None:
-    """In 2 chunks: of 2 steps, and of half a one."""
+def test_every_tile_wgrad(kernel: str, precision: str, tile: tiles.Tile) -> None:
+    """With 2 splits: of 2 steps, and of half a step."""
     shape = WEIGHT[kernel]
     shape = shape._replace(n=2, h=10 if kernel == "wgrad" else 5, w=8 if kernel == "wgrad" else 4)
     call = training_call(shape, "affine_leaky_relu", "statistics", PRECISION[precision])
-    call, given, it = among_nan(call, shape.transposed)
-    made = weight_results(it, shape.transposed, tile, 2)
-    assert_right(made, call, shape.transposed, given)
+    call, grad_outputs, it = surrounded_by_nan(call, shape.transposed)
+    actual = weight_results(it, shape.transposed, tile, 2)
+    assert_accurate(actual, call, shape.transposed, grad_outputs)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 5, 8])
 @pytest.mark.parametrize("kernel", WEIGHT)
-def test_any_number_of_chunks(kernel: str, splits: int) -> None:
-    """Of 5 steps: 5; 3 and 2; 2, 2, 1 and none; one each; one each and then none."""
+def test_any_number_of_splits(kernel: str, splits: int) -> None:
+    """5 steps are split as 5; 3 + 2; 2 + 2 + 1 + 0; 1 each; and 1 each followed by empty splits."""
     shape = WEIGHT[kernel]
     call = training_call(shape, "affine_leaky_relu", "scale_shift_tanh")._replace(out_scale=None)
-    call, given, it = among_nan(call, shape.transposed)
-    made = weight_results(it, shape.transposed, tiles.Tile(32, 64, 16, 4, 1), splits)
-    assert_right(made, call, shape.transposed, given)
+    call, grad_outputs, it = surrounded_by_nan(call, shape.transposed)
+    actual = weight_results(it, shape.transposed, tiles.Tile(32, 64, 16, 4, 1), splits)
+    assert_accurate(actual, call, shape.transposed, grad_outputs)
 
 
 # --- offsets ------------------------------------------------------------------------------------------------
@@ -189,26 +193,30 @@ def test_any_number_of_chunks(kernel: str, splits: int) -> None:
 
 @pytest.mark.parametrize("kernel", FORWARD)
 def test_outputs_beyond_int32(kernel: str) -> None:
-    """y of the forward, and dx of the adjoint, whose epilogue reads x there too."""
+    """y of the forward, and dx of dgrad, whose epilogue also reads x beyond int32."""
     tile = tiles.Tile(16, 32, 128 if kernel == "dense_narrow" else 32, 4, 1)
     name, before, after = FORWARD[kernel]
     shape = SHAPES[name]._replace(n=2)
-    call, given, _ = among_nan(training_call(shape, before, after, torch.float16), shape.transposed)
+    call, grad_outputs, _ = surrounded_by_nan(
+        training_call(shape, before, after, torch.float16), shape.transposed
+    )
     with repair.overflow_checked():
         y = far_apart(torch.full_like(gpu.output(call, shape.transposed), NAN))
-        made = forward_results(call, shape.transposed, kernel, tile, y)
-    assert_right(made, call, shape.transposed, given)
+        actual = forward_results(call, shape.transposed, kernel, tile, y)
+    assert_accurate(actual, call, shape.transposed, grad_outputs)
 
     name, before, after = ADJOINT[kernel]
     shape = SHAPES[name]._replace(n=2)
-    call, given, it = among_nan(training_call(shape, before, after, torch.float16), shape.transposed)
+    call, grad_outputs, it = surrounded_by_nan(
+        training_call(shape, before, after, torch.float16), shape.transposed
+    )
     with repair.overflow_checked():
         dx, x = far_apart(torch.full_like(call.x, NAN)), far_apart(call.x)
-        made = adjoint_results(it._replace(x=x), shape.transposed, kernel, tile, dx)
-    assert_right(made, call, shape.transposed, given)
+        actual = adjoint_results(it._replace(x=x), shape.transposed, kernel, tile, dx)
+    assert_accurate(actual, call, shape.transposed, grad_outputs)
 
 
-# --- second steps -------------------------------------------------------------------------------------------
+# --- reductions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -222,11 +230,11 @@ def test_outputs_beyond_int32(kernel: str) -> None:
         (33, 16, 4, 20),
         (16 * 128, 16, 1, 3),
         (16 * 128 + 1, 16, 1, 3),
-        (16 * 70 + 3, 16, 4, 3),  # more tiles than a step of the loop takes
+        (16 * 70 + 3, 16, 4, 3),  # more tiles than one step of the loop
     ],
 )
 def test_statistics_are_merged(rows: int, block_m: int, group: int, channels: int) -> None:
-    """Values whose mean is 1000 of their standard deviations; the last row tile has fewer rows."""
+    """The mean is 1000 standard deviations; the last row tile has fewer rows."""
     values = 3000.0 + 3.0 * torch.randn(group, rows, channels, dtype=torch.float64)
     count = -(-rows // block_m)
     partial = torch.empty(2, count, group, channels)
@@ -235,36 +243,40 @@ def test_statistics_are_merged(rows: int, block_m: int, group: int, channels: in
         partial[0, t] = part.mean(1)
         partial[1, t] = (part - part.mean(1, keepdim=True)).square().sum(1)
     partial = surrounded(partial.flatten()).view(2, count * group, channels)
-    mean, var = contiguous(channels), contiguous(channels)
+    mean, var = contiguous_output(channels), contiguous_output(channels)
     reduce.statistics(partial, mean, var, rows, group, block_m)()
     exact = values.reshape(-1, channels)
-    # 17 sums a lane and a tree of 128. The tiles' means are float32 numbers of 1000 deviations, right to 6e-5
-    # of one: the variance is wrong by twice that at most, where E[y²] - E[y]² would be by 6e-2.
-    assert relative(taken(mean), exact.mean(0)) <= 24 * 2**-24
-    torch.testing.assert_close(taken(var).double(), exact.var(0, correction=0), rtol=1.2e-4, atol=1e-7)
+    # 17 sums per lane and a tree over 128. The tiles' means are float32 numbers of 1000 standard deviations,
+    # accurate to 6e-5 of one: the variance is off by at most twice that, E[y²] - E[y]² would be by 6e-2.
+    assert relative(written(mean), exact.mean(0)) <= 24 * 2**-24
+    torch.testing.assert_close(written(var).double(), exact.var(0, correction=0), rtol=1.2e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(("count", "channels"), [(1, 1), (5, 20), (128, 8), (129, 9), (300, 3)])
-def test_sums_are_added(count: int, channels: int) -> None:
+def test_sums_are_reduced(count: int, channels: int) -> None:
     partial, scale = torch.randn(2, count, channels), torch.randn(channels)
     framed = surrounded(partial.flatten()).view(partial.shape)
-    dcenter, dscale, dshift = (contiguous(channels) for _ in range(3))
+    dcenter, dscale, dshift = (contiguous_output(channels) for _ in range(3))
     reduce.sums(framed, surrounded(scale), dcenter, dscale, dshift)()
     shift, scaled = partial.double().sum(1)
     error = 1e-6 * partial.abs().sum(1).max().item()
-    torch.testing.assert_close(taken(dshift).double(), shift, rtol=0, atol=error)
-    torch.testing.assert_close(taken(dscale).double(), scaled, rtol=0, atol=error)
+    torch.testing.assert_close(written(dshift).double(), shift, rtol=0, atol=error)
+    torch.testing.assert_close(written(dscale).double(), scaled, rtol=0, atol=error)
     center = -scale.double() * shift
-    torch.testing.assert_close(taken(dcenter).double(), center, rtol=0, atol=error * scale.abs().max().item())
+    torch.testing.assert_close(
+        written(dcenter).double(), center, rtol=0, atol=error * scale.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("size", "splits"), [((20, 24, 4, 4), 3), ((3, 5, 3, 3), 1), ((1, 1, 1, 1), 9)])
-def test_chunks_are_added(size: tuple[int, int, int, int], splits: int, dtype: torch.dtype) -> None:
+def test_split_k_partials_are_reduced(
+    size: tuple[int, int, int, int], splits: int, dtype: torch.dtype
+) -> None:
     c_small, c_large, k_h, k_w = size
     partial = torch.randn(splits, k_h * k_w, c_small, c_large)
-    dweight = strided(torch.empty(size, dtype=dtype))
-    reduce.chunks(surrounded(partial.flatten()).view(partial.shape), dweight)()
+    dweight = strided_output(torch.empty(size, dtype=dtype))
+    reduce.split_k(surrounded(partial.flatten()).view(partial.shape), dweight)()
     exact = partial.double().sum(0).view(k_h, k_w, c_small, c_large).permute(2, 3, 0, 1)
     bound = 1e-6 + (0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
-    assert relative(taken(dweight), exact) <= bound
+    assert relative(written(dweight), exact) <= bound

@@ -1,4 +1,4 @@
-"""NaN and infinities in x and dy reach the results that they reach in float64, through every reduction."""
+"""NaN and infinities in x and dy propagate to the same results as in float64, through every reduction."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from cases import (
     SHAPES,
     Cotangents,
     Shape,
-    assert_right,
+    assert_accurate,
     cotangents,
     exact_results,
     training_call,
     triton_results,
 )
-from statement import pairwise
+from float64_reference import pairwise
 from torch import Tensor
 
 from dcgan.kernels.call import Call
 
 NAN, INF = float("nan"), float("inf")
-GEOMETRIES = {  # the middle pixel of the smaller map has no padding in its window
+GEOMETRIES = {  # the window of the smaller map's middle pixel contains no padding
     "up": Shape(True, 2, 20, 24, 3, 3, 4, 2, 1),
     "down": Shape(False, 2, 20, 24, 6, 6, 4, 2, 1),
     "down_narrow": Shape(False, 2, 3, 20, 6, 6, 4, 2, 1),
@@ -40,44 +40,44 @@ SOME = [
     (*("affine_leaky_relu", "scale_shift_leaky_relu"), "dy", INF),
     (*("relu", "scale_shift_leaky_relu"), "x", NAN),
     (*("relu", "scale_shift_leaky_relu"), "dy", NAN),
-    (*("relu", "statistics"), "x", -INF),  # which stops there
+    (*("relu", "statistics"), "x", -INF),  # which the ReLU stops
 ]
 FEWER = {"down": SOME[::2], "dense_down": SOME[1::2], "dense_up": [], "dense_narrow": []}
 FAST = [(name, *row) for name in GEOMETRIES for row in FEWER.get(name, SOME)]
 PAIRS = [
-    (row["name"], row["before"], row["after"], *row["spoils"])
+    (row["name"], row["before"], row["after"], *row["non_finite"])
     for row in pairwise(
         name=list(GEOMETRIES),
         before=["relu", "affine_relu", "affine_leaky_relu", "affine_tanh"],
         after=["statistics", "raw", "scale_relu", "scale_shift_leaky_relu", "tanh"],
-        spoils=list(itertools.product(("x", "dy"), (NAN, INF, -INF))),
+        non_finite=list(itertools.product(("x", "dy"), (NAN, INF, -INF))),
     )
 ]
 
 
 def spot(t: Tensor, pixel: tuple[int, int] | None = None) -> tuple[int, int, int, int]:
-    """The middle of an image's middle channel, or another pixel there."""
+    """Return the index of the middle pixel, or of ``pixel``, in the second image's middle channel."""
     _, c, h, w = t.shape
     return (1, c // 2, *((h // 2, w // 2) if pixel is None else pixel))
 
 
-def spoilt(
+def with_non_finite(
     shape: Shape, before: str, after: str, place: str, value: float, pixel: tuple[int, int] | None = None
 ) -> tuple[Call, Cotangents]:
-    """A call and gradients of its outputs with one number of x or dy replaced."""
+    """Return a call and gradients of its outputs with one element of x or dy replaced by ``value``."""
     call = training_call(shape, before, after)
-    given = cotangents(call, shape.transposed)
-    tensor = call.x if place == "x" else given[0]
+    grad_outputs = cotangents(call, shape.transposed)
+    tensor = call.x if place == "x" else grad_outputs[0]
     assert tensor is not None
     tensor[spot(tensor, pixel)] = value
-    return call, given
+    return call, grad_outputs
 
 
-def stops(before: str, after: str, place: str, value: float, y: Tensor) -> bool:
-    """Whether a ReLU stops it on its way in, so that nothing is spoilt.
+def is_stopped(before: str, after: str, place: str, value: float, y: Tensor) -> bool:
+    """Return whether a ReLU stops the value, so that all results stay finite.
 
-    -∞ in x is 0 after a ReLU, of which the derivative there is 0 too; after an affine map the gradient of
-    ``scale`` still is that 0 times x. Of dy a ReLU takes nothing, NaN neither, where its y is not positive.
+    A ReLU maps -∞ in x to 0 with derivative 0; after an affine map, however, the gradient of ``scale`` is
+    that 0 times x. A ReLU's backward ignores dy, even NaN, where its y is not positive.
     """
     if place == "x":
         return before == "relu" and value == -INF
@@ -88,49 +88,51 @@ def stops(before: str, after: str, place: str, value: float, y: Tensor) -> bool:
     ("name", "before", "after", "place", "value"),
     [*FAST, *(pytest.param(*row, marks=pytest.mark.slow) for row in PAIRS if row not in FAST)],
 )
-def test_one_number(name: str, before: str, after: str, place: str, value: float) -> None:
-    """NaN: the same results are NaN. Infinity: the same are not finite. All others are right.
+def test_one_non_finite_element(name: str, before: str, after: str, place: str, value: float) -> None:
+    """NaN makes the same results NaN, an infinity makes the same results non-finite; others stay accurate.
 
-    Which of those are NaN is the algorithm's: the mean of an infinity is one, where ``torch.var`` gives NaN,
-    and Σ w·dweight has infinities of both signs where Σ e·u has one.
+    Which non-finite results are NaN depends on the algorithm: the mean of an infinity is infinite where
+    ``torch.var`` gives NaN, and Σ w·dweight has infinities of both signs where Σ e·u has one.
     """
     if name == "down_narrow" and before == "relu":  # its adjoint would be up_narrow, which spreads NaN
         before = "affine_relu"
     transposed = GEOMETRIES[name].transposed
-    call, given = spoilt(GEOMETRIES[name], before, after, place, value)
-    made, exactly = triton_results(call, transposed, given), exact_results(call, transposed, given)
-    assert made.keys() == exactly.keys()
-    spoils = torch.isnan if value != value else lambda t: ~torch.isfinite(t)
-    for key, result in made.items():
-        assert torch.equal(spoils(result), spoils(exactly[key])), key
-    assert_right(made, call, transposed, given)
-    spoilt_at_all = any(bool(spoils(result).any()) for result in made.values())
-    assert spoilt_at_all != stops(before, after, place, value, exactly["y"])
+    call, grad_outputs = with_non_finite(GEOMETRIES[name], before, after, place, value)
+    actual = triton_results(call, transposed, grad_outputs)
+    expected = exact_results(call, transposed, grad_outputs)
+    assert actual.keys() == expected.keys()
+    is_bad = torch.isnan if value != value else lambda t: ~torch.isfinite(t)
+    for key, result in actual.items():
+        assert torch.equal(is_bad(result), is_bad(expected[key])), key
+    assert_accurate(actual, call, transposed, grad_outputs)
+    propagated = any(bool(is_bad(result).any()) for result in actual.values())
+    assert propagated != is_stopped(before, after, place, value, expected["y"])
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_the_window_of_a_border_pixel(transposed: bool) -> None:
-    """A weight's gradient multiplies by the padding too: NaN·0. Nothing else differs."""
+    """The weight gradient also multiplies the padding, NaN·0 = NaN; nothing else differs."""
     shape = GEOMETRIES["up" if transposed else "down"]
     place = "x" if transposed else "dy"
-    call, given = spoilt(shape, "affine_relu", "shift_sigmoid", place, NAN, (0, 0))
-    made, exactly = triton_results(call, transposed, given), exact_results(call, transposed, given)
-    for key, result in made.items():
+    call, grad_outputs = with_non_finite(shape, "affine_relu", "shift_sigmoid", place, NAN, (0, 0))
+    actual = triton_results(call, transposed, grad_outputs)
+    expected = exact_results(call, transposed, grad_outputs)
+    for key, result in actual.items():
         if key == "dweight":
-            assert (result.isnan() >= exactly[key].isnan()).all()
+            assert (result.isnan() >= expected[key].isnan()).all()
         else:
-            assert torch.equal(result.isnan(), exactly[key].isnan()), key
+            assert torch.equal(result.isnan(), expected[key].isnan()), key
 
 
 @pytest.mark.parametrize("transposed", [True, False], ids=["forward", "adjoint"])
 def test_up_narrow_spreads_to_the_next_pixel(transposed: bool) -> None:
-    """Its taps of 3×3 inputs include some that are 0 by construction, and NaN·0 is NaN; but no farther."""
+    """Some of its 3×3 taps are 0 by construction, and NaN·0 is NaN; but NaN spreads no farther."""
     shape = Shape(transposed, 2, 20, 3, 5, 5, 4, 2, 1)
     if not transposed:
         shape = Shape(False, 2, 3, 20, 10, 10, 4, 2, 1)
-    call, given = spoilt(shape, "as_it_is", "raw", "x" if transposed else "dy", NAN)
+    call, grad_outputs = with_non_finite(shape, "plain", "raw", "x" if transposed else "dy", NAN)
     key = "y" if transposed else "dx"
-    wrong = triton_results(call, transposed, given)[key].isnan()
-    exactly = exact_results(call, transposed, given)[key].isnan()
-    assert (wrong >= exactly).all()
-    assert (wrong <= (F.max_pool2d(exactly.double(), 3, 1, 1) > 0)).all()
+    wrong = triton_results(call, transposed, grad_outputs)[key].isnan()
+    expected = exact_results(call, transposed, grad_outputs)[key].isnan()
+    assert (wrong >= expected).all()
+    assert (wrong <= (F.max_pool2d(expected.double(), 3, 1, 1) > 0)).all()

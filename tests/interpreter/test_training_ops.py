@@ -14,7 +14,7 @@ from cases import (
     SHAPES,
     TAILS,
     Shape,
-    assert_right,
+    assert_accurate,
     check,
     cotangents,
     far_apart,
@@ -23,9 +23,9 @@ from cases import (
     training_call,
     triton_results,
 )
+from float64_reference import leaves, op, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from statement import leaves, op, pairwise
 from torch import Tensor
 
 from dcgan.kernels import ops
@@ -33,7 +33,7 @@ from dcgan.kernels import ops
 LAYOUTS = ("nhwc", "nchw", "expanded")
 
 
-def name_of(row: dict[str, Any]) -> str:
+def row_id(row: dict[str, Any]) -> str:
     formats = "".join("l" if row[name] else "c" for name in ("x_nhwc", "channels_last"))
     dtype = str(row["dtype"]).removeprefix("torch.")
     return f"{row['shape']}-{row['before']}-{row['after']}-{dtype}-{formats}-{row['layout']}"
@@ -51,9 +51,9 @@ def sample(prologues: list[str], tails: list[str]) -> list[dict[str, Any]]:
     )
 
 
-# One of each kind, with one of each activation.
+# One prologue and tail of each kind, with each activation once.
 SAMPLE = sample(
-    ["as_it_is", "relu", "sigmoid", "affine_relu", "affine_leaky_relu", "affine_tanh"],
+    ["plain", "relu", "sigmoid", "affine_relu", "affine_leaky_relu", "affine_tanh"],
     ["statistics", "raw", "tanh", "scale", "shift_sigmoid", "scale_shift_leaky_relu"],
 )
 REST = [row for row in sample(list(PROLOGUES), list(TAILS)) if row not in SAMPLE]
@@ -62,12 +62,12 @@ REST = [row for row in sample(list(PROLOGUES), list(TAILS)) if row not in SAMPLE
 @pytest.mark.parametrize(
     "row",
     [
-        *(pytest.param(row, id=name_of(row)) for row in SAMPLE),
-        *(pytest.param(row, id=name_of(row), marks=pytest.mark.slow) for row in REST),
+        *(pytest.param(row, id=row_id(row)) for row in SAMPLE),
+        *(pytest.param(row, id=row_id(row), marks=pytest.mark.slow) for row in REST),
     ],
 )
 def test_outputs_and_gradients(row: dict[str, Any]) -> None:
-    """Each geometry, prologue, tail, dtype and layout beside each of the others at least once."""
+    """Pairwise: each geometry, prologue, tail, dtype and layout occurs with each value of the others."""
     row = row.copy()
     shape, layout = SHAPES[row.pop("shape")], row.pop("layout")
     check(training_call(shape, **row), shape.transposed, layout)
@@ -78,7 +78,7 @@ ONE_OF_EACH = (
     "up_narrow_3",
     "down_odd",
     "down_narrow_3",
-    "dense_up_few",  # whose adjoint is dense_narrow
+    "dense_up_few",  # its adjoint is dense_narrow
     "dense_down",
     "dense_narrow_3",
 )
@@ -89,7 +89,7 @@ ONE_OF_EACH = (
 @pytest.mark.parametrize("before", PROLOGUES)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_every_combination(name: str, before: str, after: str) -> None:
-    """Of kernel, prologue and tail; dtypes, and layouts within a dtype, by turns."""
+    """Every combination of kernel, prologue and tail, cycling through dtypes and layouts."""
     shape = SHAPES[name]
     turn = ONE_OF_EACH.index(name) + list(PROLOGUES).index(before) + list(TAILS).index(after)
     dtype, layout = DTYPES[turn % 3], LAYOUTS[turn // 3 % 3]
@@ -107,18 +107,18 @@ def test_every_combination(name: str, before: str, after: str) -> None:
     ],
 )
 def test_some_inputs_require_gradients(name: str, after: str) -> None:
-    """What is asked for has the bits that it has when all is asked for; nothing else is computed."""
+    """The requested gradients have the same bits as when all are requested; no others are computed."""
     shape = SHAPES[name]
     call = training_call(shape, "affine_relu", after)
-    given = cotangents(call, shape.transposed)
-    everything = triton_results(call, shape.transposed, given)
+    grad_outputs = cotangents(call, shape.transposed)
+    everything = triton_results(call, shape.transposed, grad_outputs)
     subsets = [(name,) for name in leaves(call) if name not in ("center", "shift")] + [
         ("x", "weight", "shift")
     ]
     for wanted in subsets:
-        made = triton_results(call, shape.transposed, given, wanted)
-        assert {name[1:] for name in made if name not in ("y", "mean", "var")} == set(wanted)
-        for name, result in made.items():
+        actual = triton_results(call, shape.transposed, grad_outputs, wanted)
+        assert {name[1:] for name in actual if name not in ("y", "mean", "var")} == set(wanted)
+        for name, result in actual.items():
             assert torch.equal(result, everything[name]), f"{name} of {wanted}"
 
 
@@ -128,26 +128,30 @@ def test_some_outputs_are_used(name: str, used: tuple[bool, bool, bool]) -> None
     shape = SHAPES[name]
     call = training_call(shape, "affine_leaky_relu", "statistics")
     dy, dmean, dvar = cotangents(call, shape.transposed)
-    given: Any = tuple(c if use else None for c, use in zip((dy, dmean, dvar), used, strict=True))
-    assert_right(triton_results(call, shape.transposed, given), call, shape.transposed, given)
+    grad_outputs: Any = tuple(c if use else None for c, use in zip((dy, dmean, dvar), used, strict=True))
+    assert_accurate(
+        triton_results(call, shape.transposed, grad_outputs), call, shape.transposed, grad_outputs
+    )
 
 
 @pytest.mark.parametrize("name", ["up_few", "down"])
 def test_gradients_of_sums(name: str) -> None:
-    """What y.sum(), mean.sum() and var.sum() hand back has strides of 0 throughout."""
+    """The backwards of y.sum(), mean.sum() and var.sum() pass gradients whose strides are all 0."""
     shape = SHAPES[name]
     call = training_call(shape, "affine_relu", "statistics")
     c, count = shape.c_out, 40.0
-    given = (
+    grad_outputs = (
         torch.ones(()).expand(ops.check(call, shape.transposed)),
         torch.tensor(count).expand(c),
         torch.tensor(-count).expand(c),
     )
-    assert_right(triton_results(call, shape.transposed, given), call, shape.transposed, given)
+    assert_accurate(
+        triton_results(call, shape.transposed, grad_outputs), call, shape.transposed, grad_outputs
+    )
 
 
 def strided(t: Tensor) -> Tensor:
-    """A copy of which every second number of every dimension is another's."""
+    """Return a copy that is every second element, in each dimension, of a larger tensor of NaN."""
     memory = torch.full([2 * size for size in t.shape], float("nan"), dtype=t.dtype)
     return memory[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
 
@@ -155,10 +159,10 @@ def strided(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("after", ["statistics", pytest.param("scale_shift_tanh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["up_few", "down_narrow_3", "dense_up"])
 def test_any_strides(name: str, after: str) -> None:
-    """Of x, weight, vectors and every gradient that comes in; a dense weight's gradient has its strides."""
+    """Any strides of x, weight, vectors and gradients; a dense weight's gradient has the weight's strides."""
     shape = SHAPES[name]
     call = training_call(shape, "affine_relu", after)
-    given: Any = tuple(None if c is None else strided(c) for c in cotangents(call, shape.transposed))
+    grad_outputs: Any = tuple(None if c is None else strided(c) for c in cotangents(call, shape.transposed))
     everything = call._replace(**{name: strided(t) for name, t in leaves(call).items() if name != "weight"})
     weights = (
         call.weight.contiguous(memory_format=torch.channels_last),
@@ -166,7 +170,9 @@ def test_any_strides(name: str, after: str) -> None:
     )
     for weight in weights:
         now = everything._replace(weight=weight)
-        assert_right(triton_results(now, shape.transposed, given), now, shape.transposed, given)
+        assert_accurate(
+            triton_results(now, shape.transposed, grad_outputs), now, shape.transposed, grad_outputs
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ def test_any_strides(name: str, after: str) -> None:
     ],
 )
 def test_the_derivative_at_a_kink(name: str, act: str) -> None:
-    """Of relu and leaky_relu at exactly 0 it is eager's: 0 and the slope."""
+    """At exactly 0 the derivatives of relu and leaky_relu are those of eager: 0 and the slope."""
     shape = SHAPES[name]
     call = training_call(shape, "affine", "raw", in_act=act)
     assert call.center is not None
@@ -188,8 +194,10 @@ def test_the_derivative_at_a_kink(name: str, act: str) -> None:
     )
     flat = call._replace(out_act=act, weight=torch.zeros_like(call.weight))
     for now in (at_kink, flat, flat._replace(out_scale=torch.ones(shape.c_out))):
-        given = cotangents(now, shape.transposed)
-        assert_right(triton_results(now, shape.transposed, given), now, shape.transposed, given)
+        grad_outputs = cotangents(now, shape.transposed)
+        assert_accurate(
+            triton_results(now, shape.transposed, grad_outputs), now, shape.transposed, grad_outputs
+        )
 
 
 @pytest.mark.parametrize(
@@ -199,11 +207,11 @@ def test_the_derivative_at_a_kink(name: str, act: str) -> None:
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("up_few", "dense_down")),
     ],
 )
-def test_the_same_bits_again(name: str) -> None:
+def test_results_are_deterministic(name: str) -> None:
     shape = SHAPES[name]
     call = training_call(shape, "affine_leaky_relu", "statistics", torch.bfloat16)
-    given = cotangents(call, shape.transposed)
-    first, second = (triton_results(call, shape.transposed, given) for _ in range(2))
+    grad_outputs = cotangents(call, shape.transposed)
+    first, second = (triton_results(call, shape.transposed, grad_outputs) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -213,7 +221,7 @@ def test_the_same_bits_again(name: str) -> None:
         pytest.param(
             name,
             fused,
-            id=f"{name}-{'fused' if fused else 'passes'}",
+            id=f"{name}-{'fused' if fused else 'standalone'}",
             marks=[] if fused or name == "down" else pytest.mark.slow,
         )
         for name in ("up", "up_narrow_1", "down", "down_narrow_3", "dense_up", "dense_down")
@@ -221,14 +229,14 @@ def test_the_same_bits_again(name: str) -> None:
     ],
 )
 def test_offsets_beyond_int32(name: str, fused: bool) -> None:
-    """In x and dy, which the adjoint, the weight gradient and the passes read."""
+    """In x and dy, which dgrad, wgrad and the standalone prologues read."""
     shape = SHAPES[name]._replace(n=2)
     call = training_call(shape, "affine_relu", "statistics", torch.float16)
     dy, dmean, dvar = cotangents(call, shape.transposed)
-    call, given = call._replace(x=far_apart(call.x)), (far_apart(dy), dmean, dvar)
+    call, grad_outputs = call._replace(x=far_apart(call.x)), (far_apart(dy), dmean, dvar)
     with repair.overflow_checked(), prologues(fused, fused):
-        made = triton_results(call, shape.transposed, given)
-    assert_right(made, call, shape.transposed, given)
+        actual = triton_results(call, shape.transposed, grad_outputs)
+    assert_accurate(actual, call, shape.transposed, grad_outputs)
 
 
 ANY_SIZE = given(
@@ -282,7 +290,7 @@ test_many_sizes = pytest.mark.slow(MANY(ANY_SIZE(any_size)))
 test_many_sizes_on_a_map_of_one_pixel = pytest.mark.slow(MANY(ANY_SIZE_ON_ONE_PIXEL(any_size_on_one_pixel)))
 
 
-def test_no_gradient_is_asked_of_a_frozen_call() -> None:
+def test_no_backward_without_gradients() -> None:
     call = training_call(SHAPES["up"], "affine_relu", "statistics")
     with torch.no_grad(), ops.use_engine("triton"), ops.recording() as choices:
         op(True)(*call)

@@ -1,4 +1,4 @@
-"""What tuning is given of a launch: results of a tile, over NaN, and what they are held against."""
+"""The trials that launches pass to tuning: a tile's results, prefilled with NaN, and the expected results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from cases import SHAPES, backward_of, cotangents, training_call
 
 from dcgan.kernels import gpu
-from dcgan.kernels.gpu import aten, model, plans, tiles
+from dcgan.kernels.gpu import aten, cost_model, plans, tiles
 
 CASES = {  # geometry, prologue, tail
     "up": ("up", "affine_relu", "statistics"),
@@ -19,18 +19,18 @@ CASES = {  # geometry, prologue, tail
     "down_narrow": ("down_narrow_3", "affine", "statistics"),
     "dense": ("dense_up", "affine_tanh", "statistics"),
     "dense_narrow": ("dense_narrow_3", "affine_leaky_relu", "shift_sigmoid"),
-    "plain": ("down", "as_it_is", "statistics"),
+    "plain": ("down", "plain", "statistics"),
 }
 
 
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tiles.Problem, tiles.Trial]]:
-    """Those of every launch that is planned from now on."""
+    """Return the (problem, trial) of every launch planned from now on."""
     found: list[tuple[tiles.Problem, tiles.Trial]] = []
 
     def choose(problem: tiles.Problem, device: torch.device, spills: Any, trial: tiles.Trial) -> tiles.Tile:
         found.append((problem, trial))
-        return tiles.estimate(model.plain(problem), model.PROCESSORS)
+        return tiles.estimate(cost_model.without_prologue(problem), cost_model.SM_COUNT)
 
     monkeypatch.setattr(plans, "_plans", {})
     monkeypatch.setattr(plans, "choose", choose)
@@ -39,10 +39,10 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tiles.Problem, tiles.T
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_tiles_results_are_held_against_the_exact_ones(
+def test_a_trial_compares_results_with_the_reference(
     trials: list[tuple[tiles.Problem, tiles.Trial]], case: str, dtype: torch.dtype
 ) -> None:
-    """Of the forward, the adjoint and the weight gradient, with the prologues inside and before."""
+    """For forward, dgrad and wgrad, with fused and with standalone prologues."""
     name, before, after = CASES[case]
     transposed = SHAPES[name].transposed
     call = training_call(SHAPES[name], before, after, dtype)
@@ -53,11 +53,12 @@ def test_a_tiles_results_are_held_against_the_exact_ones(
     for problem, trial in trials:
         expected = trial.expected()
         allowed = tiles.TOLERANCE[problem.precision]
-        fused, apart = (
-            next((tile for tile in tiles.ways(problem) if tile.fused == way), None) for way in (True, False)
+        fused, standalone = (
+            next((tile for tile in tiles.variants(problem) if tile.fused == choice), None)
+            for choice in (True, False)
         )
-        assert (apart is None) == (set(model.prologues(problem)) == {"none"})
-        for tile in (fused, apart):
+        assert (standalone is None) == (set(cost_model.prologues(problem)) == {"none"})
+        for tile in (fused, standalone):
             if tile is not None:
                 got = trial.results(tile)
                 assert [t.shape for t in got] == [t.shape for t in expected]

@@ -1,4 +1,4 @@
-"""The ops' backwards as operators: schema, strides, what they are given and what is kept for them."""
+"""The backward operators: schema, strides, needed gradients, and the tensors saved for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def operator(transposed: bool) -> Any:
 
 
 def arguments(transposed: bool, stats: bool, prologue: bool, needs: tuple[bool, ...]) -> Backward:
-    # float64, since a library's float32 sums may differ from call to call by more than opcheck allows.
+    # float64, since a library's float32 sums may differ between calls by more than opcheck allows.
     def random(*shape: int) -> Tensor:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.randn(*shape, dtype=torch.float64).to(memory_format=layout)
@@ -46,14 +46,14 @@ def arguments(transposed: bool, stats: bool, prologue: bool, needs: tuple[bool, 
     [(True, True, True, False, False), (False, True, False, False, False), (True, False, True, False, True)],
 )
 def test_opcheck(transposed: bool, stats: bool, prologue: bool, needs: tuple[bool, ...]) -> None:
-    needs = (*needs[:4], needs[4] and not stats)  # there is no out_shift beside statistics
+    needs = (*needs[:4], needs[4] and not stats)  # out_shift and statistics exclude each other
     call = arguments(transposed, stats, prologue, needs)
     torch.library.opcheck(operator(transposed), tuple(call))
 
 
 @BOTH
 @pytest.mark.parametrize("nhwc", [True, False])
-def test_gradients_lie_as_their_tensors_do(transposed: bool, nhwc: bool) -> None:
+def test_gradients_have_the_strides_of_their_tensors(transposed: bool, nhwc: bool) -> None:
     call = arguments(transposed, True, True, (True, True, True, False, False))
     layout = torch.channels_last if nhwc else torch.contiguous_format
     call = call._replace(
@@ -66,7 +66,7 @@ def test_gradients_lie_as_their_tensors_do(transposed: bool, nhwc: bool) -> None
 
 
 @BOTH
-def test_what_is_not_needed_is_not_there(transposed: bool) -> None:
+def test_gradients_not_needed_are_empty(transposed: bool) -> None:
     call = arguments(transposed, False, False, (False, True, False, False, False))
     dx, dweight, *vectors = operator(transposed)(*call)
     assert dx.shape == (0,)
@@ -75,7 +75,7 @@ def test_what_is_not_needed_is_not_there(transposed: bool) -> None:
 
 
 @BOTH
-def test_the_choice_of_the_backward_is_recorded(transposed: bool) -> None:
+def test_the_engine_of_the_backward_is_recorded(transposed: bool) -> None:
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
     weight = torch.randn(3, 3, 4, 4)
     with ops.use_engine("reference"), ops.recording() as choices:
@@ -85,8 +85,8 @@ def test_the_choice_of_the_backward_is_recorded(transposed: bool) -> None:
     assert [choice.op for choice in choices] == [name, f"{name}_backward"]
 
 
-def kept(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """The distinct tensors of activation size that autograd keeps, besides parameters and the input."""
+def saved_activations(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the distinct activations that autograd saves, without parameters and the input."""
     known = {p.untyped_storage().data_ptr() for p in network.parameters()}
     known.add(x.untyped_storage().data_ptr())
     found: dict[int, Tensor] = {}
@@ -102,18 +102,18 @@ def kept(network: nn.Module, x: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def test_one_tensor_a_layer_is_kept() -> None:
-    """The raw output of each convolution, which is also the next one's input; and the image, for its tanh."""
+def test_one_tensor_per_layer_is_saved() -> None:
+    """The raw output of each convolution, which is the next one's input, and the image, for its tanh."""
     generator = fast.Generator(20, 3, features=8, image_size=32)
-    saved = kept(generator, torch.randn(4, 20, 1, 1))
+    saved = saved_activations(generator, torch.randn(4, 20, 1, 1))
     assert sorted(tuple(t.shape[1:]) for t in saved) == [(3, 32, 32), (8, 16, 16), (16, 8, 8), (32, 4, 4)]
     discriminator = fast.Discriminator(3, features=8, image_size=32)
-    saved = kept(discriminator, torch.randn(4, 3, 32, 32))
+    saved = saved_activations(discriminator, torch.randn(4, 3, 32, 32))
     assert sorted(tuple(t.shape[1:]) for t in saved) == [(1, 1, 1), (8, 16, 16), (16, 8, 8), (32, 4, 4)]
 
 
-def test_gradients_of_gradients_agree_with_the_first() -> None:
-    """create_graph takes another way, through aten; its first derivatives are the same."""
+def test_create_graph_gives_the_same_first_derivatives() -> None:
+    """create_graph uses another implementation, in aten, with the same first derivatives."""
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     y, mean, var = ops.conv2d_fused(x, weight, stats=True)

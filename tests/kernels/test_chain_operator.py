@@ -1,4 +1,4 @@
-"""conv_chain as PyTorch sees an operator: derivatives, transforms, autocast, compile."""
+"""conv_chain as a PyTorch operator: derivatives, transforms, autocast, compile."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import native
 import pytest
 import torch
-from chains import KINDS, OP, arguments, leaves, made, one_by_one, stated, wide
+from chains import KINDS, OP, arguments, expected_output, leaves, run_separately, small_chain, to_float64
+from float64_reference import Problem
 from native import LAYER
-from statement import Problem
 from tolerance import relative, unit
 from torch import Tensor
 
-from dcgan.kernels import chain, ops, weights
+from dcgan.kernels import chain, ops, weight_cache
 from dcgan.kernels.call import Stage
 from dcgan.kernels.chain import conv_chain
 
@@ -22,15 +22,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_entries", {})
+def _empty_weight_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_cache, "_entries", {})
 
 
 @native.NEEDED
 @pytest.mark.parametrize(("kind", "gradients"), [("up", False), ("down", True)])
 def test_opcheck(kind: str, gradients: bool) -> None:
-    """With gradients it is its ops, and the native ones of those have the reference's backward."""
-    x, stages = made(kind)
+    """With gradients it runs as separate ops."""
+    x, stages = small_chain(kind)
     for t in leaves(x, stages):
         t.requires_grad_(gradients)
     with ops.use_engine("native"):
@@ -38,7 +38,7 @@ def test_opcheck(kind: str, gradients: bool) -> None:
 
 
 def test_opcheck_of_bfloat16() -> None:
-    torch.library.opcheck(OP, arguments(*made("up", torch.bfloat16)))
+    torch.library.opcheck(OP, arguments(*small_chain("up", torch.bfloat16)))
 
 
 @native.NEEDED
@@ -57,14 +57,14 @@ def test_opcheck_of_the_ops_on_the_native_engine(transposed: bool) -> None:
 
 @KINDS
 @pytest.mark.parametrize("engine", [pytest.param("native", marks=native.NEEDED), "reference"])
-def test_gradients_are_the_compositions(kind: str, engine: str) -> None:
-    x, stages = made(kind)
+def test_gradients_equal_those_of_separate_ops(kind: str, engine: str) -> None:
+    x, stages = small_chain(kind)
     inputs = [t.requires_grad_() for t in leaves(x, stages)]
     with ops.use_engine(engine):
-        y, expected = conv_chain(x, stages), one_by_one(x, stages)
+        y, expected = conv_chain(x, stages), run_separately(x, stages)
         dy = torch.randn_like(y)
         actual, wanted = (torch.autograd.grad(t, inputs, dy) for t in (y, expected))
-    exact = torch.autograd.grad(stated(x, stages), inputs, dy.double())
+    exact = torch.autograd.grad(expected_output(x, stages), inputs, dy.double())
     assert relative(y, expected) < 1e-6
     for a, b, c in zip(actual, wanted, exact, strict=True):
         assert relative(a, b) < 1e-5
@@ -73,9 +73,9 @@ def test_gradients_are_the_compositions(kind: str, engine: str) -> None:
 
 @KINDS
 def test_first_and_second_derivatives(kind: str) -> None:
-    """In float64, by differences, along random directions and forward too; of everything but eps."""
-    x, stages = made(kind, torch.float64, batch=2)
-    stages = wide(stages)
+    """In float64, by finite differences along random directions, for all inputs but eps."""
+    x, stages = small_chain(kind, torch.float64, batch=2)
+    stages = to_float64(stages)
     inputs = [t.requires_grad_() for t in leaves(x, stages)]
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
@@ -89,21 +89,21 @@ def test_first_and_second_derivatives(kind: str) -> None:
 
 
 def test_one_gradient_alone() -> None:
-    """A running statistic may want one as well as a weight; what wants none gets none."""
-    x, stages = made("up", torch.float64)
-    stages = wide(stages)
+    """Any tensor, running statistics included, may require a gradient alone; the others get none."""
+    x, stages = small_chain("up", torch.float64)
+    stages = to_float64(stages)
     for wanted in leaves(x, stages):
         wanted.requires_grad_()
         conv_chain(x, stages).square().sum().backward()
-        (exact,) = torch.autograd.grad(stated(x, stages).square().sum(), wanted)
+        (exact,) = torch.autograd.grad(expected_output(x, stages).square().sum(), wanted)
         assert relative(wanted.grad, exact) < 1e-10
         wanted.requires_grad_(False)
         wanted.grad = None
 
 
 @KINDS
-def test_nothing_is_kept_without_gradients(kind: str) -> None:
-    x, stages = made(kind)
+def test_nothing_is_saved_without_gradients(kind: str) -> None:
+    x, stages = small_chain(kind)
     for t in leaves(x, stages):
         t.requires_grad_()
     with torch.no_grad():
@@ -116,42 +116,42 @@ def test_nothing_is_kept_without_gradients(kind: str) -> None:
 
 
 @native.NEEDED
-def test_tensors_of_inference_mode() -> None:
+def test_inference_mode_tensors() -> None:
     with torch.inference_mode(), ops.use_engine("native"):
-        x, stages = made("up")
-        assert relative(conv_chain(x, stages), stated(x, stages)) <= 2 * LAYER
+        x, stages = small_chain("up")
+        assert relative(conv_chain(x, stages), expected_output(x, stages)) <= 2 * LAYER
         run = chain.Chain(stages)
-        assert relative(run(x), stated(x, stages)) <= 2 * LAYER
-        stages[0].weight.mul_(-0.5)  # without a version that would tell
-        assert relative(run(x), stated(x, stages)) <= 2 * LAYER
+        assert relative(run(x), expected_output(x, stages)) <= 2 * LAYER
+        stages[0].weight.mul_(-0.5)  # inference tensors have no version counter
+        assert relative(run(x), expected_output(x, stages)) <= 2 * LAYER
 
 
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", [pytest.param("native", marks=native.NEEDED), "auto"])
-def test_autocast_casts_x_and_weights_alone(kind: str, dtype: torch.dtype, engine: str) -> None:
-    x, stages = made(kind)
+def test_autocast_casts_only_x_and_weights(kind: str, dtype: torch.dtype, engine: str) -> None:
+    x, stages = small_chain(kind)
     by_hand = [s._replace(weight=s.weight.to(dtype)) for s in stages]
     with ops.use_engine(engine), torch.no_grad():
         expected = conv_chain(x.to(dtype), by_hand)
         with torch.autocast("cpu", dtype=dtype):
             found = [conv_chain(x, stages), chain.Chain(stages)(x), OP(*arguments(x, stages))]
     with torch.autocast("cpu", dtype=dtype):
-        assert conv_chain(x.double(), wide(stages)).dtype == torch.float64
+        assert conv_chain(x.double(), to_float64(stages)).dtype == torch.float64
     for y in found:
         assert y.dtype == dtype
         assert torch.equal(y, expected)
-    # One rounding a layer at most, if not natively: each is of order 1 and grows no more than twofold.
-    assert relative(expected, stated(x.to(dtype), by_hand)) <= 4 * len(stages) * unit(dtype)
+    # Other engines round once per layer; errors are of order 1 and at most double from layer to layer.
+    assert relative(expected, expected_output(x.to(dtype), by_hand)) <= 4 * len(stages) * unit(dtype)
 
 
 def test_autocast_with_gradients() -> None:
-    x, stages = made("up")
+    x, stages = small_chain("up")
     inputs = [t.requires_grad_() for t in leaves(x, stages)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = conv_chain(x, stages)
     assert y.dtype == torch.bfloat16
-    exact = torch.autograd.grad(stated(x, stages).sum(), inputs)
+    exact = torch.autograd.grad(expected_output(x, stages).sum(), inputs)
     for got, want in zip(torch.autograd.grad(y.float().sum(), inputs), exact, strict=True):
         assert got.dtype == torch.float32
         assert relative(got, want) < 0.1
@@ -159,9 +159,9 @@ def test_autocast_with_gradients() -> None:
 
 @KINDS
 def test_function_transforms(kind: str) -> None:
-    """torch.func: vmap over chains of examples and over weights, grad, jvp; as of the formula."""
-    x, stages = made(kind, torch.float64)
-    stages = wide(stages)
+    """torch.func's vmap over examples and over weights, grad and jvp agree with those of the formula."""
+    x, stages = small_chain(kind, torch.float64)
+    stages = to_float64(stages)
     first = stages[0].weight
 
     def run(chain_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -181,16 +181,16 @@ def test_function_transforms(kind: str) -> None:
         (gradients, (x, first)),
         (lambda f: lambda x, weight: torch.func.jvp(f, (x, weight), (x, -weight)), (x, first)),
     ):
-        got, want = (transform(run(f))(*given) for f in (conv_chain, stated))
+        got, want = (transform(run(f))(*given) for f in (conv_chain, expected_output))
         got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
         for a, b in zip(got, want, strict=True):
             assert relative(a, b) < 1e-11
 
 
 @native.NEEDED
-def test_a_transform_is_no_native_call() -> None:
-    """The operator has no rule for tangents: it would give zeros, silently."""
-    x, stages = made("up")
+def test_transforms_use_the_reference() -> None:
+    """The operator has no forward-mode rule: it would silently return zero tangents."""
+    x, stages = small_chain("up")
     run = chain.Chain(stages)
     with torch.no_grad():
         for f in (run, lambda x: conv_chain(x, stages)):
@@ -199,13 +199,13 @@ def test_a_transform_is_no_native_call() -> None:
             assert bool(tangent.any())
             assert {c.engine for c in choices} == {"reference"}
             assert all("forward-mode" in c.reason for c in choices)
-    with ops.use_engine("native"), pytest.raises(RuntimeError, match="engine 'native' was asked for"):
+    with ops.use_engine("native"), pytest.raises(RuntimeError, match="engine 'native' is forced"):
         torch.func.vmap(lambda x: conv_chain(x[None], stages))(x)
 
 
 @native.NEEDED
-def test_compiled_whole() -> None:
-    x, stages = made("up")
+def test_compiled_fullgraph() -> None:
+    x, stages = small_chain("up")
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(x: Tensor, stages: list[Stage]) -> Tensor:
@@ -228,7 +228,7 @@ def test_compiled_whole() -> None:
 def test_fake_and_meta_tensors_have_the_outputs_shape_and_strides() -> None:
     for kind in ("up", "down"):
         for channels_last in (True, False):
-            x, stages = made(kind)
+            x, stages = small_chain(kind)
             real = conv_chain(x, stages, channels_last)
             there = [Stage(*[v.to("meta") if isinstance(v, Tensor) else v for v in s]) for s in stages]
             meta = conv_chain(x.to("meta"), there, channels_last)

@@ -1,4 +1,4 @@
-"""bce_with_logits: against nn.BCELoss in float64, its operator's rules, and bad input."""
+"""bce_with_logits: comparison with nn.BCELoss in float64, operator checks, and invalid input."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_against_sigmoid_and_bceloss(target: float, count: int) -> None:
     torch.testing.assert_close(dlogits, wanted, rtol=1e-10, atol=1e-14)
 
 
-def test_exact_where_the_probability_saturates() -> None:
-    """σ(40) is 1 in float32, where BCELoss clamps and its gradient is lost."""
+def test_accurate_where_the_probability_saturates() -> None:
+    """σ(40) rounds to 1 in float32, where BCELoss clamps and its gradient vanishes."""
     logits = torch.tensor([40.0, -40.0], requires_grad=True)
     loss, _ = bce_with_logits(logits, 0.0)
     loss.backward()
@@ -89,7 +89,7 @@ def test_nan_is_not_hidden() -> None:
     assert logits.grad.isnan().tolist() == [False, True]
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"logits must be \[N\], got \[2, 1\]"):
         bce_with_logits(torch.zeros(2, 1), 0.9)
     with pytest.raises(TypeError, match=r"logits must be float16, .*int64"):

@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: derivatives, schema, layouts, autocast, and what they refuse."""
+"""The fused convolutions as PyTorch operators: derivatives, schemas, layouts, autocast, and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from statement import Problem, gradients, leaves, op, pairwise, state
+from float64_reference import Problem, expected_outputs, gradients, leaves, op, pairwise
 from tolerance import Bounds, assert_within, relative
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def build(rows: list[dict[str, Any]]) -> list[Problem]:
 
 
 def differentiable(problem: Problem) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """The op as a function of its differentiable arguments alone, and those arguments."""
+    """Return the op as a function of its differentiable arguments, and those arguments."""
     call = problem.call(requires_grad=True)
     inputs = leaves(call)
 
@@ -79,7 +79,7 @@ def test_first_and_second_derivatives(problem: Problem) -> None:
 @pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("in_act", ACTIVATIONS)
 @pytest.mark.parametrize("tail", TAILS, ids=str)
-def test_derivatives_of_the_whole_product(tail: dict[str, Any], in_act: str, prologue: bool) -> None:
+def test_derivatives_of_all_option_combinations(tail: dict[str, Any], in_act: str, prologue: bool) -> None:
     here = {**OPTIONS, "tail": [tail], "in_act": [in_act], "prologue": [prologue]}
     rows = [dict(zip(here, values, strict=True)) for values in itertools.product(*here.values())]
     for problem in build(rows):
@@ -88,7 +88,7 @@ def test_derivatives_of_the_whole_product(tail: dict[str, Any], in_act: str, pro
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True), problem
 
 
-def test_every_problem_of_the_product_has_an_output() -> None:
+def test_every_option_combination_has_an_output() -> None:
     whole = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
     assert all(p.fits for p in build(whole))
 
@@ -103,7 +103,7 @@ def test_every_problem_of_the_product_has_an_output() -> None:
     ids=["stats", "epilogue"],
 )
 def test_every_entry_of_the_jacobian(transposed: bool, options: dict[str, Any]) -> None:
-    """What the networks use, entry by entry instead of along random directions."""
+    """The networks' options, entry by entry instead of along random directions."""
     function, inputs = differentiable(Problem(transposed, c_in=2, c_out=2, size=(4, 3), **options))
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
@@ -112,7 +112,7 @@ def test_every_entry_of_the_jacobian(transposed: bool, options: dict[str, Any]) 
 @BOTH
 @pytest.mark.parametrize("wanted", ["x", "weight", "center", "scale", "shift", "out_scale", "out_shift"])
 def test_one_gradient_alone(transposed: bool, wanted: str) -> None:
-    """Each input's gradient is the same whether or not the others want one, which then get none."""
+    """Each input's gradient is the same whether or not the others require one."""
     problem = Problem(
         transposed, prologue=True, in_act="relu", out_scale=True, out_shift=True, out_act="tanh"
     )
@@ -128,12 +128,12 @@ def test_one_gradient_alone(transposed: bool, wanted: str) -> None:
 @BOTH
 @pytest.mark.parametrize("used", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 def test_some_outputs_unused(transposed: bool, used: tuple[bool, bool, bool]) -> None:
-    """A loss of any of y, mean and var: a gradient that does not come is zero."""
+    """A loss of any of y, mean and var: a missing output gradient counts as zero."""
     problem = Problem(transposed, prologue=True, in_act="leaky_relu", stats=True)
     call = problem.call(requires_grad=True)
     cotangents: Any = tuple(c if u else None for c, u in zip(problem.cotangents(call), used, strict=True))
     actual = gradients(op(transposed)(*call), cotangents, leaves(call))
-    expected = gradients(state(call, transposed), cotangents, leaves(call))
+    expected = gradients(expected_outputs(call, transposed), cotangents, leaves(call))
     bounds = Bounds(call, transposed)
     dy = torch.zeros_like(problem.cotangents(call)[0]) if cotangents[0] is None else cotangents[0]
     for name, allowed in bounds.backward(dy, *cotangents[1:]).items():
@@ -143,7 +143,7 @@ def test_some_outputs_unused(transposed: bool, used: tuple[bool, bool, bool]) ->
 
 @BOTH
 def test_third_derivatives(transposed: bool) -> None:
-    """The backward is differentiable aten all the way down."""
+    """The reference backward is differentiable aten to any order."""
     problem = Problem(transposed, batch=1, c_in=2, c_out=1, size=(3, 3), kernel=(3, 3), out_act="tanh")
     function, inputs = differentiable(problem)
 
@@ -163,7 +163,7 @@ TRANSFORMED: list[dict[str, Any]] = [
 @BOTH
 @pytest.mark.parametrize("options", TRANSFORMED, ids=str)
 def test_forward_mode(transposed: bool, options: dict[str, Any]) -> None:
-    """An operator that has only a backward gets zero tangents, silently: these are the right ones."""
+    """Tangents are correct; an operator with only a backward would silently return zeros."""
     function, inputs = differentiable(Problem(transposed, **options))
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
 
@@ -171,7 +171,7 @@ def test_forward_mode(transposed: bool, options: dict[str, Any]) -> None:
 @BOTH
 @pytest.mark.parametrize("options", TRANSFORMED, ids=str)
 def test_function_transforms(transposed: bool, options: dict[str, Any]) -> None:
-    """torch.func: grad, and vmap over examples and over weights, as of the statement."""
+    """torch.func's grad, and vmap over examples and over weights, agree with those of the expected result."""
     problem = Problem(transposed, **options)
     call = problem.call()
 
@@ -186,7 +186,7 @@ def test_function_transforms(transposed: bool, options: dict[str, Any]) -> None:
         return total(op(transposed)(*changed(x, weight)))
 
     def exact(x: Tensor, weight: Tensor) -> Tensor:
-        return total(state(changed(x, weight), transposed))
+        return total(expected_outputs(changed(x, weight), transposed))
 
     weights = torch.stack([call.weight, -2 * call.weight])
     for transform, arguments in (
@@ -202,8 +202,8 @@ def test_function_transforms(transposed: bool, options: dict[str, Any]) -> None:
 
 
 @BOTH
-def test_transforms_keep_the_rules(transposed: bool) -> None:
-    """Checks, the autocast rule and a forced engine hold there as well."""
+def test_transforms_respect_checks_autocast_and_engines(transposed: bool) -> None:
+    """Under torch.func, argument checks, the autocast rule and forced engines apply as well."""
     problem = Problem(transposed, prologue=True, in_act="relu", stats=True, dtype=torch.float32)
     call = problem.call()
     f = op(transposed)
@@ -223,11 +223,11 @@ def test_transforms_keep_the_rules(transposed: bool) -> None:
         torch.func.jvp(run, (call.x,), (call.x,))
     assert choices[0].engine == "reference"
     assert "forward-mode" in choices[0].reason
-    with ops.use_engine("triton"), pytest.raises(RuntimeError, match="engine 'triton' was asked for"):
+    with ops.use_engine("triton"), pytest.raises(RuntimeError, match="engine 'triton' is forced"):
         torch.func.jvp(run, (call.x,), (call.x,))
 
 
-def test_nothing_is_kept_without_gradients() -> None:
+def test_nothing_is_saved_without_gradients() -> None:
     call = Problem(prologue=True, stats=True).call()
     assert not any(t.requires_grad for t in ops.conv2d_fused(*call))
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_opcheck_without_the_default_arguments(transposed: bool) -> None:
 
 
 @BOTH
-def test_defaults_are_the_signatures(transposed: bool) -> None:
+def test_defaults_match_the_signature(transposed: bool) -> None:
     call = Problem(transposed, dtype=torch.float32).call(requires_grad=True)
     short, long = op(transposed)(call.x, call.weight), op(transposed)(*ops.Call(call.x, call.weight))
     for a, b in zip(short, long, strict=True):
@@ -300,10 +300,10 @@ def test_fake_and_meta_tensors_have_the_outputs_shapes_and_strides(transposed: b
 @pytest.mark.parametrize("c_out", [1, 3])
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (1, 4)], ids=str)
 @pytest.mark.parametrize("stats", [False, True])
-def test_strides_are_a_fresh_tensors(
+def test_strides_are_those_of_a_new_tensor(
     transposed: bool, channels_last: bool, c_out: int, size: tuple[int, int], stats: bool
 ) -> None:
-    """Exactly, size-1 dimensions included, whatever the input's strides are."""
+    """Exactly, including size-1 dimensions, whatever the input's strides are."""
     problem = Problem(transposed, size=size, c_out=c_out, kernel=(3, 3), stride=1, stats=stats)
     call = problem.with_(channels_last=channels_last, dtype=torch.float32).call()
     for x in (call.x, call.x.contiguous(memory_format=torch.channels_last)):
@@ -316,8 +316,8 @@ def test_strides_are_a_fresh_tensors(
         )
 
 
-def strange(t: Tensor) -> dict[str, Tensor]:
-    """``t`` with other strides: as a slice, a transposed view, a step of 2, and expanded where it can be."""
+def with_other_strides(t: Tensor) -> dict[str, Tensor]:
+    """Copies of ``t`` with other strides: a slice, a step of 2, a transposed view, a storage offset."""
     big = torch.zeros([s + 3 for s in t.shape], dtype=t.dtype)
     big[tuple(slice(1, s + 1) for s in t.shape)] = t
     stepped = torch.zeros([s * 2 for s in t.shape], dtype=t.dtype)
@@ -337,7 +337,7 @@ def test_inputs_of_any_strides(transposed: bool, kind: str, stats: bool) -> None
     problem = Problem(transposed, prologue=True, in_act="relu", stats=stats, size=(4, 5))
     call = problem.call()
     expected = op(transposed)(*call)
-    x, weight = strange(call.x)[kind], strange(call.weight)[kind]
+    x, weight = with_other_strides(call.x)[kind], with_other_strides(call.weight)[kind]
     vectors = {name: torch.stack([t, t], 1)[:, 0] for name, t in leaves(call).items() if t.ndim == 1}
     odd = call._replace(x=x, weight=weight, **vectors)
     assert torch.equal(odd.x, call.x)
@@ -358,7 +358,7 @@ def test_gradients_of_any_strides(transposed: bool) -> None:
     dy = problem.cotangents(call)[0]
     y = op(transposed)(*call)[0]
     want = torch.autograd.grad(y, call.x, dy, retain_graph=True)[0]
-    for odd in strange(dy).values():
+    for odd in with_other_strides(dy).values():
         assert relative(torch.autograd.grad(y, call.x, odd, retain_graph=True)[0], want) < 1e-13
     expanded = torch.autograd.grad(y, call.x, torch.ones(()).double().expand_as(y), retain_graph=True)[0]
     assert relative(expanded, torch.autograd.grad(y.sum(), call.x)[0]) < 1e-13
@@ -366,8 +366,8 @@ def test_gradients_of_any_strides(transposed: bool) -> None:
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_inputs_are_left_as_they_are(transposed: bool, dtype: torch.dtype) -> None:
-    """Activations in place inside must not reach the caller's tensors; no output shares memory with them."""
+def test_inputs_are_not_modified(transposed: bool, dtype: torch.dtype) -> None:
+    """In-place activations must not reach the caller's tensors, and no output shares memory with them."""
     for problem in (
         Problem(transposed, in_act="relu", dtype=dtype),
         Problem(transposed, prologue=True, in_act="tanh", out_scale=True, out_act="relu", dtype=dtype),
@@ -386,7 +386,7 @@ def test_inputs_are_left_as_they_are(transposed: bool, dtype: torch.dtype) -> No
 @BOTH
 @pytest.mark.parametrize("stats", [False, True])
 def test_an_empty_batch(transposed: bool, stats: bool) -> None:
-    """An empty y of the right shape; statistics of nothing are NaN, as torch.mean's; gradients are zero."""
+    """y is empty, of the right shape; statistics are NaN, as torch.mean's; gradients are zero."""
     problem = Problem(transposed, batch=0, prologue=True, in_act="relu", stats=stats, dtype=torch.float32)
     problem = problem.with_(out_scale=not stats, out_shift=not stats)
     call = problem.call(requires_grad=True)
@@ -407,10 +407,10 @@ def test_an_empty_batch(transposed: bool, stats: bool) -> None:
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_x_and_weight_alone(transposed: bool, dtype: torch.dtype) -> None:
+def test_autocast_casts_only_x_and_weight(transposed: bool, dtype: torch.dtype) -> None:
     problem = Problem(transposed, prologue=True, in_act="relu", stats=True, dtype=torch.float32)
     call = problem.call(requires_grad=True)
-    call.scale.data += 1e-4  # what bfloat16 would lose
+    call.scale.data += 1e-4  # a difference that bfloat16 would lose
     with torch.autocast("cpu", dtype=dtype):
         y, mean, var = op(transposed)(*call)
     assert (y.dtype, mean.dtype, var.dtype) == (dtype, torch.float32, torch.float32)
@@ -431,7 +431,7 @@ def test_autocast_casts_x_and_weight_alone(transposed: bool, dtype: torch.dtype)
 
 
 @BOTH
-def test_autocast_leaves_float64_and_itself_alone(transposed: bool) -> None:
+def test_autocast_does_not_apply_to_float64_or_where_disabled(transposed: bool) -> None:
     call = Problem(transposed, prologue=True).call()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = op(transposed)(*call)[0]
@@ -443,8 +443,8 @@ def test_autocast_leaves_float64_and_itself_alone(transposed: bool) -> None:
 
 
 @BOTH
-def test_autocast_of_a_mixed_call(transposed: bool) -> None:
-    """x already bfloat16 and the weight float32, as in the middle of a network."""
+def test_autocast_of_mixed_dtypes(transposed: bool) -> None:
+    """x is bfloat16 already and the weight float32, as in the middle of a network."""
     call = Problem(transposed, dtype=torch.float32).call()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = op(transposed)(call.x.bfloat16(), call.weight)[0]
@@ -453,7 +453,7 @@ def test_autocast_of_a_mixed_call(transposed: bool) -> None:
     assert torch.equal(y, z)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------
 
 
 def vector(channels: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -461,7 +461,7 @@ def vector(channels: int, dtype: torch.dtype = torch.float32, device: str = "cpu
 
 
 X, W = torch.ones(2, 3, 4, 4), torch.ones(3, 3, 4, 4)
-REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+INVALID: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x of 3 dimensions": (
         {"x": torch.ones(3, 4, 4)},
         ValueError,
@@ -496,7 +496,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "channels": (
         {"x": torch.ones(2, 5, 4, 4)},
         ValueError,
-        r"x has 5 channels, but weight \[C_\w+, C_\w+, kH, kW\] = \[3, 3, 4, 4\] takes 3",
+        r"x has 5 channels, but weight \[C_\w+, C_\w+, kH, kW\] = \[3, 3, 4, 4\] expects 3",
     ),
     "stride": (
         {"stride": 0},
@@ -524,22 +524,22 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "stats with an affine map": (
         {"stats": True, "out_shift": vector(3)},
         ValueError,
-        r"stats gives the raw convolution: out_scale, out_shift and out_act must be absent",
+        r"stats returns the raw convolution: out_scale, out_shift and out_act must be absent",
     ),
     "stats with an activation": (
         {"stats": True, "out_act": "relu"},
         ValueError,
-        r"stats gives the raw convolution: out_scale, out_shift and out_act must be absent",
+        r"stats returns the raw convolution: out_scale, out_shift and out_act must be absent",
     ),
     "length of scale": (
         {"center": vector(3), "scale": vector(4), "shift": vector(3)},
         ValueError,
-        r"scale must be \[3\], one value a channel, got \[4\]",
+        r"scale must be \[3\], one value per channel, got \[4\]",
     ),
     "dimensions of center": (
         {"center": vector(3)[:, None], "scale": vector(3), "shift": vector(3)},
         ValueError,
-        r"center must be \[3\], one value a channel, got \[3, 1\]",
+        r"center must be \[3\], one value per channel, got \[3, 1\]",
     ),
     "dtype of shift": (
         {"center": vector(3), "scale": vector(3), "shift": vector(3, torch.bfloat16)},
@@ -551,7 +551,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"out_scale must be torch.float32 for x of torch.bfloat16, got torch.bfloat16",
     ),
-    "dtype beside float64": (
+    "dtype with float64": (
         {"x": X.double(), "weight": W.double(), "out_shift": vector(3)},
         TypeError,
         r"out_shift must be torch.float64 for x of torch.float64, got torch.float32",
@@ -559,7 +559,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "length of out_shift": (
         {"out_shift": vector(2)},
         ValueError,
-        r"out_shift must be \[3\], one value a channel, got \[2\]",
+        r"out_shift must be \[3\], one value per channel, got \[2\]",
     ),
     "device of out_scale": (
         {"out_scale": vector(3, device="meta")},
@@ -580,23 +580,23 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @BOTH
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_named(transposed: bool, name: str) -> None:
-    changes, error, message = REFUSED[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_arguments_are_named(transposed: bool, name: str) -> None:
+    changes, error, message = INVALID[name]
     arguments = {"x": X, "weight": W, **changes}
     transposed = arguments.pop("transposed", transposed)
     with pytest.raises(error, match=message):
         op(transposed)(**arguments)
 
 
-def test_weight_order_is_told() -> None:
-    with pytest.raises(ValueError, match=r"weight \[C_out, C_in, kH, kW\] = \[2, 3, 4, 4\] takes 3"):
+def test_the_error_names_the_weight_layout() -> None:
+    with pytest.raises(ValueError, match=r"weight \[C_out, C_in, kH, kW\] = \[2, 3, 4, 4\] expects 3"):
         ops.conv2d_fused(torch.ones(1, 2, 4, 4), torch.ones(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"weight \[C_in, C_out, kH, kW\] = \[2, 3, 4, 4\] takes 2"):
+    with pytest.raises(ValueError, match=r"weight \[C_in, C_out, kH, kW\] = \[2, 3, 4, 4\] expects 2"):
         ops.conv_transpose2d_fused(torch.ones(1, 3, 4, 4), torch.ones(2, 3, 4, 4))
 
 
-def test_a_refused_call_under_autocast_and_with_gradients() -> None:
+def test_an_invalid_call_under_autocast_and_with_gradients() -> None:
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         pytest.raises(ValueError, match="in_act must be one of"),
@@ -607,18 +607,18 @@ def test_a_refused_call_under_autocast_and_with_gradients() -> None:
 # --- engines -----------------------------------------------------------------------------------------------
 
 
-def test_the_choice_is_recorded() -> None:
+def test_the_chosen_engine_is_recorded() -> None:
     with ops.recording() as choices:
         ops.conv2d_fused(X.double(), W.double())
         ops.conv_transpose2d_fused(X.double(), W.double())
-    reason = "native: the kernels have no float64"
+    reason = "native: the kernels do not support float64"
     assert choices == [
         ops.Choice("conv2d_fused", "reference", reason),
         ops.Choice("conv_transpose2d_fused", "reference", reason),
     ]
     with ops.use_engine("reference"), ops.recording() as choices:
         ops.conv2d_fused(X, W)
-    assert choices == [ops.Choice("conv2d_fused", "reference", "engine 'reference' was asked for")]
+    assert choices == [ops.Choice("conv2d_fused", "reference", "engine 'reference' is forced")]
     ops.conv2d_fused(X, W)
     assert len(choices) == 1
 
@@ -651,7 +651,7 @@ def test_the_engine_of_the_environment() -> None:
     code = "import torch; from dcgan.kernels import ops\nwith ops.recording() as r: "
     code += "ops.conv2d_fused(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))\nprint(*r[0])"
     done = in_a_new_process("reference", code)
-    assert done.stdout.strip() == "conv2d_fused reference engine 'reference' was asked for", done.stderr
+    assert done.stdout.strip() == "conv2d_fused reference engine 'reference' is forced", done.stderr
     done = in_a_new_process("fastest", code)
     assert done.returncode != 0
     assert "ValueError: DCGAN_ENGINE must be one of ('auto', 'reference'" in done.stderr
@@ -659,9 +659,9 @@ def test_the_engine_of_the_environment() -> None:
 
 
 def test_a_forced_engine_that_does_not_cover_the_call_is_an_error() -> None:
-    """Never another engine's answer: float64 is none of Triton's."""
+    """There is no fallback to another engine: Triton does not support float64."""
     with (
         ops.use_engine("triton"),
-        pytest.raises(RuntimeError, match="engine 'triton' was asked for, but does not cover this conv2d"),
+        pytest.raises(RuntimeError, match="engine 'triton' is forced, but does not cover this conv2d"),
     ):
         ops.conv2d_fused(X.double(), W.double())

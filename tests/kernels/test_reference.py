@@ -1,4 +1,4 @@
-"""The reference engine means what its docstring says: held against F.conv*, F.batch_norm and autograd."""
+"""The reference engine implements its docstring: compared with F.conv*, F.batch_norm and autograd."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_reference import (
+    GRADIENTS,
+    Problem,
+    column,
+    convolve,
+    expected_outputs,
+    gradients,
+    leaves,
+    op,
+    pairwise,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from statement import GRADIENTS, Problem, column, convolve, gradients, leaves, op, pairwise, state
 from tolerance import Bounds, assert_within, relative, unit
 from torch import Tensor, nn
 
@@ -38,7 +48,7 @@ GEOMETRIES: list[dict[str, Any]] = [
 ]
 
 
-def sample() -> list[Problem]:
+def sampled_problems() -> list[Problem]:
     rows = pairwise(
         dtype=list(DTYPES),
         geometry=GEOMETRIES,
@@ -56,10 +66,10 @@ def sample() -> list[Problem]:
     return problems
 
 
-@pytest.mark.parametrize("problem", sample(), ids=str)
-def test_outputs_and_gradients_are_the_statements(problem: Problem) -> None:
+@pytest.mark.parametrize("problem", sampled_problems(), ids=str)
+def test_outputs_and_gradients(problem: Problem) -> None:
     call = problem.call(requires_grad=True)
-    exact = state(call, problem.transposed)
+    exact = expected_outputs(call, problem.transposed)
     cotangents = problem.cotangents(call)
     with ops.use_engine("reference"):
         outputs = op(problem.transposed)(*call)
@@ -81,7 +91,7 @@ def test_outputs_and_gradients_are_the_statements(problem: Problem) -> None:
 
 
 def test_the_sample_covers_what_it_claims() -> None:
-    problems = sample()
+    problems = sampled_problems()
     assert all(p.fits for p in problems)
     assert {p.dtype for p in problems} == set(DTYPES)
     assert {(p.in_act, p.prologue) for p in problems} == {(a, b) for a in ACTIVATIONS for b in (False, True)}
@@ -94,7 +104,7 @@ def test_the_sample_covers_what_it_claims() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"])
 def test_batch_norm(transposed: bool, training: bool, activation: str) -> None:
-    """Convolution, F.batch_norm and activation are: stats and a prologue in training, an epilogue in eval."""
+    """BatchNorm and activation become statistics and a prologue in training, an epilogue in eval."""
     problem = Problem(transposed, batch=3, c_in=4, c_out=5, size=(6, 5))
     x, weight = problem.call()[:2]
     gamma, beta, running_mean = torch.randn(3, 5, dtype=torch.float64)
@@ -106,7 +116,7 @@ def test_batch_norm(transposed: bool, training: bool, activation: str) -> None:
 
     if training:
         y, mean, var = op(transposed)(x, weight, stats=True)
-        # A 1×1 identity convolution makes the prologue visible.
+        # A 1×1 identity convolution exposes the prologue's result.
         identity = torch.eye(5, dtype=torch.float64)[:, :, None, None]
         affine = (mean, gamma * torch.rsqrt(var + eps), beta)
         y = ops.conv2d_fused(y, identity, *affine, activation, stride=1, padding=0)[0]
@@ -118,7 +128,7 @@ def test_batch_norm(transposed: bool, training: bool, activation: str) -> None:
 
 
 class Stack(nn.Module):
-    """ConvTranspose2d–BatchNorm–ReLU three times, Tanh for the last, as a Generator has them."""
+    """Three ConvTranspose2d layers, two with BatchNorm and ReLU, the last with Tanh, as in a Generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +150,7 @@ class Stack(nn.Module):
         return torch.tanh(self.convs[-1](z))
 
     def fused(self, z: Tensor) -> Tensor:
-        """The same: statistics go up the stack, BatchNorm and ReLU are the next layer's prologue."""
+        """Compute the same with fused ops: BatchNorm and ReLU become the next layer's prologue."""
         pending: tuple[Any, ...] = (None, None, None, "none")
         geometry = [{"stride": 1, "padding": 0}, {}, {}]
         for conv, norm, where in zip(self.convs, self.norms, geometry, strict=False):
@@ -149,8 +159,8 @@ class Stack(nn.Module):
         return ops.conv_transpose2d_fused(z, self.convs[-1].weight, *pending, out_act="tanh")[0]
 
 
-def test_three_layers_are_exactly_convtranspose_batchnorm_relu() -> None:
-    """Output and every gradient in float64: what remains is rounding, far under 1e-13."""
+def test_three_layers_equal_convtranspose_batchnorm_relu() -> None:
+    """Output and every gradient in float64 differ only by rounding, far below 1e-13."""
     stack = Stack().double()
     z = torch.randn(6, 7, 1, 1, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(6, 3, 16, 16, dtype=torch.float64)
@@ -165,7 +175,7 @@ def test_three_layers_are_exactly_convtranspose_batchnorm_relu() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_statistics_of_a_near_blank_image(transposed: bool) -> None:
-    """mean/std = 1000 in float32: the variance keeps n·u·κ (κ = 1000); E[y²] - E[y]² would lose n·u·κ²."""
+    """mean/std = κ = 1000 in float32: the variance errs by n·u·κ; E[y²] - E[y]² would err by n·u·κ²."""
     ratio, count = 1000.0, 8 * 16 * 16
     x = (ratio + torch.randn(8, 4, 16, 16, dtype=torch.float64)).float()
     identity = torch.eye(4)[:, :, None, None]
@@ -183,7 +193,7 @@ def test_statistics_of_a_near_blank_image(transposed: bool) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_scale_gradient_of_a_near_blank_image(transposed: bool) -> None:
-    """The sums are centred: where mean/std is 10,000, Σ g·x - center·Σ g would lose what they keep."""
+    """The sums are centered: where mean/std is 10,000, Σ g·x - center·Σ g would cancel."""
     problem = Problem(transposed, batch=4, c_in=3, c_out=4, size=(8, 8), prologue=True, in_act="leaky_relu")
     problem = problem.with_(dtype=torch.float32)
     call = problem.call()
@@ -192,22 +202,22 @@ def test_scale_gradient_of_a_near_blank_image(transposed: bool) -> None:
     call = ops.Call(*[v.requires_grad_() if isinstance(v, Tensor) else v for v in call])
     cotangents = problem.cotangents(call)
     actual = gradients(op(transposed)(*call), cotangents, leaves(call))
-    expected = gradients(state(call, transposed), cotangents, leaves(call))
+    expected = gradients(expected_outputs(call, transposed), cotangents, leaves(call))
     allowed = Bounds(call, transposed).backward(*cotangents)
     for name in GRADIENTS[:5]:
         assert_within(f"gradient of {name}", actual[name], expected[name], allowed[name])
 
-    # Those bounds are for the worst case. Errors of n terms, each a sum of K products, grow as √n and √K.
+    # Those are worst-case bounds. Typical errors of n terms, each a sum of K products, grow as √n and √K.
     with torch.no_grad():
         count, products, u = 4 * 8 * 8, 4 * 16, unit(torch.float32)
         g = expected["x"].double() / column(call.scale.double())
-        centred = (call.x.double() - column(call.center.double())).abs()
-        allowed_scale = 2 * (count**0.5 + products**0.5) * u * (g.abs() * centred).sum((0, 2, 3))
+        centered = (call.x.double() - column(call.center.double())).abs()
+        allowed_scale = 2 * (count**0.5 + products**0.5) * u * (g.abs() * centered).sum((0, 2, 3))
         assert_within("gradient of scale", actual["scale"], expected["scale"], allowed_scale)
         narrow = g.float()
-        uncentred = (narrow * call.x).sum((0, 2, 3)) - call.center * narrow.sum((0, 2, 3))
+        uncentered = (narrow * call.x).sum((0, 2, 3)) - call.center * narrow.sum((0, 2, 3))
         with pytest.raises(AssertionError, match="error"):
-            assert_within("uncentred", uncentred, expected["scale"], allowed_scale)
+            assert_within("uncentered", uncentered, expected["scale"], allowed_scale)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -226,38 +236,38 @@ def test_nan_and_inf_propagate_as_in_eager(transposed: bool, value: float, activ
     assert torch.equal(y.isneginf(), eager.isneginf())
 
     _, mean, var = op(transposed)(call.x, call.weight, stats=True)
-    assert not bool(mean.isfinite().any())  # every output channel sees the pixel
+    assert not bool(mean.isfinite().any())  # every output channel depends on the pixel
     assert bool(var.isnan().all())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_goes_through_a_prologue(activation: str) -> None:
+def test_nan_propagates_through_a_prologue(activation: str) -> None:
     call = Problem(size=(6, 6), prologue=True, in_act=activation).call()
     call.x[0, 1, 2, 3] = float("nan")
-    assert torch.equal(ops.conv2d_fused(*call)[0].isnan(), state(call, False)[0].isnan())
+    assert torch.equal(ops.conv2d_fused(*call)[0].isnan(), expected_outputs(call, False)[0].isnan())
 
 
 def test_padding_pads_the_activated_input() -> None:
-    """With a shift, act(prologue(0)) is not 0: padding x would give another answer at the border."""
+    """With a shift, act(prologue(0)) is not 0: padding x would give different values at the border."""
     call = Problem(size=(4, 4), prologue=True, in_act="relu", padding=2, kernel=(3, 3), stride=1).call()
     call = call._replace(center=torch.zeros(3).double(), shift=torch.full((3,), 5.0).double())
     padded = F.pad(call.x, (2, 2, 2, 2))
-    wrong = state(call._replace(x=padded, padding=0), False)[0]
-    right = state(call, False)[0]
+    wrong = expected_outputs(call._replace(x=padded, padding=0), False)[0]
+    expected = expected_outputs(call, False)[0]
     y = ops.conv2d_fused(*call)[0]
-    assert relative(y, right) < 1e-14
+    assert relative(y, expected) < 1e-14
     assert relative(y, wrong) > 0.1
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_derivative_at_a_kink_is_eagers(transposed: bool) -> None:
-    """relu and leaky_relu at exactly 0: the subgradient of F.relu (0) and of F.leaky_relu (slope)."""
+def test_the_derivative_at_a_kink_equals_eager(transposed: bool) -> None:
+    """At exactly 0, relu has the subgradient of F.relu (0) and leaky_relu that of F.leaky_relu (slope)."""
     for activation in ("relu", "leaky_relu"):
         x = torch.zeros(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
         weight = torch.ones(2, 2, 3, 3, dtype=torch.float64)
         for where in ({"in_act": activation}, {"out_act": activation}):
             y = op(transposed)(x, weight, stride=1, padding=1, **where)[0]
-            expected = state(ops.Call(x, weight, stride=1, padding=1, **where), transposed)[0]
+            expected = expected_outputs(ops.Call(x, weight, stride=1, padding=1, **where), transposed)[0]
             got, want = (torch.autograd.grad(t.sum(), x)[0] for t in (y, expected))
             assert torch.equal(got, want)
 
@@ -266,7 +276,7 @@ def test_the_derivative_at_a_kink_is_eagers(transposed: bool) -> None:
 def test_slopes(slope: float) -> None:
     problem = Problem(prologue=True, in_act="leaky_relu", out_act="leaky_relu", slope=slope)
     call = problem.call(requires_grad=True)
-    y, exact = ops.conv2d_fused(*call), state(call, False)
+    y, exact = ops.conv2d_fused(*call), expected_outputs(call, False)
     bounds = Bounds(call, False)
     assert_within("y", y[0], exact[0], bounds.forward()["y"])
     cotangents = problem.cotangents(call)
@@ -304,7 +314,7 @@ def test_any_shape(problem: Problem, input_channels_last: bool) -> None:
     call = problem.call()
     if input_channels_last:
         call = call._replace(x=call.x.contiguous(memory_format=torch.channels_last))
-    outputs, exact = op(problem.transposed)(*call), state(call, problem.transposed)
+    outputs, exact = op(problem.transposed)(*call), expected_outputs(call, problem.transposed)
     allowed = Bounds(call, problem.transposed).forward()
     for name, actual, expected in zip(("y", "mean", "var"), outputs, exact, strict=True):
         if name in allowed:

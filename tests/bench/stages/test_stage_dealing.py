@@ -1,4 +1,4 @@
-"""Which of the GPU tests are dealt together, and which are the three minutes' ones; told without a GPU."""
+"""How GPU tests are grouped, and which are in the three-minute check; runs without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.stages.suite import TESTS
 PLUGIN = """
 import json, os, dealing, pytest, torch
 
-torch.cuda.is_available = lambda: True  # or they are not collected
+torch.cuda.is_available = lambda: True  # otherwise the tests are not collected
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
@@ -28,11 +28,11 @@ def pytest_collection_modifyitems(items):
         json.dump(rows, file)
 """
 
-# What three minutes are to tell, a part of a test's name each.
+# Parts of the names of tests that the three-minute check must include.
 POINTS = [
-    *("test_gpu_run.py::test_a_run_goes_on[", "test_gpu_run.py::test_inputs_are_the_same_on_every_device"),
-    *("test_a_number_as_learning_rate_makes_the_graph_anew", "test_weights_kept_by_others_are_not_stale"),
-    *("test_captured_is_eager[", "test_what_cannot_be_captured_says_so", "test_wrapped_networks_are"),
+    *("test_gpu_run.py::test_resume[", "test_gpu_run.py::test_inputs_are_the_same_on_every_device"),
+    *("test_a_new_learning_rate", "test_weights_cached_by_others_are_not_stale"),
+    *("test_captured_is_eager[", "test_failed_capture_warns", "test_wrapped_networks_are"),
     *(f"test_gpu_tiles.py::test_every_tile[{layer}-bfloat16]" for layer in ("G2", "D3", "D5", "G2-act")),
     *("test_gpu.py::test_layer[tf32-G5-64]", "test_gpu.py::test_compiled[", "::test_compiled_training["),
     *(f"{file}::test_layer[bfloat16-{layer}-64]" for file in ("test_gpu.py", "test_gpu_training.py")
@@ -49,10 +49,19 @@ class Dealt(NamedTuple):
 @pytest.fixture(scope="module")
 def dealt(tmp_path_factory: pytest.TempPathFactory) -> list[list[Dealt]]:
     folder = tmp_path_factory.mktemp("dealing")
-    (folder / "pretends.py").write_text(PLUGIN)
+    (folder / "simulated_gpu_plugin.py").write_text(PLUGIN)
     paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "ROWS": str(folder / "rows")}
-    command = [sys.executable, "-m", "pytest", "-p", "pretends", "-p", "no:cacheprovider", "--collect-only"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "simulated_gpu_plugin",
+        "-p",
+        "no:cacheprovider",
+        "--collect-only",
+    ]
     done = subprocess.run(
         [*command, "-m", "gpu", str(TESTS)],
         cwd=jobs.ROOT,
@@ -67,12 +76,12 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> list[list[Dealt]]:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_what_matters_most_is_checked(dealt: list[list[Dealt]], point: str) -> None:
+def test_the_check_includes_the_most_important_tests(dealt: list[list[Dealt]], point: str) -> None:
     assert [test for group in dealt for test in group if test.checked and point in test.name]
 
 
 def test_groups(dealt: list[list[Dealt]]) -> None:
-    """What matters most first, then what is quick, then every tile; the longest first among equals."""
+    """Checked tests first, then quick ones, then exhaustive tile tests; the longest first within a kind."""
     kinds = []
     for group in dealt:
         later = not group[0].checked
@@ -88,8 +97,8 @@ def test_groups(dealt: list[list[Dealt]]) -> None:
     assert [*ragged, "test_the_same_bits_twice[G3-bfloat16]"] in names
 
 
-def test_the_matrix(dealt: list[list[Dealt]]) -> None:
-    """Every layer in every precision at one batch, ragged batches in one precision."""
+def test_layer_coverage(dealt: list[list[Dealt]]) -> None:
+    """Every layer in every precision at one batch size, ragged batch sizes in one precision."""
     names = [test.name for group in dealt for test in group]
     assert len(names) == len(set(names))
     for file in ("test_gpu.py", "test_gpu_training.py"):
@@ -102,6 +111,6 @@ def test_the_matrix(dealt: list[list[Dealt]]) -> None:
         full = {case for case, batch in cases if batch == "64"}
         assert len(full) == 4 * 12
         for batch in ("1", "7"):
-            assert {case for case, own in cases if own == batch} == {
+            assert {case for case, size in cases if size == batch} == {
                 case for case in full if case.startswith("bfloat16-")
             }

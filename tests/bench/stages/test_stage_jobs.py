@@ -1,4 +1,4 @@
-"""Processes that end by themselves, fail, or outlive their time with all that they have started."""
+"""Processes that end normally, fail, or exceed their time limit with their children."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ time.sleep(600)
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module's name whose text is in the folder beside it."""
+    """The name of a module that the test writes to tmp_path."""
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", paths)
-    return "stand_in"
+    return "stub"
 
 
 def ended(process: int) -> bool:
-    """Whether it is gone, or only waits to be reaped."""
+    """Return whether the process is gone, or a zombie."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -36,7 +36,7 @@ def ended(process: int) -> bool:
 
 
 def test_output_and_status(tmp_path: Path, module: str) -> None:
-    (tmp_path / "stand_in.py").write_text("import sys; print('said'); sys.exit(int(sys.argv[1]))")
+    (tmp_path / "stub.py").write_text("import sys; print('said'); sys.exit(int(sys.argv[1]))")
     done = jobs.run([module, "0"], 30, tmp_path / "logs" / "a.txt")
     assert done.status == 0
     assert done.log.read_text() == "said\n"
@@ -44,8 +44,8 @@ def test_output_and_status(tmp_path: Path, module: str) -> None:
     assert jobs.run([module, "4"], 30, tmp_path / "b.txt").trouble == "exited with status 4: said"
 
 
-def test_what_outlives_its_time_is_killed_with_its_children(tmp_path: Path, module: str) -> None:
-    (tmp_path / "stand_in.py").write_text(PARENT)
+def test_timeout_kills_the_process_and_its_children(tmp_path: Path, module: str) -> None:
+    (tmp_path / "stub.py").write_text(PARENT)
     begun = time.monotonic()
     done = jobs.run([module], 3, tmp_path / "a.txt")
     assert time.monotonic() - begun < 10
@@ -59,7 +59,7 @@ def test_what_outlives_its_time_is_killed_with_its_children(tmp_path: Path, modu
     assert ended(child)
 
 
-def test_an_exception_here_leaves_nothing_running(tmp_path: Path) -> None:
+def test_an_exception_kills_the_process(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
         jobs.started(["sleep", "600"], tmp_path / "a.txt") as process,
@@ -69,5 +69,5 @@ def test_an_exception_here_leaves_nothing_running(tmp_path: Path) -> None:
 
 
 def test_a_signal_is_named(tmp_path: Path, module: str) -> None:
-    (tmp_path / "stand_in.py").write_text("import os; os.kill(os.getpid(), 11)")
+    (tmp_path / "stub.py").write_text("import os; os.kill(os.getpid(), 11)")
     assert jobs.run([module], 30, tmp_path / "a.txt").trouble == "killed by signal 11: no output"

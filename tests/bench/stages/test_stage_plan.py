@@ -1,4 +1,4 @@
-"""Stages: their order, their seconds, deadlines and the exit status; with stand-ins for every process."""
+"""Stages: order, seconds and deadlines of their steps, and the exit status; all processes are stubs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_order_and_seconds(stage: str, names: list[str], seconds: float, tmp_pat
 
 
 class Ran:
-    """Stands in for processes: what they were told, and how they end."""
+    """Replaces the processes: records their arguments and returns a chosen status."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **ending: int | None) -> None:
         self.commands: dict[str, list[str]] = {}
@@ -80,28 +80,26 @@ def perform(stage: str, out: Path, **more: Any) -> int:
     return plan.perform(stage, plan.STAGES[stage](context(out, **more)), out)
 
 
-def test_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every test once; each piece begins no new work some time before it would be killed."""
+def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every test runs once; each piece stops beginning new work some time before it would be killed."""
     ran = Ran(monkeypatch)
     assert perform("all", tmp_path) == 0
     assert ran.chosen == ["-m", "gpu"]
     for name, seconds in (("smoke", 28), ("tune", 70), ("bench", 118), ("kernels", 43)):
         minutes = float(ran.option(name, "--minutes")[0])
-        assert 60 * minutes <= ran.at_most[name] - plan.SPARE + 0.1
-        assert ran.at_most[name] >= seconds - 1, "and what was left over"
+        assert 60 * minutes <= ran.at_most[name] - plan.RESERVED + 0.1
+        assert ran.at_most[name] >= seconds - 1, "the step also gets the time left over"
         assert ran.option(name, "--out") == [str(tmp_path)]
-    assert 60 * float(ran.option("tune", "--minutes")[0]) <= 70 - plan.SPARE + 0.1, (
-        "it would take all there is"
+    assert 60 * float(ran.option("tune", "--minutes")[0]) <= 70 - plan.RESERVED + 0.1, (
+        "an endless piece gets only its own time"
     )
-    assert 60 * float(ran.option("bench", "--minutes")[0]) > 118, "the tests took no time at all"
+    assert 60 * float(ran.option("bench", "--minutes")[0]) > 118, "the time left over by the tests"
     assert ran.option("bench", "--batch") == ran.option("tune", "--batch") == ["64", "1024"]
     assert ran.option("bench", "--dtype") == ["bfloat16"]
     assert "--providers" not in ran.commands["bench"]
     out = capsys.readouterr()
     assert [line.split()[2] for line in out.err.splitlines()] == ["=="] * 6
-    assert out.out.splitlines()[-1].startswith(f"bring back {tmp_path / 'gpu.tar.gz'} (0.0 MiB)")
+    assert out.out.splitlines()[-1].startswith(f"archive: {tmp_path / 'gpu.tar.gz'} (0.0 MiB)")
     with tarfile.open(tmp_path / "gpu.tar.gz") as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
     assert inside == {"all.txt", "tests.jsonl", *(f"logs/{name}.txt" for name in ran.commands)}
@@ -112,23 +110,23 @@ def test_check_has_one_row_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert perform("check", tmp_path) == 0
     assert ran.chosen == ["-m", "gpu and check"]
     assert [ran.option(name, "--batch") for name in ("bench", "tune", "kernels")] == 3 * [["64"]]
-    assert ran.option("bench", "--ways") == ["train-step", "cudnn-graph"], "no compiler"
+    assert ran.option("bench", "--variants") == ["train-step", "cudnn-graph"], "providers that do not compile"
     assert ran.option("kernels", "--layer") == ["3"]
     assert ran.option("loop", "--batch") == ["64"]
     assert ran.option("kernels", "--out") == [str(tmp_path / "check")]
     assert perform("test", tmp_path) == 0
-    assert ran.chosen[-1] == "gpu and not check", "nothing twice"
+    assert ran.chosen[-1] == "gpu and not check", "no test runs twice"
 
 
 def test_options_reach_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = Ran(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    options = ["--batch", "256", "--dtype", "tf32", "--providers", "eager", "--ways"]
+    options = ["--batch", "256", "--dtype", "tf32", "--providers", "eager", "--variants"]
     assert main(["gpu", "bench", "--out", str(tmp_path), *options]) == 0
     assert ran.option("bench", "--batch") == ["256"]
     assert ran.option("bench", "--dtype") == ["tf32"]
     assert ran.option("bench", "--providers") == ["eager"]
-    assert ran.option("bench", "--ways") == []
+    assert ran.option("bench", "--variants") == []
 
 
 def test_without_a_gpu(
@@ -140,10 +138,10 @@ def test_without_a_gpu(
     assert "no GPU here" in capsys.readouterr().err
 
 
-def test_a_failed_test_is_the_status(
+def test_a_failed_test_sets_the_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Everything else runs all the same."""
+    """The remaining steps still run."""
     ran = Ran(monkeypatch)
     failed = {"test": "tests/gpu/test_gpu.py::test_x", "outcome": "failed", "seconds": 1.0, "reason": "off"}
     ran.tested.outcomes.append(failed)
@@ -157,13 +155,13 @@ def test_a_failed_test_is_the_status(
     assert rows[-1] == failed
 
 
-def test_a_test_that_was_not_reached_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_test_is_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Ran(monkeypatch).tested.missed.append("tests/gpu/test_gpu.py::test_y")
     assert perform("test", tmp_path) == 0
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "failure"),
+    ("status", "output", "failure"),
     [
         (None, "compiling\n", "killed after 1 s: compiling"),
         (1, "Traceback\nRuntimeError: no\n", "exited with status 1: RuntimeError: no"),
@@ -171,16 +169,16 @@ def test_a_test_that_was_not_reached_is_no_failure(tmp_path: Path, monkeypatch: 
         (-11, "", "killed by signal 11: no output"),
     ],
 )
-def test_how_a_process_ends(
+def test_a_process_that_fails(
     status: int | None,
-    said: str,
+    output: str,
     failure: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ran = Ran(monkeypatch, bench=status)
-    ran.text["bench"] = said
+    ran.text["bench"] = output
     assert perform("bench", tmp_path) == 1
     assert capsys.readouterr().out.splitlines()[0] == f"FAILED bench: {failure}"
 
@@ -188,7 +186,7 @@ def test_how_a_process_ends(
 def test_results_are_read_from_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a process that was killed too; its status 1 is explained by what was wrong."""
+    """Also those of a killed process; its status 1 is explained by the wrong result."""
     case = {"command": "generate", "batch": 64, "dtype": "bfloat16"}
     wrong = {"case": case, "provider": "fast-graph", "ours": True, "status": "wrong", "reason": "error 1 > 0"}
     row = json.dumps(wrong | {"images_per_s": None})
@@ -202,20 +200,20 @@ def test_results_are_read_from_files(
     assert any(line.split() == ["fast-graph", "WRONG"] for line in lines)
 
 
-def test_a_machine_that_does_not_work_ends_it(
+def test_a_broken_machine_ends_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ran = Ran(monkeypatch, smoke=plan.STOPS)
+    ran = Ran(monkeypatch, smoke=plan.MACHINE_BROKEN)
     ran.text["smoke"] = "the machine does not work: no driver\n"
     assert perform("all", tmp_path) == 1
     assert list(ran.commands) == ["smoke"]
     assert "FAILED smoke: exited with status 3: the machine does not work" in capsys.readouterr().out
 
 
-def test_a_step_for_which_no_time_is_left(
+def test_a_step_without_time_left_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each has its own seconds and what those before it have left, or less if they took too long."""
+    """Each step gets its own time plus the time left over, or less if earlier steps took too long."""
     now = 0.0
     monkeypatch.setattr(plan.time, "monotonic", lambda: now)
     given: list[tuple[str, float, float]] = []
@@ -235,7 +233,7 @@ def test_a_step_for_which_no_time_is_left(
     assert "== c: not reached in time: all of it" in capsys.readouterr().out
 
 
-def test_a_step_that_raises_is_a_failure_and_the_others_go_on(
+def test_a_step_that_raises_is_a_failure_and_the_others_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def raises(own: float, at_most: float) -> Summary:
@@ -252,7 +250,7 @@ def test_a_step_that_raises_is_a_failure_and_the_others_go_on(
     assert (tmp_path / "x.txt").read_text().count("row\n") == 99
 
 
-def test_what_tuning_says(
+def test_tuning_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = Ran(monkeypatch)
@@ -267,8 +265,8 @@ def test_what_tuning_says(
     ]
 
 
-def test_the_commands_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every piece's command line is one that its parser takes."""
+def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parsers accept the command line of every piece."""
     monkeypatch.setattr(gpu, "need_gpu", lambda out: None)
     taken: list[str] = []
     commands = ("gpu.tune", *(f"stages.{name}.run" for name in ("races", "smoke", "sanitize")))

@@ -1,4 +1,4 @@
-"""compute-sanitizer, with stand-ins for it and for Python."""
+"""The stage ``sanitize``, with stubs for compute-sanitizer and Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sanitized(out: Path) -> int:
     return sanitize.run(argparse.Namespace(out=out), Budget(1))
 
 
-def test_no_sanitizer_is_said(
+def test_without_a_sanitizer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
@@ -43,7 +43,7 @@ def test_sanitize(
     status: int,
     verdict: str,
 ) -> None:
-    """Every tool runs on the same script, its output is kept, its status told."""
+    """Every tool runs the same script; its output is kept and its status reported."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f'#!/bin/sh\necho "$@"; echo "$PYTORCH_NO_CUDA_MEMORY_CACHING"\nexit {status}\n')
     tool.chmod(0o755)
@@ -61,7 +61,7 @@ def test_sanitize(
         assert text == f"--tool {name} --error-exitcode 9 {python} -m bench.sanitized\n1\n"
 
 
-def test_a_script_that_fails_by_itself_ends_it(
+def test_a_script_that_fails_without_tools_ends_the_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python = tmp_path / "python"

@@ -1,4 +1,4 @@
-"""GPU tests shared by processes: every test once, whatever becomes of a process; with tests of our own."""
+"""Tests distributed over processes: every test runs once even if a process dies; uses a dummy test suite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIXED = """
         ran(request)
 
     @pytest.mark.check
-    def test_matters_most(request):
+    def test_important(request):
         ran(request)
 
     @pytest.mark.parametrize("number", range(3))
@@ -83,7 +83,7 @@ def test_every_test_runs_once(tested: suite.Tested, folder: Path) -> None:
     assert not tested.problems
 
 
-def test_what_fails_says_why_in_a_line(tested: suite.Tested) -> None:
+def test_failures_have_a_one_line_reason(tested: suite.Tested) -> None:
     failures = {failure.split("::")[1].partition(": ")[0]: failure for failure in tested.failures}
     assert failures["test_dies[1]"].endswith(": the process exited with status 11")
     assert failures["test_leaves_the_gpu_unusable[0]"].endswith(": AssertionError: it did")
@@ -99,23 +99,23 @@ def test_a_traceback_is_kept(tested: suite.Tested, folder: Path) -> None:
     assert ">       assert request is None" in logs
 
 
-def test_what_compiles_the_same_is_one_process_s(tested: suite.Tested, folder: Path) -> None:
+def test_tests_that_share_kernels_share_a_process(tested: suite.Tested, folder: Path) -> None:
     ran = [line.split() for line in (folder / "ran").read_text().splitlines()]
     for layer in ("G1", "G2"):
         assert len({process for process, name in ran if name.startswith(f"test_layer[{layer}")}) == 1
 
 
-def test_what_matters_most_is_first(tested: suite.Tested, folder: Path) -> None:
+def test_checked_tests_are_first(tested: suite.Tested, folder: Path) -> None:
     collected = json.loads((folder / "deal" / "collected.json").read_text())
-    assert collected[0].endswith("::test_matters_most")
+    assert collected[0].endswith("::test_important")
     assert {test.partition("[")[0] for test in collected[-2:]} == {
         "test_it.py::test_fails_plainly",
         "test_it.py::test_skipped",
     }, "small groups are last"
 
 
-def test_a_process_that_dies_or_cannot_go_on_is_replaced(tested: suite.Tested, folder: Path) -> None:
-    """The rest of its group is not lost."""
+def test_a_process_that_dies_or_cannot_continue_is_replaced(tested: suite.Tested, folder: Path) -> None:
+    """The remaining tests of its group still run."""
     ran = [line.split() for line in (folder / "ran").read_text().splitlines()]
     by = {name: process for process, name in ran}
     assert by["test_dies[0]"] == by["test_dies[1]"] != by["test_dies[2]"]
@@ -123,8 +123,8 @@ def test_a_process_that_dies_or_cannot_go_on_is_replaced(tested: suite.Tested, f
     assert len({process for process, _ in ran}) >= 3
 
 
-def test_the_time_is_up(tmp_path: Path) -> None:
-    """A test that hangs is cut off, those that were not begun are said, and it is over in time."""
+def test_time_limit(tmp_path: Path) -> None:
+    """A hanging test is killed, tests that were not started are listed, and the run ends in time."""
     tests = write(
         tmp_path,
         """
@@ -147,11 +147,11 @@ def test_the_time_is_up(tmp_path: Path) -> None:
     tested = suite.run(tmp_path / "deal", end, 1, [], tests, grace=2)
     assert time.monotonic() < end + 3
     assert [record["outcome"] for record in tested.outcomes] == ["passed", "failed"]
-    assert tested.failures[0].endswith("test_hangs[x]: cut off, as the time was up")
+    assert tested.failures[0].endswith("test_hangs[x]: killed, as the time was up")
     assert [test.partition("::")[2] for test in tested.missed] == ["test_later"]
 
 
-def test_what_cannot_be_collected_is_said(tmp_path: Path) -> None:
+def test_a_collection_error_is_reported(tmp_path: Path) -> None:
     tests = write(tmp_path, "import no_such_module")
     tested = suite.run(tmp_path / "deal", time.monotonic() + 60, 1, [], tests)
     assert not tested.outcomes
@@ -159,8 +159,8 @@ def test_what_cannot_be_collected_is_said(tmp_path: Path) -> None:
     assert problem.startswith("pytest-0.txt exited with status 2: ")
 
 
-def test_half_a_line_is_none(tmp_path: Path) -> None:
-    """Of a process that was killed while it wrote."""
+def test_an_incomplete_line_is_skipped(tmp_path: Path) -> None:
+    """As a process that is killed while writing leaves it."""
     folder = Deal(tmp_path)
     folder.write(7, test="a", outcome="started", begun=0.0)
     with (tmp_path / "outcomes-7.jsonl").open("a") as file:

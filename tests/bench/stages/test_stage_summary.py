@@ -1,4 +1,4 @@
-"""Sixty lines that say it all, and the archive with everything else."""
+"""The printed summary of at most sixty lines, and the archive with everything else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.stages import archive, summary
-from bench.stages.summary import LINES, WIDTH, Summary, fitted
+from bench.stages.summary import LINES, WIDTH, Summary, fit_lines
 
 
 def test_failures_are_first() -> None:
-    found = fitted(
+    found = fit_lines(
         [
             Summary("smoke", "9 s", shown=["an H100"]),
             Summary("tests", "90 s; 250 passed", ["a: no", "b: no"], missed=list("cdefgh")),
@@ -34,13 +34,13 @@ def test_failures_are_first() -> None:
 
 
 def test_no_more_lines_than_allowed() -> None:
-    """Every heading, the first failures and as much of the tables as there is room for."""
+    """Keeps every heading, the first failures and as many table lines as fit."""
     many = [
         Summary("tests", "90 s", [f"test {i}: {'x' * 500}" for i in range(200)]),
         Summary("bench", "80 s", ["train: wrong"], [f"row {i}" for i in range(20)]),
         Summary("kernels", "40 s", [], [f"layer {i}" for i in range(50)]),
     ]
-    found = fitted(many, "all.txt")
+    found = fit_lines(many, "all.txt")
     assert len(found) == LINES
     assert max(map(len, found)) == WIDTH
     assert [line.split(":")[0] for line in found if line.startswith("==")] == [
@@ -51,10 +51,10 @@ def test_no_more_lines_than_allowed() -> None:
     assert sum(line.startswith("FAILED ") for line in found) == summary.FAILURES
     assert "row 19" in found
     assert found[-1] == f"({274 - LINES + 1} lines more in all.txt)"
-    (first, *_) = fitted(many[:1], "all.txt", 10)
+    (first, *_) = fit_lines(many[:1], "all.txt", 10)
     assert first.startswith("FAILED tests: test 0: xxx")
-    assert len(fitted(many[:1], "all.txt", 10)) == 10
-    assert len(fitted(many[2:], "all.txt")) == 51
+    assert len(fit_lines(many[:1], "all.txt", 10)) == 10
+    assert len(fit_lines(many[2:], "all.txt")) == 51
 
 
 def race_row(provider: str, batch: int, images: float | None, **more: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_a_race() -> None:
         race_row("reduce-overhead", 64, None),
         race_row("train-step", 1024, 111_000.0),
         race_row("cudnn-graph", 1024, 74_000.0, status="wrong", reason="error 1 > 0", images_per_s=None),
-        {"phase": "G fprop"},  # a part of a step, of another command
+        {"phase": "G fprop"},  # a record of another command
     ]
     title, heads, _, *lines = summary.race_lines(rows, "train")
     assert title.strip() == "train, images/s"
@@ -87,7 +87,7 @@ def test_a_race() -> None:
         ["reduce-overhead", "FAILED", "–"],
         ["ours", "/", "best", "other", "1.25×", "–"],
     ]
-    assert lines[4:] == ["train 64 bfloat16 reduce-overhead, a rival: failed: RuntimeError: in torch"]
+    assert lines[4:] == ["train 64 bfloat16 reduce-overhead, a baseline: failed: RuntimeError: in torch"]
     assert summary.failures_of(rows) == ["train 1024 bfloat16 cudnn-graph: wrong: error 1 > 0"]
     assert summary.failures_of([race_row("train-step", 64, None)]) == [
         "train 64 bfloat16 train-step: failed: RuntimeError: in torch"
@@ -124,12 +124,12 @@ def names(path: Path) -> list[str]:
         return file.getnames()
 
 
-def test_everything_is_in_it_but_claims(tmp_path: Path) -> None:
+def test_the_archive_has_everything_but_claims(tmp_path: Path) -> None:
     out = tmp_path / "gpu"
     for name in ("all.txt", "train.jsonl", "NVIDIA_H100.json", "logs/bench.txt", "tests/claims/3", "x.bin"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
-    for _ in range(2):  # the second is without the first
+    for _ in range(2):  # the second archive does not contain the first
         path, left_out = archive.write(out)
         assert path == out / "gpu.tar.gz"
         assert not left_out
@@ -143,8 +143,8 @@ def test_everything_is_in_it_but_claims(tmp_path: Path) -> None:
         assert member.read() == b"logs/bench.txt"
 
 
-def test_it_is_no_larger_than_allowed(tmp_path: Path) -> None:
-    """What compresses badly and matters least is left out, and named; of a long log the end is kept."""
+def test_the_archive_respects_the_size_limit(tmp_path: Path) -> None:
+    """Large, unimportant files are left out and named; long logs are truncated to their end."""
     out = tmp_path / "gpu"
     out.mkdir()
     noise = random.Random(0).randbytes
@@ -152,7 +152,7 @@ def test_it_is_no_larger_than_allowed(tmp_path: Path) -> None:
     (out / "small.txt").write_bytes(noise(20_000))
     (out / "large.txt").write_bytes(noise(200_000))
     (out / "core").write_bytes(noise(40_000))
-    (out / "repeats.txt").write_text("again\n" * archive.LONGEST + "the end")
+    (out / "repeats.txt").write_text("again\n" * archive.MAX_LOG + "the end")
     path, left_out = archive.write(out, 100_000)
     assert left_out == ["large.txt"]
     assert path.stat().st_size <= 100_000

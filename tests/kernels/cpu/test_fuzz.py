@@ -1,4 +1,4 @@
-"""Any layer, and any chain of them, that the native engine covers: shapes, strides, alignment, threads."""
+"""Random layers and chains that the native engine covers: shapes, strides, alignment, threads."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import native
 import pytest
 import torch
-from chains import stated
+from chains import expected_output
+from float64_reference import Problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import LAYER, SPATIAL, THREADS, assert_right, forced, instruction_set, laid_out, layouts
-from statement import Problem
+from native import LAYER, SPATIAL, THREADS, assert_correct, forced, instruction_set, laid_out, layouts
 from torch import Tensor
 
 from dcgan.kernels import chain, ops
@@ -83,12 +83,12 @@ def test_any_layer(
     odd = call._replace(x=laid_out(call.x, x_layout), weight=laid_out(call.weight, weight_layout))
     assert torch.equal(odd.x, call.x)
     with instruction_set(isa), forced(algorithm):
-        assert_right(problem, odd)
+        assert_correct(problem, odd)
 
 
 @st.composite
 def chains(draw: st.DrawFn) -> tuple[Tensor, list[Stage]]:
-    """Layers that fit one on another, with or without bias and BatchNorm, some without its affine map."""
+    """Draw chains of layers, with or without bias, BatchNorm and affine maps."""
     torch.manual_seed(draw(SEEDS))
     channels, height, width = draw(CHANNELS), draw(SIDES), draw(SIDES)
     if draw(st.booleans()):
@@ -152,8 +152,8 @@ def test_any_chain(
     x, stages = layers
     with instruction_set(isa), forced(algorithm), ops.use_engine("native"):
         y = chain.conv_chain(laid_out(x, layout), stages, channels_last)
-    expected = stated(x, stages)
+    expected = expected_output(x, stages)
     assert y.shape == expected.shape
-    # The weights are such that y's elements are of order 1, unless an activation says otherwise.
+    # The weights are scaled so that y's elements are of order 1, unless an activation changes that.
     size = max(float(expected.norm()), expected.numel() ** 0.5)
     assert float((y.double() - expected).norm()) <= len(stages) * LAYER * size

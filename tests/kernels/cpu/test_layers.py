@@ -1,4 +1,4 @@
-"""One layer by each algorithm on each instruction set, beside float64, in memory that starts as NaN."""
+"""One layer by each algorithm on each instruction set, compared with float64, in NaN-filled memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import native
 import pytest
 import torch
-from native import ISAS, SPATIAL, assert_right, forced, instruction_set
-from statement import Problem, pairwise
+from float64_reference import Problem, pairwise
+from native import ISAS, SPATIAL, assert_correct, forced, instruction_set
 from torch import Tensor
 
 from dcgan.kernels import ops
@@ -26,7 +26,7 @@ def _nan() -> Iterator[None]:
         yield
 
 
-# Channels on both sides of every vector's and panel's width; maps of one pixel, odd ones, and others.
+# Channels on both sides of every vector and panel width; maps of one pixel, of odd sizes, and others.
 CHANNELS = [(1, 1), (3, 5), (5, 3), (16, 8), (17, 33), (9, 20), (64, 40), (6, 130), (40, 4)]
 MAPS = [(1, 1), (2, 2), (2, 3), (4, 4), (5, 7), (3, 9), (8, 8), (7, 1), (11, 10)]
 EPILOGUES: list[dict[str, Any]] = [
@@ -57,7 +57,7 @@ DENSE: dict[str, list[Any]] = {
 
 
 def build(rows: list[dict[str, Any]]) -> list[tuple[str, str, Problem]]:
-    """(instruction set, algorithm, problem) of each row; a convolution's map is about twice as large."""
+    """Build (instruction set, algorithm, problem) per row; a convolution's map is about twice as large."""
     cases = []
     for seed, row in enumerate(rows):
         rest = {k: v for k, v in row.items() if k not in ("isa", "algorithm", "channels", "epilogue")}
@@ -79,55 +79,55 @@ def name(value: Any) -> str:
 @pytest.mark.parametrize(
     ("isa", "algorithm", "problem"), build(pairwise(**OPTIONS)) + build(pairwise(**DENSE)), ids=name
 )
-def test_as_float64(isa: str, algorithm: str, problem: Problem) -> None:
+def test_against_float64(isa: str, algorithm: str, problem: Problem) -> None:
     """Values and strides, for every pair of options."""
     with instruction_set(isa), forced(algorithm):
-        assert_right(problem)
+        assert_correct(problem)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 @pytest.mark.parametrize("algorithm", [*SPATIAL, "dense"])
-def test_as_float64_over_the_product(algorithm: str, channels: tuple[int, int], isa: str) -> None:
+def test_against_float64_for_all_combinations(algorithm: str, channels: tuple[int, int], isa: str) -> None:
     options = DENSE if algorithm == "dense" else OPTIONS
     here = {**options, "isa": [isa], "channels": [channels], "slope": [0.2], "batch": [3]}
-    # What is left out is the Python side's, and in the sample above.
+    # Options that only concern the Python side are left to the sample above.
     here |= {"dtype": [torch.float32], "channels_last": [True], "epilogue": [EPILOGUES[0], EPILOGUES[-1]]}
     if algorithm != "dense":
         here["algorithm"] = [algorithm]
     rows = [dict(zip(here, values, strict=True)) for values in itertools.product(*here.values())]
     with instruction_set(isa), forced(algorithm):
         for _, _, problem in build(rows):
-            assert_right(problem)
+            assert_correct(problem)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("c_in", "c_out"), [(100, 1024), (1024, 512), (512, 256), (256, 128), (128, 64)])
-def test_sums_as_long_as_the_networks(c_in: int, c_out: int, isa: str) -> None:
-    """The channels of the Generator for 64×64 images, and a few of each layer's outputs."""
+def test_channel_counts_of_the_networks(c_in: int, c_out: int, isa: str) -> None:
+    """The input channels of the Generator for 64×64 images, with at most 24 output channels per layer."""
     problem = Problem(True, 1, c_in, min(c_out, 24), dtype=torch.float32)
     if c_in == 100:
         problem = problem.with_(size=(1, 1), stride=1, padding=0)
     for algorithm in SPATIAL[:3]:
         with instruction_set(isa), forced(algorithm):
-            assert_right(problem)
+            assert_correct(problem)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_over_the_whole_range(act: str, isa: str) -> None:
-    """A 1×1 identity, so that x itself is activated: subnormal to overflowing, ±0, ±∞ and NaN.
+    """A 1×1 identity convolution, which activates x itself: subnormal to overflowing, ±0, ±∞ and NaN.
 
-    Within a few units in the last place of what the activation's own range is.
+    The error is within a few units in the last place of the activation's range.
     """
     steps = torch.cat([torch.linspace(-20, 20, 4001), torch.logspace(-45, 38, 800), torch.tensor([0.0])])
     edges = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.35, -0.35, 87.0, 88.0, 104.0])
     x = torch.cat([steps, -steps, edges])[:, None, None, None]
     call = ops.Call(x, torch.ones(1, 1, 1, 1), out_act=act, stride=1, padding=0)
     with instruction_set(isa):
-        actual = native.native(call, False).double()
-    expected = native.state(call, False)[0]
+        actual = native.run_native(call, False).double()
+    expected = native.expected_outputs(call, False)[0]
     assert torch.equal(actual.isnan(), expected.isnan())
     unbounded = expected.isinf() | expected.isnan()
     assert torch.equal(actual[unbounded].nan_to_num(), expected[unbounded].float().double().nan_to_num())
@@ -135,7 +135,7 @@ def test_activations_over_the_whole_range(act: str, isa: str) -> None:
     size = expected.abs()[~unbounded]
     # Sigmoid's and tanh's results are below 1; tanh and the identities keep their relative accuracy near 0.
     bound = 8 * 2.0**-24 * (size.clamp_min(2.0**-20) if act == "sigmoid" else size) + 2.0**-126
-    assert bool((error <= bound).all()), f"{act}: {float((error / bound).max()):.1f} times what is allowed"
+    assert bool((error <= bound).all()), f"{act}: {float((error / bound).max()):.1f} times the bound"
 
 
 def cast(call: ops.Call, dtype: torch.dtype) -> ops.Call:
@@ -145,22 +145,22 @@ def cast(call: ops.Call, dtype: torch.dtype) -> ops.Call:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("algorithm", SPATIAL)
 def test_16_bit_is_float32_rounded_once(algorithm: str, dtype: torch.dtype) -> None:
-    """Bit for bit: the sums are float32's own."""
+    """Bit for bit: the sums are those of float32."""
     call = Problem(True, 2, 12, 6, (5, 4), out_scale=True, out_act="tanh", dtype=dtype).call()
     with forced(algorithm):
-        y = native.native(call, True)
-        assert torch.equal(y, native.native(cast(call, torch.float32), True).to(dtype))
+        y = native.run_native(call, True)
+        assert torch.equal(y, native.run_native(cast(call, torch.float32), True).to(dtype))
 
 
-def test_the_weights_gradient_flag_and_the_mode_do_not_matter() -> None:
-    """A parameter, no_grad, inference mode: the same bits."""
+def test_requires_grad_and_grad_mode_do_not_change_results() -> None:
+    """A parameter, no_grad and inference mode give the same bits."""
     problem = Problem(True, 2, 8, 6, dtype=torch.float32)
     call = problem.call()
-    expected = native.native(call, True)
+    expected = native.run_native(call, True)
     leaf = call._replace(weight=torch.nn.Parameter(call.weight))
-    found: list[Tensor] = [native.native(leaf, True).detach()]
+    found: list[Tensor] = [native.run_native(leaf, True).detach()]
     with torch.no_grad():
-        found.append(native.native(leaf, True))
+        found.append(native.run_native(leaf, True))
     with torch.inference_mode():
-        found.append(native.native(leaf, True))
+        found.append(native.run_native(leaf, True))
     assert all(torch.equal(y, expected) for y in found)

@@ -1,4 +1,4 @@
-"""x, weight and vectors in any strides and alignment; what lies between elements is NaN, and not read."""
+"""x, weight and vectors of any strides and alignment; the gaps between elements hold NaN and are not read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import native
 import pytest
 import torch
-from native import SPATIAL, assert_right, forced, small
-from statement import Problem, leaves, op
+from float64_reference import Problem, leaves, op
+from native import SPATIAL, assert_correct, forced, small
 from torch import Tensor
 
 from dcgan.kernels import ops
@@ -43,14 +43,14 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 def channel_slice(t: Tensor) -> Tensor:
-    """Of a channels_last tensor with more channels: adjacent, but pixels no multiple of a vector apart."""
+    """Slice channels of a wider channels_last tensor: the pixel stride is no multiple of a vector."""
     dim = 1 if t.ndim == 4 else 0
     sides = torch.full_like(t, float("nan")).narrow(dim, 0, 1)
     return channels_last(torch.cat([sides, t, sides], dim)).narrow(dim, 1, t.shape[dim])
 
 
 def offset(floats: int) -> Callable[[Tensor], Tensor]:
-    """The tensor's own strides from an address that is that many elements past a cache line."""
+    """Return a function that moves a channels_last tensor ``floats`` elements past a cache line."""
 
     def move(t: Tensor) -> Tensor:
         t = channels_last(t)
@@ -84,11 +84,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("nhwc", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_strides(transposed: bool, algorithm: str, nhwc: bool, dtype: torch.dtype) -> None:
-    """Every layout of x with every one of the weight, in turn; nothing that was given is changed."""
+    """Every layout of x with every layout of the weight; no argument is modified."""
     problem = small(algorithm, transposed, channels_last=nhwc, dtype=dtype)
     call = problem.call()
     with forced(algorithm):
-        expected = assert_right(problem)
+        expected = assert_correct(problem)
         for x_of in LAYOUTS.values():
             for weight_of in LAYOUTS.values():
                 odd = call._replace(
@@ -97,7 +97,7 @@ def test_any_strides(transposed: bool, algorithm: str, nhwc: bool, dtype: torch.
                     out_scale=weight_of(call.out_scale),
                     out_shift=weight_of(call.out_shift),
                 )
-                y = native.native(odd, transposed)
+                y = native.run_native(odd, transposed)
                 assert torch.equal(y, expected)
                 assert y.stride() == expected.stride()
                 for name, t in leaves(odd).items():
@@ -108,52 +108,52 @@ def test_any_strides(transposed: bool, algorithm: str, nhwc: bool, dtype: torch.
 @ALGORITHMS
 @pytest.mark.parametrize("dim", range(4))
 def test_expanded(transposed: bool, algorithm: str, dim: int) -> None:
-    """Strides of 0 in x, weight and vectors."""
+    """x, weight and vectors with strides of 0."""
     problem = small(algorithm, transposed)
     call = problem.call()
     x, weight = (t.narrow(dim, 0, 1).expand(t.shape) for t in (call.x, call.weight))
     vectors = {n: getattr(call, n)[:1].expand_as(getattr(call, n)) for n in ("out_scale", "out_shift")}
     with forced(algorithm):
-        y = assert_right(problem, call._replace(x=x, weight=weight, **vectors))
+        y = assert_correct(problem, call._replace(x=x, weight=weight, **vectors))
         whole = {name: t.clone() for name, t in vectors.items()}
         copies = call._replace(x=x.contiguous(), weight=weight.contiguous(), **whole)
-        assert torch.equal(y, assert_right(problem, copies))
+        assert torch.equal(y, assert_correct(problem, copies))
 
 
 @BOTH
 @ALGORITHMS
 def test_overlapping_windows(transposed: bool, algorithm: str) -> None:
-    """Images that share memory, as sliding windows over a signal do."""
+    """Images that share memory, as sliding windows over a signal."""
     problem = small(algorithm, transposed)
     call = problem.call()
     c, h, w = call.x.shape[1:]
     signal = torch.randn(c * h * w + 64)
     x = signal.as_strided(call.x.shape, (5, 1, 3 * c, c))
     with forced(algorithm):
-        assert_right(problem, call._replace(x=x))
+        assert_correct(problem, call._replace(x=x))
 
 
 @BOTH
 @ALGORITHMS
 def test_negated_views(transposed: bool, algorithm: str) -> None:
-    """A view that is negative by a flag alone: the bit is not in its memory."""
+    """Views with the negation bit, whose memory is not negated."""
     problem = small(algorithm, transposed)
     call = problem.call()
     for name in ("x", "weight", "out_scale", "out_shift"):
         negative = torch._neg_view(getattr(call, name))
         assert negative.is_neg()
         with forced(algorithm):
-            assert_right(problem, call._replace(**{name: negative}))
+            assert_correct(problem, call._replace(**{name: negative}))
 
 
 @BOTH
 @pytest.mark.parametrize("nhwc", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("c_out", [1, 3, 6])
-def test_strides_where_one_pixel_or_channel_is_both_formats(
+def test_strides_where_both_formats_coincide(
     transposed: bool, nhwc: bool, dtype: torch.dtype, c_out: int
 ) -> None:
-    """The reference's strides to the last size-1 dimension, as the operator's fake gives them."""
+    """Strides equal the reference's and the fake's, including size-1 dimensions."""
     for sizes in (
         {"size": (1, 1), "kernel": (1, 1), "stride": 1, "padding": 0},
         {"size": (1, 1), "kernel": (3, 3), "stride": 1, "padding": 0} if transposed else {"size": (2, 2)},
@@ -163,16 +163,16 @@ def test_strides_where_one_pixel_or_channel_is_both_formats(
         problem = Problem(transposed, 2, 5, c_out, dtype=dtype, channels_last=nhwc, **sizes)
         for algorithm in SPATIAL:
             with forced(algorithm):
-                y = assert_right(problem)
+                y = assert_correct(problem)
         meta = ops.Call(*[v.to("meta") if isinstance(v, Tensor) else v for v in problem.call()])
         assert y.stride() == op(transposed)(*meta)[0].stride()
 
 
 @BOTH
-def test_the_default_dtype_and_device_do_not_matter(transposed: bool) -> None:
-    """A layer makes its tensors beside the ones that it is given, whatever torch.empty would make."""
+def test_default_dtype_and_device_are_ignored(transposed: bool) -> None:
+    """A layer allocates with its arguments' dtype and device, not the defaults of torch.empty."""
     problem = small("f2", transposed)
-    expected = assert_right(problem)
+    expected = assert_correct(problem)
     call = problem.call()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -184,4 +184,4 @@ def test_the_default_dtype_and_device_do_not_matter(transposed: bool) -> None:
     assert torch.equal(y, expected)
     assert (mean.dtype, var.dtype) == (torch.float32, torch.float32)
     with torch.device("meta"):
-        assert torch.equal(native.native(call, transposed), expected)
+        assert torch.equal(native.run_native(call, transposed), expected)

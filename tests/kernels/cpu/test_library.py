@@ -1,4 +1,4 @@
-"""Which instruction set runs, what is said where there is no library, and a failing compiler in setup.py."""
+"""Choice of the instruction set, a missing library, and compiler failures in setup.py."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def check():
 
 
 @pytest.fixture
-def unopened(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if nothing had asked for the library yet; afterwards it is as it was."""
+def not_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Reset the module to its state before the library is loaded; restore it afterwards."""
     before = None if native.MISSING else library.isa()
     with monkeypatch.context() as patch:
         for name in ("_library", "_problem", "_isa"):
@@ -57,7 +57,7 @@ def unopened(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @native.NEEDED
-def test_the_best_one_is_taken() -> None:
+def test_the_best_instruction_set_is_the_default() -> None:
     assert library.isas()[-1] == "portable"
     assert set(library.isas()) <= set(library.built_isas())
     if "DCGAN_ISA" not in os.environ:
@@ -66,26 +66,26 @@ def test_the_best_one_is_taken() -> None:
 
 @native.NEEDED
 @pytest.mark.parametrize("isa", native.ISAS)
-@pytest.mark.usefixtures("unopened")
-def test_each_by_the_environment(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("not_loaded")
+def test_dcgan_isa_selects_each_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DCGAN_ISA", isa)
     for transposed in (False, True):
         for algorithm in (*native.SPATIAL, "dense"):
             with native.forced(algorithm):
-                native.assert_right(native.small(algorithm, transposed))
+                native.assert_correct(native.small(algorithm, transposed))
     assert library.isa() == isa
 
 
 @native.NEEDED
-def test_the_last_one_in_a_process_of_its_own() -> None:
+def test_dcgan_isa_in_a_new_process() -> None:
     done = native.in_a_new_process(f"{RUN}\ncheck()\nprint(library.isa())", DCGAN_ISA=native.ISAS[-1])
     assert done.stdout.split() == ["native", native.ISAS[-1]], done.stderr
 
 
 @native.NEEDED
-@pytest.mark.usefixtures("unopened")
-def test_an_unknown_one_is_an_error_that_names_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And remains one: the second call does not go on with another."""
+@pytest.mark.usefixtures("not_loaded")
+def test_an_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call fails as well: it does not fall back to another instruction set."""
     monkeypatch.setenv("DCGAN_ISA", "sse9")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^DCGAN_ISA: .*must be one of: .*; got sse9$") as raised:
@@ -96,8 +96,8 @@ def test_an_unknown_one_is_an_error_that_names_those_there_are(monkeypatch: pyte
 
 
 @native.NEEDED
-@pytest.mark.usefixtures("unopened")
-def test_one_that_is_built_but_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("not_loaded")
+def test_an_instruction_set_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in set(library.built_isas()) - set(native.ISAS):
         for name in ("_library", "_isa"):
             monkeypatch.setattr(library, name, None)
@@ -107,7 +107,7 @@ def test_one_that_is_built_but_does_not_run_here(monkeypatch: pytest.MonkeyPatch
 
 
 @native.NEEDED
-def test_one_in_use_may_be_changed() -> None:
+def test_use_isa() -> None:
     before = library.isa()
     for isa in native.ISAS:
         with native.instruction_set(isa):
@@ -119,25 +119,25 @@ def test_one_in_use_may_be_changed() -> None:
 
 
 @native.NEEDED
-def test_the_library_says_what_it_was_given_wrong() -> None:
+def test_invalid_arguments_are_named() -> None:
     with pytest.raises(library.NativeError, match="layer is null"):
         library.checked(library.library().dcgan_supports(None))
 
 
 @native.NEEDED
-def test_a_workspace_is_given_back_and_made_anew() -> None:
+def test_a_released_workspace_is_allocated_again() -> None:
     call = native.small("f4", True).call()
-    y = native.native(call, True)
+    y = native.run_native(call, True)
     for _ in range(2):
         library.release()
-        assert torch.equal(native.native(call, True), y)
+        assert torch.equal(native.run_native(call, True), y)
 
 
 # --- no library --------------------------------------------------------------------------------------------
 
 
-def test_without_a_library_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """PyTorch's own modules run, and one warning says why, with what the compiler said."""
+def test_without_a_library_in_a_new_process(tmp_path: Path) -> None:
+    """PyTorch's modules run, and a single warning gives the reason with the compiler's message."""
     error = tmp_path / "build-error.txt"
     error.write_text("No such file or directory: 'c++'\nat line 2 of it\n")
     code = f"""{RUN}
@@ -163,21 +163,21 @@ for warning in caught:
     assert sum("Warning" in line for line in lines) == 1
 
 
-def broken(folder: Path) -> str:
+def corrupt_library(folder: Path) -> str:
     (folder / "libdcgan.so").write_bytes(b"\x7fELF, but no more of it")
     return "libdcgan.so does not load: "
 
 
-def of_something_else(folder: Path) -> str:
+def unrelated_library(folder: Path) -> str:
     source = next(Path(torch.__file__).parent.glob("lib/libc10.so"))
     (folder / "libdcgan.so").symlink_to(source)
     return "libdcgan.so does not load: .*dcgan_abi"
 
 
-@pytest.mark.parametrize("make", [lambda folder: "csrc was not built$", broken, of_something_else])
-@pytest.mark.usefixtures("unopened")
+@pytest.mark.parametrize("make", [lambda folder: "csrc was not built$", corrupt_library, unrelated_library])
+@pytest.mark.usefixtures("not_loaded")
 def test_no_library(make: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Absent or unfit: warned of once, told by every choice, an error where it is forced."""
+    """Missing or unusable: one warning, a reason in every choice, and an error if the engine is forced."""
     monkeypatch.setattr(library, "PATH", tmp_path / "libdcgan.so")
     monkeypatch.setattr(library, "BUILD_ERROR", tmp_path / "build-error.txt")
     reason = make(tmp_path)
@@ -215,7 +215,7 @@ def build(compiler: str, to: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/c++ --std=c++17"])
-def test_a_failing_compiler_fails_no_installation(compiler: str, tmp_path: Path) -> None:
+def test_a_failing_compiler_does_not_fail_the_installation(compiler: str, tmp_path: Path) -> None:
     ours = Path(library.PATH)
     before = ours.read_bytes() if ours.exists() else None
     folder = tmp_path / "lib/dcgan/kernels/cpu"
@@ -223,7 +223,7 @@ def test_a_failing_compiler_fails_no_installation(compiler: str, tmp_path: Path)
     (folder / "libdcgan.so").write_bytes(b"of an earlier build")
     done = build(compiler, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "warning: the native engine was not built: " in done.stderr
+    assert "WARNING: the native CPU engine was not built: " in done.stderr
     assert sorted(p.name for p in folder.iterdir()) == ["build-error.txt"]
     why = (folder / "build-error.txt").read_text()
     assert compiler.split()[0] in why
@@ -240,7 +240,7 @@ def test_a_build_replaces_an_earlier_error(tmp_path: Path) -> None:
     assert [p.name for p in folder.iterdir()] == ["libdcgan.so"]
 
 
-def test_the_engine_is_built_where_it_can_be() -> None:
-    """Without it its tests are skipped: this one is not, so that a build that fails is seen."""
+def test_the_engine_is_built_if_there_is_a_compiler() -> None:
+    """Tests of the engine are skipped if it is missing; this one is not, and reveals a failed build."""
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None:
         assert native.MISSING is None

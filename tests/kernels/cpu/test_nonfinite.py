@@ -1,4 +1,4 @@
-"""NaN and infinities come out wherever eager has them, and in no other image."""
+"""NaN and infinities propagate wherever they do in eager, and to no other image."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import native
 import pytest
 import torch
+from float64_reference import Problem, op
 from native import SPATIAL, forced, small
-from statement import Problem, op
 from torch import Tensor
 
 from dcgan.kernels import ops
@@ -17,7 +17,7 @@ from dcgan.kernels.reference import ACTIVATIONS
 pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
 BOTH = pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
 ALGORITHMS = pytest.mark.parametrize("algorithm", [*SPATIAL, "dense"])
-BAD = (float("nan"), float("inf"), float("-inf"))
+NONFINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +26,15 @@ def _nan() -> Iterator[None]:
         yield
 
 
-def both(call: ops.Call, problem: Problem, algorithm: str) -> tuple[Tensor, Tensor]:
+def native_and_reference(call: ops.Call, problem: Problem, algorithm: str) -> tuple[Tensor, Tensor]:
     with forced(algorithm):
-        actual = native.native(call, problem.transposed)
+        actual = native.run_native(call, problem.transposed)
     with ops.use_engine("reference"):
         return actual, op(problem.transposed)(*call)[0]
 
 
-def spoilt(t: Tensor, value: float, count: int = 3) -> Tensor:
-    """A copy with a few elements of its middle image, or of the whole of it, replaced."""
+def with_elements_set_to(t: Tensor, value: float, count: int = 3) -> Tensor:
+    """Copy t with a few elements replaced: of its middle image, or of all of it."""
     t = t.clone()
     part = t[1] if t.ndim == 4 and t.shape[0] == 3 else t
     for index in torch.randperm(part.numel())[:count].tolist():
@@ -42,7 +42,7 @@ def spoilt(t: Tensor, value: float, count: int = 3) -> Tensor:
     return t
 
 
-def assert_not_finite_where_eager_is_not(actual: Tensor, expected: Tensor) -> None:
+def assert_nonfinite_where_eager_is(actual: Tensor, expected: Tensor) -> None:
     assert not bool((actual.isfinite() & ~expected.isfinite()).any())
     assert not bool((~actual.isnan() & expected.isnan()).any())
 
@@ -50,14 +50,16 @@ def assert_not_finite_where_eager_is_not(actual: Tensor, expected: Tensor) -> No
 @BOTH
 @ALGORITHMS
 @pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("value", BAD)
-def test_in_x(transposed: bool, algorithm: str, act: str, value: float) -> None:
-    """Winograd may make NaN of ∞, and spoil a tile; it spoils no other image, and the rest spoil no more."""
+@pytest.mark.parametrize("value", NONFINITE)
+def test_nonfinite_x(transposed: bool, algorithm: str, act: str, value: float) -> None:
+    """Winograd may turn ∞ into NaN within a tile, but no other image is affected; the others match eager."""
     problem = small(algorithm, transposed, out_act=act)
     call = problem.call()
-    clean, _ = both(call, problem, algorithm)
-    actual, expected = both(call._replace(x=spoilt(call.x, value)), problem, algorithm)
-    assert_not_finite_where_eager_is_not(actual, expected)
+    clean, _ = native_and_reference(call, problem, algorithm)
+    actual, expected = native_and_reference(
+        call._replace(x=with_elements_set_to(call.x, value)), problem, algorithm
+    )
+    assert_nonfinite_where_eager_is(actual, expected)
     assert torch.equal(actual[[0, 2]], clean[[0, 2]])
     if algorithm not in ("f2", "f4"):
         assert torch.equal(actual.isnan(), expected.isnan())
@@ -66,15 +68,15 @@ def test_in_x(transposed: bool, algorithm: str, act: str, value: float) -> None:
 
 @BOTH
 @ALGORITHMS
-@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("value", NONFINITE)
 @pytest.mark.parametrize("name", ["weight", "out_scale", "out_shift"])
-def test_in_weights_and_vectors(transposed: bool, algorithm: str, name: str, value: float) -> None:
+def test_nonfinite_weights_and_vectors(transposed: bool, algorithm: str, name: str, value: float) -> None:
     problem = small(algorithm, transposed)
     call = problem.call()
-    clean, _ = both(call, problem, algorithm)
-    bad = spoilt(getattr(call, name), value, 1)
-    actual, expected = both(call._replace(**{name: bad}), problem, algorithm)
-    assert_not_finite_where_eager_is_not(actual, expected)
+    clean, _ = native_and_reference(call, problem, algorithm)
+    nonfinite = with_elements_set_to(getattr(call, name), value, 1)
+    actual, expected = native_and_reference(call._replace(**{name: nonfinite}), problem, algorithm)
+    assert_nonfinite_where_eager_is(actual, expected)
     untouched = [c for c in range(problem.c_out) if bool(expected[:, c].isfinite().all())]
     assert torch.equal(actual[:, untouched], clean[:, untouched])
 
@@ -82,32 +84,32 @@ def test_in_weights_and_vectors(transposed: bool, algorithm: str, name: str, val
 @BOTH
 @ALGORITHMS
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_a_shift_of_infinity_saturates_as_eager_does(transposed: bool, algorithm: str, act: str) -> None:
+def test_an_infinite_shift_saturates_as_in_eager(transposed: bool, algorithm: str, act: str) -> None:
     problem = small(algorithm, transposed, out_act=act)
     call = problem.call()
     shift = call.out_shift.clone()
     shift[0], shift[-1] = float("inf"), float("-inf")
-    actual, expected = both(call._replace(out_shift=shift), problem, algorithm)
+    actual, expected = native_and_reference(call._replace(out_shift=shift), problem, algorithm)
     for channel in (0, -1):
         assert torch.allclose(actual[:, channel], expected[:, channel], atol=1e-30, rtol=0)
 
 
 @BOTH
 @ALGORITHMS
-def test_sums_that_overflow(transposed: bool, algorithm: str) -> None:
+def test_overflowing_sums(transposed: bool, algorithm: str) -> None:
     problem = small(algorithm, transposed, out_act="none")
     call = problem.call()
     call = call._replace(x=call.x.abs() * 1e25, weight=call.weight.abs() * 1e25)
-    actual, expected = both(call, problem, algorithm)
+    actual, expected = native_and_reference(call, problem, algorithm)
     assert not bool(expected.isfinite().any())
     assert not bool(actual.isfinite().any())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_result_too_large_for_its_dtype_is_infinite(dtype: torch.dtype) -> None:
+def test_overflow_of_16_bit_results_gives_infinity(dtype: torch.dtype) -> None:
     large = torch.finfo(dtype).max
     x = torch.tensor([large, -large, large / 4, float("nan")], dtype=dtype)[:, None, None, None]
     call = ops.Call(x, torch.full((1, 1, 1, 1), 2.0, dtype=dtype), stride=1, padding=0)
-    y = native.native(call, False).flatten()
+    y = native.run_native(call, False).flatten()
     assert torch.equal(y[:3], torch.tensor([float("inf"), float("-inf"), large / 2], dtype=dtype))
     assert bool(y[3].isnan())

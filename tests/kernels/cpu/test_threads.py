@@ -1,4 +1,4 @@
-"""Threads inside a call, threads that call, and processes forked from them: the same bits, and no hanging."""
+"""Threads within a call, concurrent callers, and forked processes: the same bits, and no deadlocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
-    """Gradients are off in each thread by itself; the number of threads is the last that any has set."""
+    """Disable gradients (a per-thread setting), and restore the number of threads."""
     with torch.no_grad():
         yield
     torch.set_num_threads(THREADS)
@@ -36,7 +36,7 @@ def network(kind: str, features: int = 8) -> torch.nn.Module:
     return drop_in(reference(kind, image_size=64, dtype=torch.float32, features=features)).eval()  # type: ignore[no-any-return]
 
 
-# --- how many threads --------------------------------------------------------------------------------------
+# --- thread counts -----------------------------------------------------------------------------------------
 
 
 @NETWORKS
@@ -49,21 +49,21 @@ def test_the_same_bits_on_any_number_of_threads(kind: str, batch: int) -> None:
     for threads in (2, 7, 3, 1):
         torch.set_num_threads(threads)
         assert torch.equal(model(x), expected)
-        model.refresh()  # packed on that many threads, too
+        model.refresh()  # also pack on that many threads
         assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("algorithm", [*native.SPATIAL, "dense"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
 def test_a_layer_has_the_same_bits_on_any_number_of_threads(transposed: bool, algorithm: str) -> None:
-    """Of whichever algorithm, and where there is less to do than there are threads."""
+    """For every algorithm, also where there is less work than threads."""
     for sizes in ({}, {"batch": 1, "c_out": 1, "c_in": 40}, {"c_in": 33, "c_out": 70}):
         call = native.small(algorithm, transposed).with_(**sizes).call()
         found = []
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
             with native.forced(algorithm):
-                found.append(native.native(call, transposed))
+                found.append(native.run_native(call, transposed))
         assert all(torch.equal(y, found[0]) for y in found)
 
 
@@ -72,10 +72,10 @@ def in_a_thread(f: Callable[[], object]) -> object:
         return pool.submit(f).result()
 
 
-def test_the_number_of_threads_is_each_threads_own() -> None:
-    """What PyTorch does, and what a network run by several threads is therefore told: each one's own number.
+def test_the_thread_count_is_a_per_thread_setting() -> None:
+    """PyTorch's thread count is a per-thread setting, which the engine follows.
 
-    A new thread starts with what was last set, wherever that was.
+    A new thread starts with the value that any thread set last.
     """
     torch.set_num_threads(3)
     assert in_a_thread(torch.get_num_threads) == 3
@@ -89,12 +89,12 @@ def test_the_number_of_threads_is_each_threads_own() -> None:
     assert in_a_thread(torch.get_num_threads) == 2
 
 
-# --- several callers ---------------------------------------------------------------------------------------
+# --- concurrent callers ------------------------------------------------------------------------------------
 
 
 @NETWORKS
-def test_many_threads_at_once(kind: str) -> None:
-    """One network, packed by whoever comes first; batches of several sizes; each thread's own number."""
+def test_concurrent_callers_of_one_network(kind: str) -> None:
+    """One network, packed by the first caller; several batch sizes; a different thread count per caller."""
     model = network(kind)
     torch.set_num_threads(1)
     batches = [sample(model, n) for n in (1, 3, 8, 2)]
@@ -102,23 +102,23 @@ def test_many_threads_at_once(kind: str) -> None:
     model.refresh()
     start = threading.Barrier(4)
 
-    def work(own: int) -> list[bool]:
-        torch.set_num_threads(own)
+    def work(threads: int) -> list[bool]:
+        torch.set_num_threads(threads)
         start.wait(60)
-        right = []
+        equal = []
         with torch.no_grad():
             for i in range(12):
-                j = (i + own) % len(batches)
-                right.append(torch.equal(model(batches[j]), expected[j]))
-        return right
+                j = (i + threads) % len(batches)
+                equal.append(torch.equal(model(batches[j]), expected[j]))
+        return equal
 
     with ThreadPoolExecutor(4) as pool:
-        for right in pool.map(work, (1, 2, 3, 4)):
-            assert right == [True] * 12
+        for equal in pool.map(work, (1, 2, 3, 4)):
+            assert equal == [True] * 12
 
 
-def test_threads_with_networks_of_their_own() -> None:
-    """Each has a workspace of its own, which is freed with it."""
+def test_concurrent_callers_with_separate_networks() -> None:
+    """Each caller thread has a separate workspace, which is freed with the thread."""
 
     def work(seed: int) -> bool:
         with torch.no_grad():
@@ -133,8 +133,8 @@ def test_threads_with_networks_of_their_own() -> None:
             assert all(pool.map(work, range(6)))
 
 
-def test_others_run_during_a_call() -> None:
-    """The interpreter's lock is released: a thread that ticks does so in the very middle of a long call."""
+def test_the_gil_is_released_during_a_call() -> None:
+    """The GIL is released: another Python thread runs in the middle of a long call."""
     stages = [Stage(True, torch.randn(64, 64, 4, 4), act="relu") for _ in range(2)]
     x = torch.randn(24, 64, 32, 32)
     ticks: list[float] = []
@@ -155,8 +155,8 @@ def test_others_run_during_a_call() -> None:
         end = time.perf_counter()
     done.set()
     ticking.join()
-    assert end - begin > 0.05, "the call is too short to tell"
-    # With the lock held there is none at all: the call is one foreign function but for its first moments.
+    assert end - begin > 0.05, "the call is too short to measure"
+    # With the GIL held there would be none: nearly all of the call is one foreign function.
     within = [t for t in ticks if begin + 0.25 * (end - begin) < t < end - 0.25 * (end - begin)]
     assert len(within) >= 2
 
@@ -165,7 +165,7 @@ def test_others_run_during_a_call() -> None:
 
 
 def in_a_child(f: Callable[[], bytes], seconds: int = 30) -> bytes:
-    """What ``f`` gives in a forked child; AssertionError if it hangs or dies."""
+    """Return the result of ``f`` in a forked child; raise AssertionError if it hangs or dies."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -189,7 +189,7 @@ def in_a_child(f: Callable[[], bytes], seconds: int = 30) -> bytes:
     finally:
         os.close(reading)
         _, status = os.waitpid(child, 0)
-    assert os.WIFEXITED(status), f"the child was ended by signal {os.WTERMSIG(status)}: it hung"
+    assert os.WIFEXITED(status), f"the child was killed by signal {os.WTERMSIG(status)}: it hung"
     assert os.WEXITSTATUS(status) == 0
     return received
 
@@ -201,18 +201,18 @@ def as_bytes(y: Tensor) -> bytes:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @NETWORKS
 def test_in_a_forked_child(kind: str) -> None:
-    """The pool of threads does not survive the fork: the child runs on one, whatever number is set."""
+    """The thread pool does not survive a fork: the child runs on one thread, whatever number is set."""
     torch.set_num_threads(2)
     model = network(kind)
     x = sample(model, 8)
     expected = as_bytes(model(x))
 
-    def packed_anew() -> bytes:
+    def repacked() -> bytes:
         model.refresh()
         return as_bytes(model(x))
 
     assert in_a_child(lambda: as_bytes(model(x))) == expected
-    assert in_a_child(packed_anew) == expected
+    assert in_a_child(repacked) == expected
     assert in_a_child(lambda: in_a_child(lambda: as_bytes(model(x)))) == expected
     assert as_bytes(model(x)) == expected
 
@@ -261,6 +261,6 @@ print("exited" if status == 0 else f"ended by signal {status & 127}")
 
 
 def test_first_used_in_a_forked_child() -> None:
-    """The parent had threads of PyTorch's, and had loaded the library, but had run nothing by it."""
+    """The parent has used PyTorch's threads and loaded the library, but has not run it."""
     done = native.in_a_new_process(FIRST_USE)
     assert done.stdout.strip() == "exited", done.stdout + done.stderr

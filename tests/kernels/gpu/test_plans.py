@@ -1,4 +1,4 @@
-"""A planned launch hands the GPU what Triton's own would; told by a driver that only records."""
+"""A planned launch passes the GPU the same arguments as Triton's launcher; a recording driver checks this."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 import triton
 from torch import Tensor
 
-from bench.pretend import Driver
+from bench.simulated_gpu import Driver
 from dcgan.kernels import gpu
 from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import model, offline, packing, plans, products
+from dcgan.kernels.gpu import cost_model, lowering, offline, packing, plans
+from dcgan.kernels.gpu.kernel_selection import Kernel
 from dcgan.kernels.gpu.launch import Launch, Product
-from dcgan.kernels.gpu.select import Kernel
 from dcgan.kernels.gpu.tiles import Problem, Tile
 
 
 class Launched(NamedTuple):
-    """What the GPU was handed."""
+    """What the driver received."""
 
     kernel: str
     constants: dict[Any, Any]
@@ -28,7 +28,7 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     contents: list[Tensor]
-    """Of the tensors among the arguments, at that moment."""
+    """Copies of the tensor arguments at launch time."""
 
 
 launched: list[Launched] = []
@@ -40,7 +40,7 @@ class Recorder(Driver):
             self.kernel = source.fn.__name__, source.constants, metadata.num_warps
 
         def __call__(self, *arguments: Any) -> None:
-            # The grid, then stream, handles and metadata, then what the kernel is written to take.
+            # The grid, then stream, handles and metadata, then the kernel's declared arguments.
             contents = [v.clone() for v in arguments[9:] if isinstance(v, Tensor)]
             launched.append(Launched(*self.kernel, arguments[:3], arguments[9:], contents))
 
@@ -65,7 +65,7 @@ def call(transposed: bool, c_in: int, c_out: int, size: int, vectors: bool) -> C
 
 
 def described(launch: Launched) -> list[Any]:
-    """A launch, tensors by what a kernel sees of them."""
+    """Return a launch with each tensor replaced by its shape, strides and dtype."""
     return [
         *launch[:4],
         *((tuple(v.shape), v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in launch.arguments),
@@ -89,7 +89,7 @@ def pointers(launches: list[Launched]) -> set[int]:
     ],
     ids=["up", "up_narrow", "dense_up", "down", "down_narrow", "dense_narrow"],
 )
-def test_the_second_launch_is_the_first(
+def test_the_second_launch_equals_the_first(
     transposed: bool, c_in: int, c_out: int, size: int, vectors: bool
 ) -> None:
     first = call(transposed, c_in, c_out, size, vectors)
@@ -105,7 +105,7 @@ def test_the_second_launch_is_the_first(
     assert y.data_ptr() in taken
 
 
-def test_another_layout_alignment_or_activation_is_another_plan() -> None:
+def test_a_new_layout_alignment_or_activation_gets_a_new_plan() -> None:
     first = call(True, 32, 16, 8, True)
     gpu.forward(first, True)
     unaligned = torch.randn(1 + first.x.numel())[1:].view(2, 8, 8, 32).permute(0, 3, 1, 2)
@@ -123,8 +123,8 @@ def test_another_layout_alignment_or_activation_is_another_plan() -> None:
         assert len(plans._plans) == before + 1
 
 
-def test_each_tensor_has_an_alignment_of_its_own() -> None:
-    """Code for an unaligned x and an aligned scale would fault on the reverse."""
+def test_the_plan_key_includes_the_alignment_of_each_tensor() -> None:
+    """Code for an unaligned x and an aligned scale would fault on an aligned x and an unaligned scale."""
     first = call(True, 32, 16, 8, True)
     assert first.out_scale is not None
     x = torch.randn(1 + first.x.numel())[1:].view(2, 8, 8, 32).permute(0, 3, 1, 2)
@@ -136,7 +136,7 @@ def test_each_tensor_has_an_alignment_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("c_in", [3, 32], ids=["down_narrow", "down"])
-def test_an_unaligned_weight_that_needs_no_packing_is_another_plan(c_in: int) -> None:
+def test_an_unaligned_weight_that_needs_no_packing_gets_a_new_plan(c_in: int) -> None:
     """Code that assumes 16-byte alignment would fault on it."""
     first = call(False, c_in, 32, 8, True)
     nhwc = torch.contiguous_format if c_in == 3 else torch.channels_last
@@ -150,7 +150,7 @@ def test_an_unaligned_weight_that_needs_no_packing_is_another_plan(c_in: int) ->
 
 
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "LIMIT", 3)
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
     for slope in range(7):
         gpu.forward(call(True, 32, 16, 8, True)._replace(slope=float(slope)), True)
     assert len(plans._plans) <= 3
@@ -160,7 +160,7 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Step(NamedTuple):
-    """A call in training and its gradients."""
+    """A training call and its backward."""
 
     forward: Call
     backward: Backward
@@ -170,7 +170,7 @@ class Step(NamedTuple):
         gpu.backward(self.backward, transposed)
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Step:
-        """With other tensors, the same ones for both."""
+        """Replace every tensor by ``change(name, tensor)``, consistently in both calls."""
         given = self.backward._asdict() | self.forward._asdict()
         made = {name: change(name, t) for name, t in given.items() if isinstance(t, Tensor)}
         return Step(
@@ -180,7 +180,7 @@ class Step(NamedTuple):
 
 
 def step(transposed: bool, c_in: int, c_out: int, size: int) -> Step:
-    """Statistics and a BatchNorm's prologue, and every gradient that these have."""
+    """Return a step with statistics, a BatchNorm prologue, and all of their gradients."""
     forward = call(transposed, c_in, c_out, size, False)
     center, scale, shift = (torch.randn(c_in) for _ in range(3))
     forward = forward._replace(
@@ -201,7 +201,7 @@ def copied(t: Tensor) -> Tensor:
 
 
 def unaligned(t: Tensor) -> Tensor:
-    """The same values and strides, off a 16-byte address by one element."""
+    """Copy with the same values and strides, one element off a 16-byte address."""
     memory = torch.empty(1 + t.numel(), dtype=t.dtype)[1:]
     moved = memory.as_strided(t.shape, t.stride()).copy_(t)
     assert moved.data_ptr() % 16
@@ -220,23 +220,23 @@ TRAINED = pytest.mark.parametrize(
 )
 
 
-def apart(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
-    """From now on every prologue is a pass of its own; lists what a tile has been chosen for."""
-    asked: list[Problem] = []
+def use_standalone_prologues(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+    """Use standalone prologue kernels from now on; returns the list of problems that tiles are chosen for."""
+    chosen_for: list[Problem] = []
     choose = plans.choose
 
     def chosen(problem: Problem, *others: Any) -> Tile:
-        asked.append(problem)
-        bare = set(model.prologues(problem)) == {"none"}
-        return choose(problem, *others)._replace(fused=bare)
+        chosen_for.append(problem)
+        plain = set(cost_model.prologues(problem)) == {"none"}
+        return choose(problem, *others)._replace(fused=plain)
 
     monkeypatch.setattr(plans, "choose", chosen)
-    return asked
+    return chosen_for
 
 
 @TRAINED
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
-def test_the_second_step_is_the_first(
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "standalone"])
+def test_the_second_step_equals_the_first(
     monkeypatch: pytest.MonkeyPatch,
     transposed: bool,
     c_in: int,
@@ -246,22 +246,22 @@ def test_the_second_step_is_the_first(
     adjoint: str,
     fused: bool,
 ) -> None:
-    """Two kernels forward and four backward; where prologues are apart, a pass for each of x̂, du, and x̂."""
-    asked = [] if fused else apart(monkeypatch)
+    """Two kernels forward and four backward; standalone prologues add one for each of x̂, du, and x̂ again."""
+    chosen_for = [] if fused else use_standalone_prologues(monkeypatch)
     first = step(transposed, c_in, c_out, size)
     second = first.map(lambda name, t: copied(t))
     first.run(transposed)
-    count, choices = len(launched), len(asked)
+    count, choices = len(launched), len(chosen_for)
     second.run(transposed)
     names = [launch.kernel for launch in launched]
     forward = [kernel, "_statistics_kernel"]
-    backward = [adjoint, "_sums_kernel", "_wgrad_kernel", "_chunks_kernel"]
+    backward = [adjoint, "_sums_kernel", "_wgrad_kernel", "_split_k_kernel"]
     if not fused:
-        forward.insert(0, "_pass_kernel")
-        backward.insert(2, "_pass_kernel")
-        backward.insert(0, "_pass_kernel")
-        assert list(plans._plans.values()).count(None) == 3  # their products have other keys
-        assert len(asked) == choices == 6
+        forward.insert(0, "_prologue_kernel")
+        backward.insert(2, "_prologue_kernel")
+        backward.insert(0, "_prologue_kernel")
+        assert list(plans._plans.values()).count(None) == 3  # their products have their own keys
+        assert len(chosen_for) == choices == 6
     assert names == 2 * (forward + backward)
     assert [described(launch) for launch in launched[:count]] == [
         described(launch) for launch in launched[count:]
@@ -271,17 +271,17 @@ def test_the_second_step_is_the_first(
         if isinstance(t, Tensor):
             assert t.data_ptr() not in taken, name
     for name, t in (second.backward._asdict() | second.forward._asdict()).items():
-        if isinstance(t, Tensor) and name != "weight":  # of which kernels see what was made
+        if isinstance(t, Tensor) and name != "weight":  # kernels read its packed copy
             assert t.data_ptr() in taken, name
 
 
-def test_a_pass_writes_what_the_product_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """du once for both gradients; and on its own where the weight's gradient alone is wanted."""
-    apart(monkeypatch)
+def test_the_product_reads_what_the_standalone_prologue_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """du is materialized once for both gradients, and also if only the weight gradient is needed."""
+    use_standalone_prologues(monkeypatch)
     it = step(True, 32, 16, 8)
     gpu.backward(it.backward, True)
     by_name = {launch.kernel: launch for launch in launched}
-    first, second = (launch for launch in launched if launch.kernel == "_pass_kernel")
+    first, second = (launch for launch in launched if launch.kernel == "_prologue_kernel")
     du, x_hat = (launch.arguments[5] for launch in (first, second))
     assert du.shape == it.backward.dy.shape
     assert x_hat.shape == it.forward.x.shape
@@ -290,14 +290,14 @@ def test_a_pass_writes_what_the_product_takes(monkeypatch: pytest.MonkeyPatch) -
     launched.clear()
     gpu.backward(it.backward._replace(needs=(False, True, False, False, False)), True)
     names = [launch.kernel for launch in launched]
-    assert names == ["_pass_kernel", "_pass_kernel", "_wgrad_kernel", "_chunks_kernel"]
+    assert names == ["_prologue_kernel", "_prologue_kernel", "_wgrad_kernel", "_split_k_kernel"]
 
 
 @TRAINED
-def test_every_training_call_packs_the_weight_before_its_launch(
+def test_every_training_call_packs_the_current_weight(
     transposed: bool, c_in: int, c_out: int, size: int, kernel: str, adjoint: str
 ) -> None:
-    """Also where neither its version nor its address tells that it has changed."""
+    """Even if neither version nor address of the weight reveals that it has changed."""
     packs = {
         "_up_kernel": packing.up,
         "_down_kernel": packing.down,
@@ -310,8 +310,8 @@ def test_every_training_call_packs_the_weight_before_its_launch(
         launched.clear()
         it.run(transposed)
         products = [launch for launch in launched if launch.kernel in (kernel, adjoint)]
-        made_by = dense if size == 1 else (packs[kernel], packs[adjoint])
-        for launch, pack in zip(products, made_by, strict=True):
+        packings = dense if size == 1 else (packs[kernel], packs[adjoint])
+        for launch, pack in zip(products, packings, strict=True):
             expected = pack(weight)
             assert any(
                 content.shape == expected.shape and torch.equal(content, expected)
@@ -321,8 +321,8 @@ def test_every_training_call_packs_the_weight_before_its_launch(
 
 
 @TRAINED
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
-def test_a_weight_is_packed_once_a_product(
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "standalone"])
+def test_a_weight_is_packed_once_per_product(
     monkeypatch: pytest.MonkeyPatch,
     transposed: bool,
     c_in: int,
@@ -332,7 +332,7 @@ def test_a_weight_is_packed_once_a_product(
     adjoint: str,
     fused: bool,
 ) -> None:
-    """By the call that plans it and by those after it, whether or not the prologue is a pass of its own."""
+    """By the call that plans the product and by later calls, with fused and with standalone prologues."""
     packed: list[str] = []
     kernel_for = plans.kernel_for
 
@@ -347,19 +347,19 @@ def test_a_weight_is_packed_once_a_product(
 
     monkeypatch.setattr(plans, "kernel_for", counting)
     if not fused:
-        apart(monkeypatch)
+        use_standalone_prologues(monkeypatch)
     it = step(transposed, c_in, c_out, size)
     for _ in range(3):
         packed.clear()
         gpu.forward(it.forward, transposed)
         assert len(packed) == 1
         gpu.backward(it.backward, transposed)
-        assert len(packed) == 2, "dx; the weight gradient reads no weight"
+        assert len(packed) == 2, "once more for dx; the weight gradient does not read the weight"
 
 
 @pytest.fixture
-def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches do nothing, at once: for what depends on keys alone."""
+def _no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make launches no-ops without compilation, for tests that depend on plan keys alone."""
 
     class Compiled:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -368,29 +368,29 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Launch, "__call__", lambda self: Compiled())
 
 
-@pytest.mark.usefixtures("_uncompiled")
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+@pytest.mark.usefixtures("_no_compilation")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "standalone"])
 @pytest.mark.parametrize(
     ("name", "forward", "backward"),
     [
-        ("x", 1, 2),  # the adjoint's epilogue and the weight's gradient
+        ("x", 1, 2),  # dgrad's epilogue and wgrad
         ("center", 1, 2),
-        ("scale", 1, 3),  # and the sums
+        ("scale", 1, 3),  # and the reduction of the sums
         ("shift", 1, 2),
         ("dy", 0, 2),
         ("y", 0, 2),
         ("mean", 0, 2),
         ("dmean", 0, 2),
         ("dvar", 0, 2),
-        ("weight", 0, 0),  # what is made of it is aligned
+        ("weight", 0, 0),  # the packed weight is aligned
     ],
 )
-def test_another_alignment_is_another_plan(
+def test_a_new_alignment_gets_a_new_plan(
     monkeypatch: pytest.MonkeyPatch, name: str, forward: int, backward: int, fused: bool
 ) -> None:
-    """Code compiled for 16-byte addresses would fault on another."""
+    """Code compiled for 16-byte aligned addresses would fault on others."""
     if not fused:
-        apart(monkeypatch)
+        use_standalone_prologues(monkeypatch)
     it = step(True, 32, 16, 8)
     it.run(True)
     off = it.map(lambda given, t: unaligned(t) if given == name else t)
@@ -401,15 +401,15 @@ def test_another_alignment_is_another_plan(
     added = between - before, len(plans._plans) - between
     if fused:
         assert added == (forward, backward)
-    else:  # a pass more for each that had one, whose products stay what they were
+    else:  # one prologue kernel more for each; the products after them keep their plans
         assert added[0] >= forward
         assert added[1] >= min(backward, 1)
     off.run(True)
     assert len(plans._plans) == before + sum(added)
 
 
-@pytest.mark.usefixtures("_uncompiled")
-def test_another_geometry_of_a_step_is_another_plan() -> None:
+@pytest.mark.usefixtures("_no_compilation")
+def test_a_new_geometry_of_a_step_gets_a_new_plan() -> None:
     it = step(True, 32, 16, 8)
     it.run(True)
     for other in (
@@ -428,17 +428,17 @@ def test_another_geometry_of_a_step_is_another_plan() -> None:
         assert len(plans._plans) >= between + 2
 
 
-@pytest.mark.usefixtures("_uncompiled")
-def test_what_a_step_needs_not_is_not_launched() -> None:
+@pytest.mark.usefixtures("_no_compilation")
+def test_kernels_for_unneeded_gradients_are_not_launched() -> None:
     ran: list[str] = []
     it = step(False, 16, 32, 8)
-    real = Launch.__call__
+    original = Launch.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Launch, "__call__", lambda self: (ran.append(self.kernel.__name__), real(self))[1])
+        patch.setattr(Launch, "__call__", lambda self: (ran.append(self.kernel.__name__), original(self))[1])
         for needs, expected in (
             ((True, False, False, False, False), ["_up_kernel"]),
             ((False, False, True, False, False), ["_up_kernel", "_sums_kernel"]),
-            ((False, True, False, False, False), ["_wgrad_kernel", "_chunks_kernel"]),
+            ((False, True, False, False, False), ["_wgrad_kernel", "_split_k_kernel"]),
             ((False, False, False, False, False), []),
         ):
             plans._plans.clear()
@@ -451,9 +451,9 @@ def test_what_a_step_needs_not_is_not_launched() -> None:
 
 
 def up_launch(tile: Tile) -> Launch:
-    """512→256, with statistics."""
+    """Return a launch of 512→256 with statistics."""
     it = call(True, 512, 256, 4, False)._replace(stats=True, out_act="none")
-    product = products.forward(it, True, gpu.output(it, True))
+    product = lowering.forward(it, True, gpu.output(it, True))
     kernel = gpu.kernel_for(product)
     partial = torch.empty(2, 4, 256)
     return kernel.launch(product, kernel.pack(product.weight), partial, tile)
@@ -462,10 +462,10 @@ def up_launch(tile: Tile) -> Launch:
 @pytest.mark.parametrize(
     ("spilled", "expected", "tile"), [(0, False, Tile(64, 64, 32, 4, 2)), (3, True, Tile(64, 64, 32, 4, 3))]
 )
-def test_whether_a_launch_spills_is_asked_of_its_compiled_code(
+def test_spills_are_read_from_the_compiled_code(
     monkeypatch: pytest.MonkeyPatch, spilled: int, expected: bool, tile: Tile
 ) -> None:
-    """Which the driver loads; nothing is launched, and the launch then finds it compiled."""
+    """The driver loads the code but launches nothing; a later launch reuses the compiled code."""
     loaded: list[str] = []
 
     def load(name: str, *binary: Any) -> tuple[int, ...]:
@@ -482,13 +482,13 @@ def test_whether_a_launch_spills_is_asked_of_its_compiled_code(
     assert loaded == ["_up_kernel"]
 
 
-def test_a_launch_that_the_chip_has_no_room_for_is_as_good_as_one_that_spills() -> None:
+def test_a_launch_out_of_resources_counts_as_spilling() -> None:
     """float32 at 128×256×64 and four stages: 393 KB of shared memory."""
     assert up_launch(Tile(128, 256, 64, 8, 4)).spills()
 
 
-def test_offline_compilation_says_the_same_of_spills() -> None:
-    """A tile too large for its warps, and one that is not."""
+def test_offline_compilation_agrees_on_spills() -> None:
+    """Checked on a tile too large for its warps, a suitable one, and one that exceeds shared memory."""
     assert offline.spills(up_launch(Tile(128, 128, 16, 1, 2)), 90)
     assert not offline.spills(up_launch(Tile(64, 64, 32, 4, 2)), 90)
-    assert offline.spills(up_launch(Tile(128, 256, 64, 8, 4)), 90), "no room for it"
+    assert offline.spills(up_launch(Tile(128, 256, 64, 8, 4)), 90), "exceeds shared memory"

@@ -1,0 +1,169 @@
+"""Training: fprop with prologue and statistics, dgrad, wgrad and channel sums, in float32.
+
+csrc/dcgan.h defines what each computes. Its activations are contiguous NHWC; others are copied here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..call import Backward, Call, Gradients, Outputs
+from . import adaptive_threads, algorithm_selection, buffers, library
+from .algorithm_selection import DGRAD, FPROP, WGRAD, Geometry
+from .inference import geometry
+
+ACTIVATIONS = ("none", "relu", "leaky_relu")  # that a prologue supports
+
+
+def why_not(call: Call | Backward, transposed: bool) -> str | None:
+    """Return the reason why the training kernels do not cover the call, or None if they do."""
+    x, weight = call.x, call.weight
+    if x.device.type != "cpu":
+        return f"x is on the {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"the training kernels do not support {str(x.dtype).removeprefix('torch.')}"
+    if call.in_act not in ACTIVATIONS:
+        return f"the training kernels do not support {call.in_act} in a prologue"
+    if weight.shape[2] != weight.shape[3]:
+        return "the kernel is not square"
+    g = geometry(transposed, weight.shape, x.shape[2], x.shape[3], call.stride, call.padding)
+    if not g.fits:
+        return "the layer is larger than the engine supports"
+    if not algorithm_selection.candidates(g):
+        return "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
+    missing = library.problem()
+    return missing.splitlines()[0] if missing is not None else None
+
+
+def fprop(call: Call, transposed: bool, algorithm: str | None = None) -> Outputs:
+    """Return (y, mean, var) of a covered call (see :func:`why_not`); ``algorithm`` forces one."""
+    x, weight = _nhwc(call.x), call.weight.detach().resolve_neg()
+    g = _geometry(call, transposed)
+    threads = torch.get_num_threads()
+    chosen = algorithm or algorithm_selection.training(
+        g, FPROP, _fused(call), x.shape[0], threads, library.isa()
+    )
+    op, held = _op(call, g, chosen)
+    op.statistics = call.stats
+    op.out_act = library.ACTIVATIONS.index(call.out_act)
+    op.out_scale, op.out_shift = _address(call.out_scale, held), _address(call.out_shift, held)
+    same_layout = g.c_out == 1 or g.output == (1, 1)
+    y = buffers.empty_map((x.shape[0], g.c_out, *g.output), call.channels_last or not same_layout)
+    size = g.c_out if call.stats else 0
+    mean, var = x.new_empty(size), x.new_empty(size)
+    strides = library.Strides(*weight.stride())
+    _run(
+        *(library.library().dcgan_fprop, (FPROP, g, chosen, _fused(call), x.shape[0]), threads),
+        *(ctypes.addressof(op), x.shape[0], x.data_ptr(), weight.data_ptr(), ctypes.addressof(strides)),
+        *(y.data_ptr(), mean.data_ptr(), var.data_ptr()),
+    )
+    return (y if call.channels_last else y.contiguous()), mean, var
+
+
+def backward(
+    call: Backward, transposed: bool, dgrad: str | None = None, wgrad: str | None = None
+) -> Gradients:
+    """Return the gradients of a covered call (:func:`why_not`); ``dgrad``, ``wgrad`` force algorithms."""
+    need_x, need_weight, need_prologue, need_out_scale, need_out_shift = call.needs
+    need_prologue = need_prologue and call.center is not None
+    empty = call.x.new_empty(0)
+    dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift = (empty.clone() for _ in range(7))
+    x, dy = _nhwc(call.x), _nhwc(call.dy)
+    y = None if call.y is None else _nhwc(call.y)
+    weight = call.weight.detach().resolve_neg()
+    g = _geometry(call, transposed)
+    images, threads = x.shape[0], torch.get_num_threads()
+    how = (_fused(call), images, threads, library.isa())
+    op, held = _op(call, g, dgrad or algorithm_selection.training(g, DGRAD, *how))
+    op.statistics = call.stats
+    op.out_act = library.ACTIVATIONS.index(call.out_act)
+    op.out_scale = _address(call.out_scale, held)
+    op.mean, op.dmean, op.dvariance = (_address(v, held) for v in (call.mean, call.dmean, call.dvar))
+    address = ctypes.addressof(op)
+    if need_x or need_prologue:
+        nhwc = reference.gradient_is_channels_last(call.x)
+        same_layout = g.c_in == 1 or x.shape[2:] == (1, 1)
+        dx = buffers.empty_map(x.shape, nhwc or not same_layout)
+        if need_prologue:
+            dcenter, dscale, dshift = (x.new_empty(g.c_in) for _ in range(3))
+        strides = library.Strides(*weight.stride())
+        _run(
+            *(library.library().dcgan_dgrad, (DGRAD, g, op.algorithm, *how), threads),
+            *(address, images, dy.data_ptr(), _pointer(y), weight.data_ptr(), ctypes.addressof(strides)),
+            *(x.data_ptr(), dx.data_ptr()),
+            *(v.data_ptr() if need_prologue else None for v in (dcenter, dscale, dshift)),
+        )
+        if not need_x:
+            dx = empty
+        elif not nhwc:
+            dx = dx.contiguous()
+    if need_weight or need_out_scale:  # dout_scale is computed from dweight
+        op.algorithm = library.ALGORITHMS.index(wgrad or algorithm_selection.training(g, WGRAD, *how))
+        dweight = buffers.empty_like(call.weight)
+        if need_out_scale:
+            dout_scale = x.new_empty(g.c_out)
+        strides, weight_strides = library.Strides(*dweight.stride()), library.Strides(*weight.stride())
+        _run(
+            *(library.library().dcgan_wgrad, (WGRAD, g, op.algorithm, *how), threads),
+            *(address, images, x.data_ptr(), dy.data_ptr(), _pointer(y), dweight.data_ptr()),
+            *(ctypes.addressof(strides), weight.data_ptr(), ctypes.addressof(weight_strides)),
+            dout_scale.data_ptr() if need_out_scale else None,
+        )
+        if not need_weight:
+            dweight = empty
+    if need_out_shift:
+        dout_shift = x.new_empty(g.c_out)
+        _run(
+            *(library.library().dcgan_shift_gradient, ("shift", g, images), threads),
+            *(address, images, dy.data_ptr(), _pointer(y), dout_shift.data_ptr()),
+        )
+    return dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift
+
+
+def _run(function: Callable[..., int], kind: Hashable, threads: int, *arguments: Any) -> None:
+    """Run a function of the library with the adaptive thread count of its kind of call."""
+    adaptive_threads.for_kind(kind, threads).run(function, *arguments, threads)
+
+
+def _geometry(call: Call | Backward, transposed: bool) -> Geometry:
+    height, width = call.x.shape[2:]
+    return geometry(transposed, call.weight.shape, height, width, call.stride, call.padding)
+
+
+def _fused(call: Call | Backward) -> tuple[bool, bool]:
+    """Return (has a prologue, has statistics), which decide where the narrow algorithm applies."""
+    return call.scale is not None or call.in_act != "none", call.stats
+
+
+def _op(call: Call | Backward, g: Geometry, algorithm: str) -> tuple[library.Op, list[Tensor]]:
+    """Build the op with its prologue, and the list of tensors that it points to."""
+    held: list[Tensor] = []
+    op = library.Op(g.transposed, library.ALGORITHMS.index(algorithm), *g[1:])
+    op.in_act = library.ACTIVATIONS.index(call.in_act)
+    op.slope = call.slope
+    op.center, op.scale, op.shift = (_address(v, held) for v in (call.center, call.scale, call.shift))
+    return op, held
+
+
+def _address(vector: Tensor | None, held: list[Tensor]) -> int | None:
+    if vector is None:
+        return None
+    ready = vector.detach().contiguous().resolve_neg()
+    held.append(ready)
+    return ready.data_ptr()
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """Return the tensor, contiguous as [N, H, W, C]."""
+    t = t.detach().resolve_neg()
+    return t.contiguous(memory_format=torch.channels_last)
