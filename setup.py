@@ -1,11 +1,14 @@
-"""Packages of the distribution, and the native engine; everything declarative is in pyproject.toml.
+"""Packages of the distribution and the build of its native engine; pyproject.toml has the metadata.
 
-``dcgan/kernels`` is a link to the top-level folder ``kernels``, so that a checkout, an editable install,
-a wheel and mypy all see the one package ``dcgan.kernels``.
+The top-level folder ``kernels`` is installed as the package ``dcgan.kernels``. The native engine in ``csrc``
+is a plain shared library without Python or PyTorch headers: engine.cpp is compiled once per instruction set,
+every other file once, in under a minute. Nothing in the wheel depends on a Python version or ABI, so it is
+tagged ``py3-none-<platform>``.
 
-csrc is a plain shared library without Python or PyTorch headers, built here in seconds: engine.cpp once for
-each instruction set, the rest once. A failing compiler does not fail the installation: the package then runs
-PyTorch's own modules, and says why once.
+Environment variables:
+    CXX, CXXFLAGS: the compiler and additional flags, as usual.
+    DCGAN_REQUIRE_NATIVE: ``1`` makes a failed compilation fail the installation. Otherwise the package is
+        installed without the engine, runs PyTorch's own modules on CPUs, and warns with the compiler's error.
 """
 
 import os
@@ -17,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FLAGS = [
@@ -29,7 +33,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# Lanes of a register, and the compiler's flags.
+# Floats per vector register, and the compiler flags that enable the instruction set.
 ISAS = {
     "portable": (4, []),
     "avx2": (8, ["-mavx2", "-mfma"]),
@@ -41,7 +45,7 @@ ISAS = {
 
 
 class BuildNative(build_ext):
-    """Builds dcgan/kernels/cpu/libdcgan.so; a failure is left beside it as build-error.txt."""
+    """Build ``dcgan/kernels/cpu/libdcgan.so``; where that fails, leave the reason in ``build-error.txt``."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -53,34 +57,38 @@ class BuildNative(build_ext):
         for stale in (target, error):
             stale.unlink(missing_ok=True)
         try:
-            self._compile(Path(self.build_temp), target)
+            self._compile(ext.sources, Path(self.build_temp), target)
         except (OSError, subprocess.CalledProcessError) as failure:
             why = f"{failure}\n{getattr(failure, 'stderr', None) or ''}".strip()
+            if os.environ.get("DCGAN_REQUIRE_NATIVE") == "1":
+                raise SystemExit(f"DCGAN_REQUIRE_NATIVE=1: the native engine was not built: {why}") from None
             error.write_text(why)
-            print(f"warning: the native engine was not built: {why}", file=sys.stderr)
+            rule = "=" * 100
+            print(f"{rule}\nWARNING: the native CPU engine was not built: {why}\n{rule}", file=sys.stderr)
 
-    def _compile(self, temporary: Path, target: Path) -> None:
+    def _compile(self, sources: list[str], temporary: Path, target: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
+        user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         isas = ISAS if x86 else {"portable": ISAS["portable"]}
         temporary.mkdir(parents=True, exist_ok=True)
-        with_isas = [f"-DDCGAN_WITH_{isa.upper()}" for isa in isas]
-        units = [
-            ("csrc/abi.cpp", temporary / "abi.o", with_isas),
-            ("csrc/chain.cpp", temporary / "chain.o", []),
-            ("csrc/samples.cpp", temporary / "samples.o", []),
-            ("csrc/training.cpp", temporary / "training.o", []),
-        ]
-        for isa, (lanes, flags) in isas.items():
-            defines = [f"-DDCGAN_ISA={isa}", f"-DDCGAN_LANES={lanes}"]
-            units.append(("csrc/engine.cpp", temporary / f"engine-{isa}.o", [*flags, *defines]))
+        units: list[tuple[str, Path, list[str]]] = []
+        for source in sources:
+            name = Path(source).stem
+            if name == "engine":
+                for isa, (lanes, flags) in isas.items():
+                    defines = [f"-DDCGAN_ISA={isa}", f"-DDCGAN_LANES={lanes}"]
+                    units.append((source, temporary / f"engine-{isa}.o", [*flags, *defines]))
+            else:
+                defines = [f"-DDCGAN_WITH_{isa.upper()}" for isa in isas]
+                units.append((source, temporary / f"{name}.o", defines))
 
         def run(command: list[str]) -> None:
             subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
 
         with ThreadPoolExecutor() as pool:
             jobs = [
-                pool.submit(run, [*compiler, *FLAGS, *flags, "-c", source, "-o", str(out)])
+                pool.submit(run, [*compiler, *FLAGS, *flags, *user_flags, "-c", source, "-o", str(out)])
                 for source, out, flags in units
             ]
             for job in jobs:
@@ -88,14 +96,26 @@ class BuildNative(build_ext):
         run([*compiler, "-shared", "-fopenmp", *(str(out) for _, out, _ in units), "-o", str(target)])
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 on one platform, since ctypes loads the engine, which uses no Python ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    packages=find_packages(include=["dcgan", "dcgan.*"]),
+    packages=[
+        *find_packages(include=["dcgan", "dcgan.*"], exclude=["dcgan.kernels", "dcgan.kernels.*"]),
+        "dcgan.kernels",
+        *(f"dcgan.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"dcgan.kernels": "kernels"},
     ext_modules=[
         Extension(
             "dcgan.kernels.cpu.libdcgan",
-            ["csrc/abi.cpp", "csrc/chain.cpp", "csrc/training.cpp", "csrc/engine.cpp"],
-            depends=[str(path) for path in Path("csrc").glob("*.h")],
+            sorted(map(str, Path("csrc").glob("*.cpp"))),
+            depends=sorted(map(str, Path("csrc").glob("*.h"))),
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

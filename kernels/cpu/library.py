@@ -1,4 +1,4 @@
-"""The shared library built from csrc/, its C ABI (csrc/dcgan.h) through ctypes, and its instruction set."""
+"""Load the shared library built from csrc/, bind its C ABI (csrc/dcgan.h) and select its ISA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 ABI = 3
 PATH = Path(__file__).with_name("libdcgan.so")
-BUILD_ERROR = Path(__file__).with_name("build-error.txt")  # what setup.py leaves when the compiler fails
+BUILD_ERROR = Path(__file__).with_name("build-error.txt")  # written by setup.py if compilation fails
 
 ALGORITHMS = ("dense", "direct", "f2", "f4", "narrow")
 ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")
@@ -22,7 +22,7 @@ Strides = ctypes.c_int64 * 4
 
 
 class Layer(ctypes.Structure):
-    """``dcgan_layer``."""
+    """The struct ``dcgan_layer``."""
 
     _fields_ = (
         ("transposed", ctypes.c_int32),
@@ -47,7 +47,7 @@ class Layer(ctypes.Structure):
 
 
 class Op(ctypes.Structure):
-    """``dcgan_op``."""
+    """The struct ``dcgan_op``."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("transposed", "algorithm", "c_in", "c_out", "height", "width")),
@@ -60,7 +60,7 @@ class Op(ctypes.Structure):
 
 
 class View(ctypes.Structure):
-    """``dcgan_tensor``."""
+    """The struct ``dcgan_tensor``."""
 
     _fields_ = (("data", ctypes.c_void_p), ("strides", Strides))
 
@@ -70,7 +70,7 @@ class View(ctypes.Structure):
 
 
 class NativeError(RuntimeError):
-    """The library refused its arguments, lacked memory or lacks the instruction set."""
+    """The library rejected its arguments, ran out of memory, is missing, or lacks the instruction set."""
 
 
 _lock = threading.Lock()
@@ -112,12 +112,15 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
         because = f": {BUILD_ERROR.read_text().strip()}" if BUILD_ERROR.exists() else ""
         return None, f"csrc was not built{because}"
     try:
-        library = ctypes.CDLL(str(PATH))  # after torch, whose OpenMP pool it then shares
+        library = ctypes.CDLL(str(PATH))  # loaded after torch, so that both share one OpenMP thread pool
         _declare(library)
     except (OSError, AttributeError) as error:
         return None, f"{PATH.name} does not load: {error}"
     if library.dcgan_abi() != ABI:
-        return None, f"{PATH.name} has ABI {library.dcgan_abi()}, not {ABI}: it is of another version"
+        return (
+            None,
+            f"{PATH.name} has ABI version {library.dcgan_abi()}, but this package needs {ABI}; rebuild it",
+        )
     wanted = os.environ.get("DCGAN_ISA")
     if wanted and library.dcgan_use_isa(wanted.encode()) < 0:
         raise ValueError(f"DCGAN_ISA: {library.dcgan_error().decode()}")
@@ -125,7 +128,7 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def problem() -> str | None:
-    """Why there is no library, or None. The first time there is none, a warning says so.
+    """Return why the library is unavailable, or None if it is loaded. The first failure also warns.
 
     Raises:
         ValueError: ``DCGAN_ISA`` names an instruction set that this machine or this build lacks.
@@ -138,15 +141,32 @@ def problem() -> str | None:
                 if missing is not None:
                     warnings.warn(
                         "dcgan's native CPU engine is missing, and PyTorch's own modules run instead: "
-                        f"{missing}\nA C++17 compiler with OpenMP builds it: pip install -e . -v",
+                        f"{missing}\n{_advice()}",
                         stacklevel=2,
                     )
                 _library, _problem = library, missing
     return _problem
 
 
+def _advice() -> str:
+    """Return how to build the engine: from this checkout, or for an installed wheel from the sdist."""
+    sources = Path(__file__).resolve().parents[2]
+    if (sources / "csrc" / "dcgan.h").is_file():
+        command = f"pip install -e {sources}"
+    else:
+        command = "pip install --force-reinstall --no-deps --no-binary dcgan-kernels dcgan-kernels"
+    return (
+        "To build it, install a C++17 compiler with OpenMP (or name one in CXX), then run: "
+        f"DCGAN_REQUIRE_NATIVE=1 {command}"
+    )
+
+
 def library() -> ctypes.CDLL:
-    """The library. Raises NativeError where there is none."""
+    """Return the loaded library.
+
+    Raises:
+        NativeError: it is unavailable; the message says why.
+    """
     if _library is None and problem() is not None:
         raise NativeError(_problem)
     assert _library is not None
@@ -154,24 +174,24 @@ def library() -> ctypes.CDLL:
 
 
 def checked(result: int) -> int:
-    """``result`` of a call, or NativeError with what the library says of a negative one."""
+    """Return the ``result`` of a call; raise NativeError with the library's message if it is negative."""
     if result < 0:
         raise NativeError(library().dcgan_error().decode())
     return result
 
 
 def isas() -> tuple[str, ...]:
-    """The instruction sets that this build has and this machine runs, best first."""
+    """Return the instruction sets that this build contains and this machine supports, best first."""
     return tuple(library().dcgan_isas().decode().split())
 
 
 def built_isas() -> tuple[str, ...]:
-    """Those of this build, whether this machine runs them or not."""
+    """Return the instruction sets that this build contains, supported by this machine or not."""
     return tuple(library().dcgan_built().decode().split())
 
 
 def isa() -> str:
-    """The instruction set in use: the best there is, or the one that ``DCGAN_ISA`` names."""
+    """Return the instruction set in use: the best available one, or the one that ``DCGAN_ISA`` names."""
     global _isa
     if _isa is None:
         _isa = library().dcgan_isa().decode()
@@ -179,10 +199,10 @@ def isa() -> str:
 
 
 def use_isa(name: str) -> None:
-    """Run on another instruction set from now on; not while another thread runs.
+    """Switch to another instruction set; not safe while another thread is inside the library.
 
     Raises:
-        NativeError: this machine or this build lacks it; the message names those that can be had.
+        NativeError: this machine or this build lacks it; the message lists the available ones.
     """
     global _isa
     checked(library().dcgan_use_isa(name.encode()))
@@ -190,10 +210,10 @@ def use_isa(name: str) -> None:
 
 
 def peak(threads: int | None = None, seconds: float = 0.2) -> float:
-    """Multiply-adds a second on ``threads`` threads with every operand in a register."""
+    """Measure the FMA peak in multiply-adds per second: ``threads`` threads, all operands in registers."""
     return library().dcgan_peak(threads or torch.get_num_threads(), seconds)  # type: ignore[no-any-return]
 
 
 def release() -> None:
-    """Give the calling thread's workspace back to the system."""
+    """Free the calling thread's workspace."""
     library().dcgan_release()
