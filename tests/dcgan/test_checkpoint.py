@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
+import train_runs
 from torch import nn
 
 from dcgan import checkpoint as checkpoints
@@ -43,7 +43,7 @@ def make_checkpoint(step: int = 0, score: float | None = None) -> Checkpoint:
 def test_round_trip(tmp_path: Path) -> None:
     saved = make_checkpoint(7, 1.5)
     checkpoints.write(saved, tmp_path / "one.pt")
-    runs.assert_same(vars(checkpoints.read(tmp_path / "one.pt")), vars(saved), "")
+    train_runs.assert_same(vars(checkpoints.read(tmp_path / "one.pt")), vars(saved), "")
     assert list(tmp_path.iterdir()) == [tmp_path / "one.pt"]
     torch.load(tmp_path / "one.pt", weights_only=True)
 
@@ -69,7 +69,7 @@ def test_any_damage_is_detected(tmp_path: Path) -> None:
     for content in damaged[4:]:
         path.write_bytes(content)
         with contextlib.suppress(CheckpointError):  # no error: the byte was padding between two records
-            runs.assert_same(vars(checkpoints.read(path)), expected, "")
+            train_runs.assert_same(vars(checkpoints.read(path)), expected, "")
 
 
 class Evil:

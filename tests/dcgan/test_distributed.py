@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
+import train_runs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -97,7 +97,7 @@ def worker(
 
 
 def run_two_processes(tmp_path: Path, *arguments: Any) -> list[Any]:
-    port, context = free_port(), runs.forkserver_context()
+    port, context = free_port(), train_runs.forkserver_context()
     processes = [
         context.Process(target=worker, args=(rank, port, str(tmp_path), *arguments)) for rank in range(2)
     ]
@@ -184,7 +184,7 @@ def test_synchronised_batchnorm_in_one_process_is_batchnorm() -> None:
     assert list(other.state_dict()) == list(network.state_dict())
 
 
-TINY = runs.TINY | {"limit": 43, "sync_batchnorm": True, "epochs": 1}
+TINY = train_runs.TINY | {"limit": 43, "sync_batchnorm": True, "epochs": 1}
 
 
 def set_torchrun_environment(rank: int, world: int, port: int) -> None:
@@ -197,7 +197,7 @@ def launch(world: int, out: Path, given: dict[str, Any], resume: bool = False) -
     """Run ``dcgan train`` in `world` processes and return their exit statuses."""
     port = free_port()
     processes = [
-        runs.start(
+        train_runs.start(
             out,
             given,
             resume,
@@ -221,7 +221,7 @@ def test_a_run_resumes_with_another_number_of_processes(before: int, after: int,
     assert launch(before, out, given) == [0] * before
     assert launch(after, out, {"epochs": 2}, resume=True) == [0] * after
     assert launch(1, alone, given | {"epochs": 2}) == [0]
-    saved, expected = runs.final(out), runs.final(alone)
+    saved, expected = train_runs.final(out), train_runs.final(alone)
     assert (saved.epoch, saved.step, saved.images) == (2, 10, 80)
     for name, value in expected.generator.items():
         if "running" in name:
@@ -233,7 +233,7 @@ def test_a_run_resumes_with_another_number_of_processes(before: int, after: int,
 
 def test_a_short_batch_is_cut_to_equal_shares(tmp_path: Path) -> None:
     assert launch(2, tmp_path / "run", TINY) == [0, 0]
-    saved = runs.final(tmp_path / "run")
+    saved = train_runs.final(tmp_path / "run")
     assert (saved.step, saved.images) == (6, 42)  # of 43
 
 
@@ -254,7 +254,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Training dcgan") == 1  # by rank 0 only
     assert "2 × cpu" in done.stdout
-    assert runs.final(tmp_path / "run").step == 1
+    assert train_runs.final(tmp_path / "run").step == 1
 
 
 def test_a_batch_that_cannot_be_split_evenly() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
+import train_runs
 
 from dcgan.checkpoint import Folder
 from dcgan.data import Images
@@ -86,8 +86,10 @@ class RecordingWatcher:
 
 
 def run_training(out: Path, stop: Stop | None = None, **given: Any) -> tuple[RecordingWatcher, Run]:
-    names = runs.TINY.keys() - {"dataset", "limit", "device"}
-    settings = Settings.of({name: runs.TINY[name] for name in names} | {"checkpoint_interval": 0} | given)
+    names = train_runs.TINY.keys() - {"dataset", "limit", "device"}
+    settings = Settings.of(
+        {name: train_runs.TINY[name] for name in names} | {"checkpoint_interval": 0} | given
+    )
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (44, 1, 32, 32), dtype=torch.uint8, generator=random)
     run, watcher = Run(settings, Images(pixels, "fake"), CPU), RecordingWatcher()
@@ -103,7 +105,7 @@ def test_reports_do_not_depend_on_the_steps_in_flight(
     monkeypatch.setattr(loss_readback, "STEPS_IN_FLIGHT", {"cpu": 3})
     delayed, _ = run_training(tmp_path / "b", log_interval=log_interval)
     assert delayed.rows == immediate.rows
-    assert [row.step for row in delayed.rows] == list(range(1, runs.STEPS + 1))
+    assert [row.step for row in delayed.rows] == list(range(1, train_runs.STEPS + 1))
     assert all(delayed.calls), "no empty reports"
 
 

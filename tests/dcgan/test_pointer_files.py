@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
+import train_runs
 from typer.testing import CliRunner
 
 from dcgan import checkpoint as checkpoints
@@ -263,7 +263,7 @@ def test_train_resume_and_generate(later: Later, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, list(arguments))
         assert result.exit_code == 0, result.output
 
-    given = {key: value for key, value in runs.TINY.items() if not isinstance(value, bool)}
+    given = {key: value for key, value in train_runs.TINY.items() if not isinstance(value, bool)}
     options = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     command("train", *options, "--no-tensorboard", "--out", str(tmp_path / "whole"))
     command("train", *options, "--no-tensorboard", "--out", str(tmp_path / "run"), "--epochs", "1")
@@ -271,9 +271,9 @@ def test_train_resume_and_generate(later: Later, tmp_path: Path) -> None:
     for source in (out, out / "checkpoints" / "last.pt"):
         command("generate", str(source), "-n", "4", "--out", str(tmp_path / "four.png"))
     command("train", "--resume", "--out", str(out), "--epochs", "2")
-    a, b = vars(runs.final(out)), vars(runs.final(tmp_path / "whole"))
-    runs.assert_same(a["generator"], b["generator"], "generator")
-    runs.assert_same(a["optimizer_d"], b["optimizer_d"], "optimizer_d")
+    a, b = vars(train_runs.final(out)), vars(train_runs.final(tmp_path / "whole"))
+    train_runs.assert_same(a["generator"], b["generator"], "generator")
+    train_runs.assert_same(a["optimizer_d"], b["optimizer_d"], "optimizer_d")
     assert len(list((out / "checkpoints").glob("step-*"))) <= 4
     assert not list(out.rglob(".*.tmp"))
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
+import train_runs
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -132,9 +132,9 @@ def test_resuming_for_more_epochs_equals_the_longer_run(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "after 6 steps" in result.output
     assert invoke(*given, str(tmp_path / "b"), "--epochs", "2").exit_code == 0
-    runs.assert_same(
-        {**vars(runs.final(tmp_path / "a")), "config": None},
-        {**vars(runs.final(tmp_path / "b")), "config": None},
+    train_runs.assert_same(
+        {**vars(train_runs.final(tmp_path / "a")), "config": None},
+        {**vars(train_runs.final(tmp_path / "b")), "config": None},
         "",
     )
     # Resuming a finished run is a no-op.
@@ -211,7 +211,7 @@ def test_a_folder_of_images_in_all_modes_with_one_unreadable(tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     assert "Training dcgan on 13 images of folder, 1 skipped (3×32×32)" in result.output
     assert "broken.png" in result.output
-    assert runs.final(out).images == 13
+    assert train_runs.final(out).images == 13
     result = invoke(*given, "--classes=class1", "--dry-run", "--out", str(tmp_path / "other"))
     assert "Training dcgan on 6 images of folder" in result.output
 
@@ -339,7 +339,7 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_are_kept(tmp_path: Path
     assert done.returncode == 1
     assert "Error: cannot write the checkpoint" in done.stderr
     assert "Earlier checkpoints are as they were" in done.stderr
-    runs.assert_same(vars(checkpoints.read(out / "checkpoints" / "last.pt")), vars(before), "")
+    train_runs.assert_same(vars(checkpoints.read(out / "checkpoints" / "last.pt")), vars(before), "")
     assert not list((out / "checkpoints").glob(".*"))
 
 

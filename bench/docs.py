@@ -1,0 +1,181 @@
+"""``python -m bench docs``: write the tables of README.md and docs/benchmarks.md from bench/results.
+
+A table is delimited by ``<!-- bench docs: NAME -->`` and ``<!-- end -->``; NAME is a key of :data:`TABLES`.
+Only rows from the machine of the last row count, and of several measurements of a case the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import records
+from bench.plot_style import LABELS
+from bench.usage import UsageError
+
+HELP = "write the tables of README.md and docs/ from bench/results"
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/benchmarks.md")
+MARKED = re.compile(r"(<!-- bench docs: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+OURS = ("fast", "train-step")
+VERSIONS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "zentorch": "zentorch"}
+
+Row = dict[str, Any]
+Rows = dict[tuple[str, int], Row]
+"""Timed rows by provider and batch size."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if a page is out of date"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    status = 0
+    for name in PAGES:
+        path = ROOT / name
+        text = path.read_text()
+        written = filled(text)
+        if written != text:
+            status |= args.check
+            print(f"{name}: {'out of date' if args.check else 'written'}")
+            if not args.check:
+                path.write_text(written)
+    return status
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables made from the results."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def latest(file: str) -> list[Row]:
+    """Return the rows of a file that were measured on the machine of its last row."""
+    rows = records.read(ROOT / "bench/results" / file)
+    return [row for row in rows if row["hardware"] == rows[-1]["hardware"]]
+
+
+def timed(file: str) -> Rows:
+    """Return the timed rows of a file of races."""
+    return {(row["provider"], row["case"]["batch"]): row for row in latest(file) if row.get("status") == "ok"}
+
+
+def machine(rows: Sequence[Row]) -> str:
+    """Describe the machine and the versions; raise UsageError if the rows come from several machines."""
+    machines = {(row["hardware"]["cpu"], row["hardware"]["isa"], row["hardware"]["cores"]) for row in rows}
+    if len(machines) != 1:
+        raise UsageError(f"one table must come from one machine, not from {sorted(machines)}")
+    ((cpu, isa, cores),) = machines
+    versions = rows[-1]["versions"]
+    listed = ", ".join(f"{name} {versions[key]}" for key, name in VERSIONS.items() if versions.get(key))
+    return f"{cores} cores of an {cpu.removesuffix(' Processor')} ({isa}); {listed}"
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figure(row: Row | None, bold: bool = False) -> str:
+    if row is None:
+        return ""
+    text = f"{row['images_per_s']:,.0f}"
+    return f"**{text}**" if bold else text
+
+
+def race(file: str) -> str:
+    """Return one line per provider, with images/s by batch size."""
+    rows = timed(file)
+    batches = sorted({batch for _, batch in rows})
+    names = [name for name in LABELS if any((name, batch) in rows for batch in batches)]
+    lines = []
+    for name in names:
+        bold = name in OURS
+        label = f"**{LABELS[name]}**" if bold else LABELS[name]
+        lines.append([label, *(figure(rows.get((name, batch)), bold) for batch in batches)])
+    if "train" in file:
+        for line, name in zip(lines, names, strict=True):
+            found = [rows.get((name, batch)) for batch in batches]
+            line.append(", ".join(f"{row['peak_bytes'] / 1e6:,.0f}" for row in found if row))
+    lines.append(["*ours relative to the fastest other*", *(f"*{ratio(rows, b)}*" for b in batches)])
+    peak = ["peak MB"] if "train" in file else []
+    lines[-1] += [""] * len(peak)
+    heading = ["images/s at batch", *map(str, batches), *peak]
+    return f"{machine(list(rows.values()))}.\n\n{table(heading, lines)}"
+
+
+def ratio(rows: Rows, batch: int) -> str:
+    """Return the rate of our fastest provider relative to the fastest other one."""
+    rates = {name: row["images_per_s"] for (name, size), row in rows.items() if size == batch}
+    ours = max(rate for name, rate in rates.items() if rows[name, batch]["ours"])
+    return f"{ours / max(rate for name, rate in rates.items() if not rows[name, batch]['ours']):.1f}×"
+
+
+def summary() -> str:
+    """Return the README's table: generation and training, by the fastest mode of each library."""
+    inference, training = timed("cpu.jsonl"), timed("train.jsonl")
+    columns = [(inference, "generate", batch) for batch in (1, 64, 256)]
+    columns += [(training, "train", batch) for batch in (64, 128)]
+    groups = {
+        "eager": ("eager",),
+        "eager, channels_last": ("channels_last",),
+        "torch.compile, best mode": [name for name in LABELS if name.startswith(("compile", "max-"))],
+        "ONNX Runtime": ("onnxruntime",),
+        "OpenVINO": ("openvino",),
+        "zentorch": ("zentorch",),
+    }
+    lines = []
+    for label, names in groups.items():
+        line = [label]
+        for rows, _, batch in columns:
+            found = [rows[name, batch] for name in names if (name, batch) in rows]
+            line.append(figure(max(found, key=lambda row: row["images_per_s"], default=None)))
+        lines.append(line)
+    ours = ["**dcgan-kernels**"]
+    for rows, command, batch in columns:
+        row = rows["fast" if command == "generate" else "train-step", batch]
+        others = [r["images_per_s"] for (_, size), r in rows.items() if size == batch and not r["ours"]]
+        ours.append(f"{figure(row, bold=True)} ({row['images_per_s'] / max(others):.1f}×)")
+    heading = ["images/s", *(f"{command} {batch}" for _, command, batch in columns)]
+    sentence = f"{machine([*inference.values(), *training.values()])}."
+    return f"{sentence}\n\n{table(heading, [*lines, ours])}"
+
+
+def situations() -> str:
+    """Return the drop-in's speed relative to eager, by dtype, edit and mode."""
+    rows = latest("situations.jsonl")
+    modes = {"inference": "inference", "training": "training", "eval, gradients": "eval, all gradients"}
+    modes["eval, the input's gradient"] = "eval, dx only"
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        label = ", ".join(filter(None, [row["dtype"], row["edit"]]))
+        if (row["features"], row["image_size"]) != (64, 64):
+            label += f", features {row['features']}, {row['image_size']}×{row['image_size']}"
+        label += ", next to a busy process" if row["busy"] else ""
+        found.setdefault(label, {})[row["network"], row["mode"]] = row["ratio"]
+    columns = [(network, mode) for network in "GD" for mode in modes]
+    heading = [f"batch {rows[-1]['batch']}", *(f"{network}, {modes[mode]}" for network, mode in columns)]
+    lines = [
+        [label, *(f"{ratios[c]:.1f}×" if c in ratios else "" for c in columns)]
+        for label, ratios in found.items()
+    ]
+    return f"{machine(rows)}.\n\n{table(heading, lines)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "generate": lambda: race("cpu.jsonl"),
+    "discriminate": lambda: race("cpu-discriminate.jsonl"),
+    "train": lambda: race("train.jsonl"),
+    "situations": situations,
+}
