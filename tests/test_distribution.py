@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import shutil
@@ -10,11 +11,12 @@ import sys
 import tarfile
 import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import dcgan
 
@@ -60,36 +62,20 @@ def built(checkout: Path) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-def closure(name: str) -> Iterator[metadata.Distribution]:
-    """A distribution and all that it requires, as they are installed here."""
-    todo, seen = [name], set()
+def closure(requirements: Iterable[str]) -> dict[str, metadata.Distribution]:
+    """The distributions that satisfy ``requirements`` here, and all that these require, by name."""
+    found: dict[str, metadata.Distribution] = {}
+    todo, seen = [Requirement(text) for text in requirements], set()
     while todo:
-        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            found = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # of another platform
-            continue
-        yield found
-        for requirement in found.requires or []:
-            if "extra ==" not in requirement:
-                match = re.match(r"[\w.-]+", requirement)
-                assert match is not None
-                # An extra of a requirement, as in cuda-toolkit[cublas], stands for packages too.
-                todo.append(match[0])
-                if extras := re.match(r"[\w.-]+\[([^]]+)\]", requirement):
-                    todo += required_by_extras(match[0], extras[1].split(","))
-
-
-def required_by_extras(name: str, extras: list[str]) -> list[str]:
-    try:
-        lines = metadata.distribution(name).requires or []
-    except metadata.PackageNotFoundError:
-        return []
-    chosen = [line for line in lines if any(re.search(rf"extra == ['\"]{e}['\"]", line) for e in extras)]
-    return [match[0] for line in chosen if (match := re.match(r"[\w.-]+", line))]
+        requirement = todo.pop()
+        for extra in {"", *requirement.extras}:
+            if (requirement.name, extra) in seen:
+                continue
+            seen.add((requirement.name, extra))
+            found[requirement.name] = metadata.distribution(requirement.name)
+            needed = map(Requirement, found[requirement.name].requires or [])
+            todo += [r for r in needed if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +86,10 @@ def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     python = folder / "bin/python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / version / "site-packages"
-    lines = [line for line in metadata_of(built[1]).splitlines() if line.startswith("Requires-Dist: ")]
-    base = [line.removeprefix("Requires-Dist: ") for line in lines if "extra ==" not in line]
-    for requirement in base:
-        match = re.match(r"[\w.-]+", requirement)
-        assert match is not None
-        for distribution in closure(match[0]):
-            for file in distribution.files or []:
-                top = file.parts[0]
-                if top in ("..", "__pycache__") or (site / top).exists():
-                    continue
+    base = (Requirement(text) for text in required_by(built[1]))
+    for distribution in closure(str(r) for r in base if r.marker is None).values():
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
                 (site / top).symlink_to(Path(str(distribution.locate_file(""))) / top)
     done = run(
         *(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", str(built[1])),
@@ -119,10 +99,12 @@ def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     return python
 
 
-def metadata_of(wheel: Path) -> str:
+def required_by(wheel: Path) -> list[str]:
+    """The wheel's requirements, those of its extras too."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        return archive.read(name).decode()
+        message = email.message_from_bytes(archive.read(name))
+    return message.get_all("Requires-Dist", [])
 
 
 @NEEDED

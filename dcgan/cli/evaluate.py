@@ -9,10 +9,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dcgan.cli.options import choose_device, forced, integer, output_folder, reporting
+from dcgan.cli.options import (
+    Device,
+    GeneratorEngine,
+    choose_device,
+    forced,
+    integer,
+    output_folder,
+    reporting,
+)
 from dcgan.errors import RunError
 from dcgan.files import replacing
-from dcgan.networks import Engine
 
 MIN_IMAGES = 10
 """Copy of ``dcgan.evaluation.real.MIN_IMAGES``; importing that module would make ``--help`` slow."""
@@ -61,17 +68,8 @@ def command(
         ),
     ] = 0,
     batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images per batch.")] = 64,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option(help="Device to run on. auto: the GPU if there is one, else the CPU."),
-    ] = "auto",
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            help="Engine that runs the Generator. auto: the fastest engine that supports it. "
-            "reference: plain PyTorch."
-        ),
-    ] = "auto",
+    device: Device = "auto",
+    engine: GeneratorEngine = "auto",
     which: Annotated[
         Literal["last", "best"], typer.Option(help="Checkpoint to use if FROM is the folder of a run.")
     ] = "last",

@@ -14,10 +14,18 @@ import typer
 from torch import Tensor, nn
 
 from dcgan import fast, generation, pretrained
-from dcgan.cli.options import choose_device, forced, integer, output_file, output_folder, reporting
+from dcgan.cli.options import (
+    Device,
+    GeneratorEngine,
+    choose_device,
+    forced,
+    integer,
+    output_file,
+    output_folder,
+    reporting,
+)
 from dcgan.errors import InputError
 from dcgan.kernels import ops
-from dcgan.networks import Engine
 
 Format = Literal["grid", "files", "npy", "strip", "animation"]
 
@@ -205,17 +213,8 @@ def command(
             "--ema/--no-ema", help="Use the moving average of the weights if the file contains one."
         ),
     ] = True,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option(help="Device to run on. auto: the GPU if there is one, else the CPU."),
-    ] = "auto",
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            help="Engine that runs the Generator. auto: the fastest engine that supports it. "
-            "reference: plain PyTorch."
-        ),
-    ] = "auto",
+    device: Device = "auto",
+    engine: GeneratorEngine = "auto",
 ) -> None:
     """Generate images with a trained Generator.
 

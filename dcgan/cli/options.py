@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Annotated, Literal, ParamSpec, TypeVar
 
 import torch
 import typer
@@ -21,6 +21,18 @@ from dcgan.networks import Engine
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Device to run on. auto: the GPU if there is one, else the CPU."),
+]
+GeneratorEngine = Annotated[
+    Engine,
+    typer.Option(
+        help="Engine that runs the Generator. auto: the fastest engine that supports it. "
+        "reference: plain PyTorch."
+    ),
+]
 
 
 def reporting(command: Callable[P, R]) -> Callable[P, R]:
