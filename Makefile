@@ -52,8 +52,8 @@ bench: setup
 	@echo "== Training: every variant is checked, then timed and profiled =="
 	$(PY) -m bench train --json bench/results/train.jsonl
 	@echo "== The native engine: errors, optimization steps, time per layer, scaling =="
-	$(PY) -m bench accuracy
-	$(PY) -m bench ladder --json bench/results/ladder.jsonl
+	$(PY) -m tests.accuracy
+	$(PY) examples/ladder.py --json bench/results/ladder.jsonl
 	$(PY) -m bench profile
 	$(PY) -m bench scale --json bench/results/scale.jsonl
 	@echo "== Dtypes, modes and edited networks, next to eager =="
@@ -80,7 +80,7 @@ format: $(VENV)/.installed
 
 # Needs an NVIDIA GPU. Writes the results and an archive of them to OUT. STAGE=check takes three minutes; test, tune,
 # bench and kernels one or two each, all together seven; autotune, sanitize and native nine each. ARGS are passed to
-# `python -m bench gpu`. Without a .venv, python3 is used, with its PyTorch and Triton.
+# `python -m tests.gpu`. Without a .venv, python3 is used, with its PyTorch and Triton.
 STAGE ?= all
 OUT ?= runs/gpu
 GPU_PY := $(if $(wildcard $(VENV)/.installed),$(PY),python3)
@@ -90,7 +90,7 @@ gpu:
 ifneq ($(GPU_PY),$(PY))
 	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
 endif
-	@$(GPU_PY) -m bench gpu $(STAGE) --out $(OUT) $(ARGS)
+	@$(GPU_PY) -m tests.gpu $(STAGE) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

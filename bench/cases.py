@@ -1,11 +1,10 @@
-"""Define a benchmark case (network, weights, batch, dtype, device) and its float64 reference result."""
+"""A benchmark case (network, weights, batch, dtype, device), its cost and its float64 reference result."""
 
 from __future__ import annotations
 
 import copy
 import math
-import pickle
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,11 +62,56 @@ def allowed(bound: float, *eager: float) -> float:
 
 
 @dataclass(frozen=True)
+class Work:
+    """The cost of one image. ``flops`` counts 2 per multiply-add.
+
+    ``activations`` and ``weights`` are element counts: the inputs and outputs of every layer, and each weight
+    once. A batch of N moves at least ``N * activations + weights`` elements.
+    """
+
+    flops: int
+    activations: int
+    weights: int
+
+    def bytes_per_image(self, batch: int, itemsize: int) -> float:
+        """Return the minimum memory traffic per image of a batch, in bytes."""
+        return itemsize * (self.activations + self.weights / batch)
+
+
+def count(network: nn.Module, input_shape: tuple[int, ...]) -> Work:
+    """Return the work of ``network`` on one image; ``input_shape`` excludes the batch dimension.
+
+    A convolution takes ``C_in * kh * kw`` multiply-adds per output. A transposed one takes ``C_out * kh *
+    kw`` per *input*: the cost of its polyphase form, which multiplies no inserted zeros. BatchNorm and
+    activations are not counted, since fused kernels hide them in the convolutions.
+    """
+    flops = activations = weights = 0
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal flops, activations, weights
+        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+        dense = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        flops += 2 * dense.numel() * layer.weight[0].numel()
+        activations += inputs[0].numel() + output.numel()
+        weights += layer.weight.numel()
+
+    network = copy.deepcopy(network).to("meta").eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.register_forward_hook(hook)
+    with torch.no_grad():
+        network(torch.zeros(1, *input_shape, device="meta"))
+    return Work(flops, activations, weights)
+
+
+@dataclass(frozen=True)
 class Case:
     """One benchmark case: everything that determines the result, and the device that computes it."""
 
-    worker: ClassVar[str] = "bench.worker"
-    """Module that the worker process runs to build, check and time a provider."""
+    worker: ClassVar[str] = "bench.worker:Worker"
+    """Class that the worker process instantiates to build, check and time a provider."""
+    kind: ClassVar[str] = "race"
+    """Kind of the JSON objects."""
 
     command: str
     """Key of NETWORKS."""
@@ -102,12 +146,9 @@ class Case:
         return NETWORKS[self.command](**self.sizes)
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
+    def input_shape(self) -> tuple[int, int, int]:
         """Shape of one input without the batch dimension."""
-        network = self.skeleton()
-        if isinstance(network, Generator):
-            return (network.latent_dim, 1, 1)
-        return (network.channels, network.image_size, network.image_size)
+        return input_shape(self.skeleton())
 
     def network(self) -> Network:
         """Return the reference network with the case's weights: float32, eval mode, on the CPU."""
@@ -115,7 +156,10 @@ class Case:
         if self.checkpoint is not None:
             network.load_state_dict(load_state(Path(self.checkpoint)))
         else:
-            _randomise(network, self.input_shape, self.seed)
+            shape = self.input_shape  # makes a network, which draws random numbers
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                calibrate(network.apply(weights_init), shape)
         return network.eval()
 
     def inputs(self) -> list[Tensor]:
@@ -127,16 +171,28 @@ class Case:
             values = values.tanh()  # images lie in (-1, 1)
         return list(values.to(self.torch_dtype))
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def work(self) -> Work:
+        """Return the cost of one image."""
+        return count(self.skeleton(), self.input_shape)
+
+    def materials(self) -> Any:
+        """Return what the providers are given, and the results that they are checked against."""
+        network = self.network()
+        state = {name: value.clone() for name, value in network.state_dict().items()}
+        inputs = self.inputs()
+        expected = [float64(network, x) for x in inputs]
+        with torch.no_grad():
+            eager = [network(x.float()) for x in inputs]
+        errors = [relative_error(y, e) for y, e in zip(eager, expected, strict=True)]
+        factor = allowed(TOLERANCE["float32"], *errors) / TOLERANCE["float32"]
+        return Materials(factor * self.tolerance, state, inputs, expected)
 
 
-def _randomise(network: nn.Module, input_shape: tuple[int, ...], seed: int) -> None:
-    """Initialize weights as DCGAN does, with running statistics like those training would leave."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network.apply(weights_init)
-        calibrate(network, input_shape)
+def input_shape(network: Network) -> tuple[int, int, int]:
+    """Return the shape of one input without the batch dimension."""
+    if isinstance(network, Generator):
+        return network.latent_dim, 1, 1
+    return network.channels, network.image_size, network.image_size
 
 
 def calibrate(network: nn.Module, input_shape: tuple[int, ...]) -> None:
@@ -167,68 +223,31 @@ def float64(network: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([network(part.double()) for part in x.split(REFERENCE_BATCH)])
 
 
-def load(path: Path) -> Any:
-    """Load a file onto the CPU.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not a checkpoint.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-
-
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Load a state dict from a file onto the CPU.
+    """Load a state dict from a file onto the CPU. Raises ValueError if it cannot be read or is none."""
+    from dcgan import checkpoint  # not above: it imports dcgan.fast, which would count as a baseline's memory
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file holds something else.
-    """
-    state = load(path)
+    state = checkpoint.load(path)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict")
     return state
 
 
-@dataclass(frozen=True)
-class Materials:
+class Materials(NamedTuple):
     """A case's weights, inputs and float64 outputs, computed once and shared by all providers."""
 
+    tolerance: float
+    """Maximum allowed error; the case's, relaxed where eager float32 exceeds its own (see TIMES_EAGER)."""
     state: dict[str, Tensor]
     inputs: list[Tensor]
     expected: list[Tensor]
-    tolerance: float
-    """The case's tolerance, relaxed where eager float32 exceeds its own (see TIMES_EAGER)."""
-
-    @staticmethod
-    def of(case: Case) -> Materials:
-        network = case.network()
-        state = {name: value.clone() for name, value in network.state_dict().items()}
-        inputs = case.inputs()
-        expected = [float64(network, x) for x in inputs]
-        with torch.no_grad():
-            eager = [network(x.float()) for x in inputs]
-        errors = [relative_error(y, e) for y, e in zip(eager, expected, strict=True)]
-        factor = allowed(TOLERANCE["float32"], *errors) / TOLERANCE["float32"]
-        return Materials(state, inputs, expected, factor * case.tolerance)
 
     def first(self, batch: int) -> Materials:
         """Return the same materials restricted to the first ``batch`` images of each input."""
-        return replace(
-            self,
+        return self._replace(
             inputs=[x[:batch].clone() for x in self.inputs],
             expected=[y[:batch].clone() for y in self.expected],
         )
-
-    def save(self, path: Path) -> None:
-        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
-
-    @staticmethod
-    def load(path: Path) -> Materials:
-        return Materials(**torch.load(path, map_location="cpu", weights_only=True))
 
 
 class Prepared(NamedTuple):

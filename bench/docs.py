@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import records
-from bench.plot_style import LABELS
-from bench.usage import UsageError
+from bench import output
+from bench.options import UsageError
+from bench.plot import LABELS
 
 HELP = "write the tables of README.md and docs/ from bench/results"
 
@@ -31,22 +31,20 @@ Rows = dict[tuple[str, int], Row]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if a page is out of date"
-    )
+    text = "change nothing; exit 1 if a page is out of date"
+    parser.add_argument("--check", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     status = 0
     for name in PAGES:
-        path = ROOT / name
-        text = path.read_text()
+        text = (ROOT / name).read_text()
         written = filled(text)
         if written != text:
             status |= args.check
             print(f"{name}: {'out of date' if args.check else 'written'}")
             if not args.check:
-                path.write_text(written)
+                (ROOT / name).write_text(written)
     return status
 
 
@@ -61,7 +59,7 @@ def filled(text: str) -> str:
 
 def latest(file: str) -> list[Row]:
     """Return the rows of a file that were measured on the machine of its last row."""
-    rows = records.read(ROOT / "bench/results" / file)
+    rows = output.read(ROOT / "bench/results" / file)
     return [row for row in rows if row["hardware"] == rows[-1]["hardware"]]
 
 
@@ -86,76 +84,71 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def figure(row: Row | None, bold: bool = False) -> str:
-    if row is None:
-        return ""
-    text = f"{row['images_per_s']:,.0f}"
-    return f"**{text}**" if bold else text
+def figure(row: Row | None) -> str:
+    return "" if row is None else f"{row['images_per_s']:,.0f}"
+
+
+def bold(text: str) -> str:
+    return f"**{text}**" if text else ""
+
+
+def fastest(rows: Rows, batch: int, ours: bool) -> float:
+    """Return the highest rate of a batch size among this project's providers, or among the baselines."""
+    own = [row["images_per_s"] for (_, size), row in rows.items() if (size, row["ours"]) == (batch, ours)]
+    return float(max(own))
 
 
 def race(file: str) -> str:
     """Return one line per provider, with images/s by batch size."""
-    rows = timed(file)
+    rows, peak = timed(file), ["peak MB"] if "train" in file else []
     batches = sorted({batch for _, batch in rows})
-    names = [name for name in LABELS if any((name, batch) in rows for batch in batches)]
     lines = []
-    for name in names:
-        bold = name in OURS
-        label = f"**{LABELS[name]}**" if bold else LABELS[name]
-        lines.append([label, *(figure(rows.get((name, batch)), bold) for batch in batches)])
-    if "train" in file:
-        for line, name in zip(lines, names, strict=True):
-            found = [rows.get((name, batch)) for batch in batches]
-            line.append(", ".join(f"{row['peak_bytes'] / 1e6:,.0f}" for row in found if row))
-    lines.append(["*ours relative to the fastest other*", *(f"*{ratio(rows, b)}*" for b in batches)])
-    peak = ["peak MB"] if "train" in file else []
-    lines[-1] += [""] * len(peak)
+    for name, label in LABELS.items():
+        found = [rows.get((name, batch)) for batch in batches]
+        if any(found):
+            line = [label, *map(figure, found)]
+            peaks = ", ".join(f"{row['peak_bytes'] / 1e6:,.0f}" for row in found if row)
+            lines.append([*(map(bold, line) if name in OURS else line), *(peaks for _ in peak)])
+    ratios = [f"*{fastest(rows, b, True) / fastest(rows, b, False):.1f}×*" for b in batches]
+    lines.append(["*ours relative to the fastest other*", *ratios, *("" for _ in peak)])
     heading = ["images/s at batch", *map(str, batches), *peak]
     return f"{machine(list(rows.values()))}.\n\n{table(heading, lines)}"
-
-
-def ratio(rows: Rows, batch: int) -> str:
-    """Return the rate of our fastest provider relative to the fastest other one."""
-    rates = {name: row["images_per_s"] for (name, size), row in rows.items() if size == batch}
-    ours = max(rate for name, rate in rates.items() if rows[name, batch]["ours"])
-    return f"{ours / max(rate for name, rate in rates.items() if not rows[name, batch]['ours']):.1f}×"
 
 
 def summary() -> str:
     """Return the README's table: generation and training, by the fastest mode of each library."""
     inference, training = timed("cpu.jsonl"), timed("train.jsonl")
-    columns = [(inference, "generate", batch) for batch in (1, 64, 256)]
-    columns += [(training, "train", batch) for batch in (64, 128)]
+    columns = [(inference, "generate", "fast", batch) for batch in (1, 64, 256)]
+    columns += [(training, "train", "train-step", batch) for batch in (64, 128)]
     groups = {
-        "eager": ("eager",),
-        "eager, channels_last": ("channels_last",),
+        "eager": ["eager"],
+        "eager, channels_last": ["channels_last"],
         "torch.compile, best mode": [name for name in LABELS if name.startswith(("compile", "max-"))],
-        "ONNX Runtime": ("onnxruntime",),
-        "OpenVINO": ("openvino",),
-        "zentorch": ("zentorch",),
+        "ONNX Runtime": ["onnxruntime"],
+        "OpenVINO": ["openvino"],
+        "zentorch": ["zentorch"],
     }
     lines = []
     for label, names in groups.items():
-        line = [label]
-        for rows, _, batch in columns:
-            found = [rows[name, batch] for name in names if (name, batch) in rows]
-            line.append(figure(max(found, key=lambda row: row["images_per_s"], default=None)))
-        lines.append(line)
-    ours = ["**dcgan-kernels**"]
-    for rows, command, batch in columns:
-        row = rows["fast" if command == "generate" else "train-step", batch]
-        others = [r["images_per_s"] for (_, size), r in rows.items() if size == batch and not r["ours"]]
-        ours.append(f"{figure(row, bold=True)} ({row['images_per_s'] / max(others):.1f}×)")
-    heading = ["images/s", *(f"{command} {batch}" for _, command, batch in columns)]
-    sentence = f"{machine([*inference.values(), *training.values()])}."
-    return f"{sentence}\n\n{table(heading, [*lines, ours])}"
+        found = [[rows[n, batch] for n in names if (n, batch) in rows] for rows, _, _, batch in columns]
+        best = [max(column, key=lambda row: row["images_per_s"], default=None) for column in found]
+        lines.append([label, *map(figure, best)])
+    ours = [(rows[name, batch], fastest(rows, batch, ours=False)) for rows, _, name, batch in columns]
+    cells = (f"{bold(figure(row))} ({row['images_per_s'] / other:.1f}×)" for row, other in ours)
+    lines.append(["**dcgan-kernels**", *cells])
+    heading = ["images/s", *(f"{command} {batch}" for _, command, _, batch in columns)]
+    return f"{machine([*inference.values(), *training.values()])}.\n\n{table(heading, lines)}"
 
 
 def situations() -> str:
     """Return the drop-in's speed relative to eager, by dtype, edit and mode."""
     rows = latest("situations.jsonl")
-    modes = {"inference": "inference", "training": "training", "eval, gradients": "eval, all gradients"}
-    modes["eval, the input's gradient"] = "eval, dx only"
+    modes = {
+        "inference": "inference",
+        "training": "training",
+        "eval, gradients": "eval, all gradients",
+        "eval, the input's gradient": "eval, dx only",
+    }
     found: dict[str, dict[tuple[str, str], float]] = {}
     for row in rows:
         label = ", ".join(filter(None, [row["dtype"], row["edit"]]))

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench import runtimes
 from bench.cases import Case, Network
+from bench.options import NO_GPU, UsageError
 
 Runner = Callable[[Tensor], Tensor]
 Build = Callable[[Network, Tensor, int], Runner]
-B = TypeVar("B", covariant=True)
 
 
 @dataclass(frozen=True)
-class Provider(Generic[B]):
+class Provider:
     """An implementation to benchmark."""
 
     name: str
-    build: B
+    build: Callable[..., Any]
     """A Build function, or its counterpart in another registry."""
     ours: bool = False
     """Whether it is this project's, as opposed to a baseline."""
@@ -47,9 +47,9 @@ class Provider(Generic[B]):
     def unavailable(self, case: Case) -> str | None:
         """Return why it cannot run ``case`` on this machine, or None if it can."""
         if case.device not in self.devices:
-            if case.device == "cpu":
-                return "needs a GPU" if torch.cuda.is_available() else "no GPU here"
-            return "runs on CPUs only"
+            if case.device == "cuda":
+                return "runs on CPUs only"
+            return "needs a GPU" if torch.cuda.is_available() else NO_GPU
         if self.package is not None and not _installed(self.package):
             return "not installed"
         if case.dtype not in self.dtypes:
@@ -64,16 +64,11 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _eager(model: Network, example: Tensor, threads: int) -> Runner:
-    return model
+# --- PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _nhwc(model: nn.Module) -> nn.Module:
+def nhwc(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
-
-
-def _channels_last(model: Network, example: Tensor, threads: int) -> Runner:
-    return _nhwc(model)
 
 
 def _compiled(
@@ -84,19 +79,7 @@ def _compiled(
 
     if freeze or next(model.parameters()).device.type == "cpu":
         inductor.freezing = True
-    return torch.compile(_nhwc(model), mode=mode, backend=backend)
-
-
-def _compile(model: Network, example: Tensor, threads: int) -> Runner:
-    return _compiled(model)
-
-
-def _reduce_overhead(model: Network, example: Tensor, threads: int) -> Runner:
-    return _compiled(model, mode="reduce-overhead", freeze=True)
-
-
-def _max_autotune(model: Network, example: Tensor, threads: int) -> Runner:
-    return _compiled(model, mode="max-autotune")
+    return torch.compile(nhwc(model), mode=mode, backend=backend)
 
 
 def _zentorch(model: Network, example: Tensor, threads: int) -> Runner:
@@ -106,8 +89,8 @@ def _zentorch(model: Network, example: Tensor, threads: int) -> Runner:
 
 def _cudnn_graph(model: Network, example: Tensor, threads: int) -> Runner:
     """Capture eager channels_last in a CUDA graph: eager without launch overhead."""
-    network = _nhwc(model)
-    static = example.clone()
+    # torch.cuda.make_graphed_callables would cost an autograd node per call, even without gradients.
+    network, static = nhwc(model), example.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -126,66 +109,110 @@ def _cudnn_graph(model: Network, example: Tensor, threads: int) -> Runner:
     return run
 
 
-def _fast(model: Network, example: Tensor, threads: int) -> Runner:
+# --- other runtimes, which receive the network as ONNX ------------------------------------------------------
+
+
+def _onnx(model: nn.Module, example: Tensor) -> bytes:
+    """Export the network to ONNX; the exporter folds BatchNorm into the convolutions."""
+    program = torch.onnx.export(model, (example,), dynamo=True, input_names=["x"], verbose=False)
+    assert program is not None
+    model_bytes: bytes = program.model_proto.SerializeToString()
+    return model_bytes
+
+
+def _onnxruntime(model: Network, example: Tensor, threads: int) -> Runner:
+    """Build an ONNX Runtime session on the CPU with all graph optimizations."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # the graph is a chain
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = ort.InferenceSession(_onnx(model, example), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def _openvino(model: Network, example: Tensor, threads: int) -> Runner:
+    """Build an OpenVINO CPU model that serves one request at a time."""
+    import openvino as ov
+
+    core = ov.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",  # all threads serve the single request
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU supports it
+    }
+    compiled = core.compile_model(core.read_model(_onnx(model, example)), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def run(x: Tensor) -> Tensor:
+        # No copies: the output aliases the request's buffer, which is valid until the next call.
+        result = request.infer({0: x.numpy()}, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(result[0])
+
+    return run
+
+
+# --- this project -------------------------------------------------------------------------------------------
+
+
+def drop_in(model: nn.Module) -> nn.Module:
+    """Return the drop-in. It is imported here, since a baseline's memory must not include it."""
     from dcgan import fast
 
-    return fast.convert(model)
-
-
-def _fast_compile(model: Network, example: Tensor, threads: int) -> Runner:
-    from dcgan import fast
-
-    return torch.compile(fast.convert(model))
+    return fast.convert(model)  # type: ignore[arg-type]
 
 
 def _fast_graph(model: Network, example: Tensor, threads: int) -> Runner:
-    from dcgan import fast
+    from dcgan.fast import convert, graphed
 
-    return fast.graphed(fast.convert(model), example.shape[0])
+    return graphed(convert(model), example.shape[0])
 
 
-PROVIDERS: dict[str, Provider[Build]] = {
+CPU: dict[str, Any] = {"devices": ("cpu",)}
+CUDA: dict[str, Any] = {"devices": ("cuda",), "replays": True}
+OURS: dict[str, Any] = {"ours": True, "package": "dcgan.fast"}
+
+PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider("eager", _eager, searches=True),
-        Provider("channels_last", _channels_last, searches=True),
-        Provider("compile", _compile),
-        Provider("reduce-overhead", _reduce_overhead, devices=("cuda",), replays=True),
-        Provider("max-autotune", _max_autotune, replays=True, searches=True),
-        Provider("cudnn-graph", _cudnn_graph, devices=("cuda",), replays=True, searches=True),
+        Provider("eager", lambda model, *_: model, searches=True),
+        Provider("channels_last", lambda model, *_: nhwc(model), searches=True),
+        Provider("compile", lambda model, *_: _compiled(model)),
         Provider(
-            "onnxruntime",
-            runtimes.onnxruntime,
-            package="onnxruntime",
-            devices=("cpu",),
-            dtypes=("float32",),
+            "reduce-overhead", lambda model, *_: _compiled(model, "reduce-overhead", freeze=True), **CUDA
         ),
-        Provider("openvino", runtimes.openvino, package="openvino", devices=("cpu",), dtypes=("float32",)),
-        Provider("zentorch", _zentorch, package="zentorch", devices=("cpu",)),
-        Provider("fast", _fast, ours=True, package="dcgan.fast"),
-        Provider("fast-compile", _fast_compile, ours=True, package="dcgan.fast"),
-        Provider("fast-graph", _fast_graph, ours=True, package="dcgan.fast", devices=("cuda",), replays=True),
+        Provider(
+            "max-autotune", lambda model, *_: _compiled(model, "max-autotune"), replays=True, searches=True
+        ),
+        Provider("cudnn-graph", _cudnn_graph, searches=True, **CUDA),
+        Provider("onnxruntime", _onnxruntime, package="onnxruntime", dtypes=("float32",), **CPU),
+        Provider("openvino", _openvino, package="openvino", dtypes=("float32",), **CPU),
+        Provider("zentorch", _zentorch, package="zentorch", **CPU),
+        Provider("fast", lambda model, *_: drop_in(model), **OURS),
+        Provider("fast-compile", lambda model, *_: torch.compile(drop_in(model)), **OURS),
+        Provider("fast-graph", _fast_graph, **OURS, **CUDA),
     )
 }
 
 
-def find(name: str, registry: Mapping[str, Provider[Any]] = PROVIDERS) -> Provider[Any]:
+def find(name: str, registry: Mapping[str, Provider] = PROVIDERS) -> Provider:
     """Find a provider by name; ``module:function`` names a custom build function.
 
     Raises:
-        ValueError: there is no such provider; the message lists the known ones.
+        UsageError: there is no such provider; the message lists the known ones.
     """
     if name in registry:
         return registry[name]
-    module, colon, function = name.partition(":")
-    if colon:
+    reason = f"; choose from {', '.join(registry)}, or give MODULE:FUNCTION"
+    if ":" in name:
         try:
-            return Provider(name, getattr(importlib.import_module(module), function))
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"no provider {name!r}: {error}") from error
-    raise ValueError(f"no provider {name!r}; choose from {', '.join(registry)}, or give MODULE:FUNCTION")
+            return Provider(name, pkgutil.resolve_name(name))
+        except (ImportError, AttributeError, ValueError) as error:
+            reason = f": {error}"
+    raise UsageError(f"argument --providers: no provider {name!r}{reason}")
 
 
-def find_all(names: Iterable[str], registry: Mapping[str, Provider[Any]] = PROVIDERS) -> list[Provider[Any]]:
-    """Find providers by name, without duplicates, in the given order."""
+def find_all(names: Iterable[str], registry: Mapping[str, Provider] = PROVIDERS) -> list[Provider]:
+    """Find providers by name, without duplicates, in the given order. Raises UsageError if one is unknown."""
     return [find(name, registry) for name in dict.fromkeys(names)]

@@ -8,17 +8,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-from bench.cases import Case, Materials
-from bench.ceiling import Ceiling
+import torch
+
+from bench.cases import Case
+from bench.machine import Ceiling
 from bench.providers import Provider
-from bench.stats import Spread, summarise
+from bench.timing import Spread, summarise
 
 PREPARE_SECONDS = 900.0  # covers torch.compile's longest search on a slow machine
 SEARCH_SECONDS = 8.0  # of the building time, reserved per provider that searches and so is built last
@@ -29,9 +31,9 @@ SPARE_SECONDS = 120.0  # by which slow calls may prolong a burst
 class Settings:
     """How long to build and measure."""
 
-    seconds: float = 3.0
+    seconds: float
     """Measuring time per provider and case."""
-    rounds: int = 6
+    rounds: int
     """Number of bursts that the measuring time is divided into."""
     prepare_seconds: float = PREPARE_SECONDS
     """Timeout for building, compiling and checking a provider."""
@@ -47,7 +49,7 @@ class Settings:
 class Outcome:
     """The outcome of one provider in one case."""
 
-    provider: Provider[Any]
+    provider: Provider
     status: str
     """``ok``, ``wrong`` (error above the tolerance, so not timed), ``failed`` or ``skipped``."""
     reason: str = ""
@@ -82,7 +84,7 @@ class Process:
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", worker, str(theirs.fileno()), str(threads)],
+            [sys.executable, "-m", "bench.worker", str(theirs.fileno()), str(threads), worker],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
@@ -128,160 +130,132 @@ class Process:
         return f"{how}: {lines[-1]}" if lines else how
 
 
-@contextmanager
-def started(case: Case) -> Iterator[Process]:
-    """Start a worker for ``case`` and kill it on exit."""
-    process = Process(case.threads, case.worker)
-    try:
-        yield process
-    finally:
-        process.close()
+def measure_ceiling(case: Case, known: Ceiling | None = None) -> Ceiling:
+    """Measure the machine's limits for the case's device and dtype in a separate process.
 
-
-def measure_ceiling(case: Case) -> Ceiling:
-    """Measure the machine's limits for the case's device and dtype in a separate process."""
-    with started(case) as worker:
+    Returns the elementwise maximum of them and ``known``, as noise can only lower a rate.
+    """
+    with closing(Process(case.threads)) as worker:
         ceiling: Ceiling = worker.ask(PREPARE_SECONDS, "ceiling", case.device, case.dtype)
-    return ceiling
+    return ceiling.or_better(known)
 
 
-class Saved(Protocol):
-    """The inputs and reference results that a case's providers load from a file."""
-
-    @property
-    def tolerance(self) -> float: ...
-
-    def save(self, path: Path) -> None: ...
-
-
-Entry = tuple[Case, Provider[Any]]
+Entry = tuple[Case, Provider]
 
 
 def race(
-    case: Case,
-    providers: Sequence[Provider[Any]],
-    settings: Settings,
-    log: Callable[[str], None],
-    materials: Callable[[Case], Saved] = Materials.of,
-) -> list[Outcome]:
-    """Check and time ``providers`` on ``case``; returns outcomes in order. ``log`` receives progress."""
-    return race_entries([(case, provider) for provider in providers], materials, settings, log)
-
-
-def race_entries(
     entries: Sequence[Entry],
-    materials: Callable[[Case], Saved],
     settings: Settings,
     log: Callable[[str], None],
+    materials: Callable[[Case], Any] = lambda case: case.materials(),
 ) -> list[Outcome]:
     """Check every entry, then time the correct ones in interleaved bursts; returns one outcome per entry.
 
-    Each entry has a separate process that lives until the end. ``materials`` is called once per run of
-    consecutive entries of the same case.
+    Each entry has a separate process that lives until the end. ``log`` receives progress. ``materials`` is
+    called once per run of consecutive entries of the same case.
     """
-    outcomes: dict[int, Outcome] = {}
-    processes: dict[int, Process] = {}
+    contest = _Race(entries, settings, log)
     try:
-        for i, (case, provider) in enumerate(entries):
-            if reason := provider.unavailable(case):
-                outcomes[i] = Outcome(provider, "skipped", reason)
-            else:
-                processes[i] = Process(case.threads, case.worker)  # all import PyTorch in parallel
+        contest.start()
         with tempfile.TemporaryDirectory() as folder:
-            outcomes |= _checked(entries, processes, materials, settings, log, Path(folder))
-        running = {i: p for i, p in processes.items() if outcomes[i].status == "ok"}
-        log(f"timing {len(running)} of {len(entries)}, {settings.seconds:g} s each")
-        _time(running, outcomes, settings, seed=entries[0][0].seed if entries else 0)
+            contest.check(materials, Path(folder))
+        contest.time()
     finally:
-        for process in processes.values():
+        for process in contest.processes.values():
             process.close()
-    return [outcomes[i] for i in range(len(entries))]
+    return [contest.outcomes[i] for i in range(len(entries))]
 
 
-def _checked(
-    entries: Sequence[Entry],
-    processes: dict[int, Process],
-    materials: Callable[[Case], Saved],
-    settings: Settings,
-    log: Callable[[str], None],
-    folder: Path,
-) -> dict[int, Outcome]:
-    """Build and check the entries that have a process; those that fail lose it."""
-    outcomes: dict[int, Outcome] = {}
-    tolerances: dict[int, float] = {}
-    sent_at: dict[int, float] = {}
-    saved_case, path, tolerance = None, folder, 0.0
-    several = any(case != entries[0][0] for case, _ in entries)
-    alone: list[tuple[int, Path]] = []
+@dataclass
+class _Race:
+    """The state of a race: processes and outcomes by the position of their entry."""
 
-    def request(i: int, path: Path) -> None:
-        case, provider = entries[i]
-        log(f"{f'{case.title}: ' if several else ''}{provider.name}: building and checking")
-        processes[i].send("prepare", case, provider.name, str(path))
-        sent_at[i] = time.monotonic()
+    entries: Sequence[Entry]
+    settings: Settings
+    log: Callable[[str], None]
+    processes: dict[int, Process] = field(default_factory=dict)
+    """Those that have not failed."""
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    sent_at: dict[int, float] = field(default_factory=dict)
+    """When a process was asked to build its provider, on the monotonic clock."""
 
-    def collect(i: int, until: float) -> None:
-        end = min(sent_at[i] + settings.prepare_seconds, until)
-        outcomes[i] = _outcome(processes[i], entries[i][1], tolerances[i], max(end - time.monotonic(), 0.0))
-        if outcomes[i].status != "ok":  # or it might go on compiling and disturb the others
-            processes.pop(i).close()
+    def start(self) -> None:
+        """Start a process for every entry that can run; all import PyTorch in parallel."""
+        for i, (case, provider) in enumerate(self.entries):
+            if reason := provider.unavailable(case):
+                self.outcomes[i] = Outcome(provider, "skipped", reason)
+            else:
+                self.processes[i] = Process(case.threads, case.worker)
 
-    for i, (case, provider) in enumerate(entries):
-        if i not in processes:
-            continue
-        if case != saved_case:
-            made = materials(case)
-            saved_case, path, tolerance = case, folder / f"{i}.pt", made.tolerance
-            made.save(path)
-        tolerances[i] = tolerance
-        if settings.together and not provider.searches:
-            request(i, path)
-        else:
-            alone.append((i, path))
-    for i in list(sent_at):
-        collect(i, settings.until - SEARCH_SECONDS * len(alone))
-    for i, path in alone:
-        request(i, path)
-        collect(i, settings.until)
-    return outcomes
+    def check(self, materials: Callable[[Case], Any], folder: Path) -> None:
+        """Build and check the entries that have a process; those that fail lose it."""
+        case: Case | None = None
+        path, tolerance = folder, 0.0
+        alone: list[tuple[int, Path]] = []
+        for i in self.processes:
+            previous, (case, provider) = case, self.entries[i]
+            if case != previous:
+                made = materials(case)
+                path, tolerance = folder / f"{i}.pt", made.tolerance
+                torch.save(tuple(made), path)
+            self.outcomes[i] = Outcome(provider, "ok", tolerance=tolerance)
+            if self.settings.together and not provider.searches:
+                self._request(i, path)
+            else:
+                alone.append((i, path))
+        for i in list(self.sent_at):
+            self._collect(i, self.settings.until - SEARCH_SECONDS * len(alone))
+        for i, path in alone:
+            self._request(i, path)
+            self._collect(i, self.settings.until)
 
+    def _request(self, i: int, path: Path) -> None:
+        case, provider = self.entries[i]
+        several = any(case != self.entries[0][0] for case, _ in self.entries)
+        self.log(f"{f'{case.title}: ' if several else ''}{provider.name}: building and checking")
+        self.processes[i].send("prepare", case, provider.name, str(path))
+        self.sent_at[i] = time.monotonic()
 
-def _outcome(process: Process, provider: Provider[Any], tolerance: float, timeout: float) -> Outcome:
-    """Wait for the result of the process's building and checking."""
-    try:
-        error, note, wrong = process.receive(timeout)
-    except WorkerFailed as failure:
-        return Outcome(provider, "failed", str(failure))
-    outcome = Outcome(provider, "ok", error=error, tolerance=tolerance, note=note)
-    if not error <= tolerance:
-        wrong = f"error {error:.1e} > {tolerance:.0e}"
-    if wrong:
-        outcome.status, outcome.reason = "wrong", wrong
-    return outcome
+    def _collect(self, i: int, until: float) -> None:
+        """Wait for the result of the process's building and checking."""
+        end, outcome = min(self.sent_at[i] + self.settings.prepare_seconds, until), self.outcomes[i]
+        try:
+            error, outcome.note, wrong = self.processes[i].receive(max(end - time.monotonic(), 0.0))
+        except WorkerFailed as failure:
+            self._drop(i, "failed", str(failure))  # or it might go on compiling and disturb the others
+            return
+        outcome.error = error
+        if not error <= outcome.tolerance:
+            wrong = f"error {error:.1e} > {outcome.tolerance:.0e}"
+        if wrong:
+            self._drop(i, "wrong", wrong)
 
+    def time(self) -> None:
+        """Time rounds of one burst per provider, reshuffled so that machine drift affects all equally."""
+        seconds, rounds = self.settings.seconds, self.settings.rounds
+        self.log(f"timing {len(self.processes)} of {len(self.entries)}, {seconds:g} s each")
+        times: dict[int, dict[str, list[float]]] = {i: {} for i in self.processes}
+        order = list(times)
+        shuffle = random.Random(self.entries[0][0].seed if self.entries else 0).shuffle
+        for _ in range(rounds):
+            shuffle(order)
+            for i in order:
+                if i in self.processes:
+                    self._burst(i, seconds / rounds, times[i])
+        for i in self.processes:
+            self.outcomes[i].spreads = {column: summarise(values) for column, values in times[i].items()}
 
-def _time(running: dict[int, Process], outcomes: dict[int, Outcome], settings: Settings, seed: int) -> None:
-    """Time rounds of one burst per provider, reshuffled so that machine drift affects all equally."""
-    times: dict[int, dict[str, list[float]]] = {i: {} for i in running}
-    burst = settings.seconds / settings.rounds
-    order = list(running)
-    shuffle = random.Random(seed).shuffle
-    for _ in range(settings.rounds):
-        shuffle(order)
-        for i in order:
-            if outcomes[i].status == "ok":
-                _burst(running[i], outcomes[i], burst, times[i])
-    for i, outcome in outcomes.items():
-        if outcome.status == "ok":
-            outcome.spreads = {column: summarise(values) for column, values in times[i].items()}
+    def _burst(self, i: int, seconds: float, times: dict[str, list[float]]) -> None:
+        try:
+            burst, peak = self.processes[i].ask(seconds + SPARE_SECONDS, "burst", seconds)
+        except WorkerFailed as failure:
+            self.outcomes[i].peak_bytes = None
+            self._drop(i, "failed", str(failure))
+            return
+        self.outcomes[i].peak_bytes = peak
+        for column, values in burst.items():
+            times.setdefault(column, []).extend(values)
 
-
-def _burst(process: Process, outcome: Outcome, seconds: float, times: dict[str, list[float]]) -> None:
-    try:
-        burst, outcome.peak_bytes = process.ask(seconds + SPARE_SECONDS, "burst", seconds)
-    except WorkerFailed as failure:
-        outcome.status, outcome.reason, outcome.peak_bytes = "failed", str(failure), None
-        process.close()
-        return
-    for column, values in burst.items():
-        times.setdefault(column, []).extend(values)
+    def _drop(self, i: int, status: str, reason: str) -> None:
+        self.outcomes[i].status, self.outcomes[i].reason = status, reason
+        self.processes.pop(i).close()

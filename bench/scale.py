@@ -10,35 +10,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Sequence
-from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from bench import cases, machine, native, options, records, table
-from bench.blocks import blocks
-from bench.cases import Case, Materials
-from bench.ceiling import Ceiling
-from bench.flops import count
+from bench import cases, machine, options, output
+from bench.blocks import Chain, blocks, require_engine
+from bench.cases import Case
+from bench.machine import Ceiling
+from bench.options import SIZES, positive
+from bench.output import COLUMNS, Column, Row, megabytes, times
 from bench.providers import PROVIDERS
-from bench.race import Outcome, Settings, measure_ceiling, race_entries
-from bench.records import Report
-from bench.usage import positive
+from bench.race import Settings, measure_ceiling, race
 
 HELP = "measure images/s and memory by batch size and thread count"
 BATCHES = [1 << i for i in range(11)]
-COLUMNS = [
-    "images/s",
-    "±",
-    "× 1 thread",
-    "GFLOP/s",
-    "ceiling",
-    "workspace MB",
-    "packed MB",
-    "peak MB",
-    "error",
-]
 
 
 def default_threads() -> list[int]:
@@ -48,142 +35,97 @@ def default_threads() -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    options.add_network(parser)
-    options.add_sizes(parser)
-    add(
-        "--batch",
-        nargs="+",
-        type=positive,
-        default=BATCHES,
-        metavar="N",
-        help="batch sizes (default: 1 2 4 … 1024)",
-    )
-    add(
-        "--threads",
-        nargs="+",
-        type=positive,
-        default=default_threads(),
-        metavar="N",
-        help="thread counts (default: 1 2 4 … all cores)",
-    )
+    options.add(parser, "network", *SIZES, "json")
+    options.add_batches(parser, BATCHES, "1 2 4 … 1024")
+    text = "thread counts (default: 1 2 4 … all cores)"
+    counts = default_threads()
+    parser.add_argument("--threads", nargs="+", type=positive, default=counts, metavar="N", help=text)
     options.add_timing(parser, "each point", 1.5, rounds=3)
-    options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    native.required()
+    require_engine()
     sizes = options.sizes(args, args.network)
     points = [
         Case(args.network, batch, "float32", "cpu", threads, sizes)
         for threads in sorted(set(args.threads))
         for batch in sorted(set(args.batch))
     ]
-    out, progress = table.console(), table.console(stderr=True)
-    load = machine.load()
-    reports = measure(points, Settings(args.seconds, args.rounds), progress)
-    for threads in dict.fromkeys(case.threads for case in points):
-        here = [report for report in reports if report.case.threads == threads]
-        out.print(scale_table(here, reports))
-        for line in [*table.ceiling_lines(here[-1])[:1], *workspace_lines(here[-1]), ""]:
+    out, load = output.console(), machine.load()
+    rows = measure(points, Settings(args.seconds, args.rounds))
+    for threads, group in itertools.groupby(rows, lambda row: int(row["case"]["threads"])):
+        here = list(group)
+        heading = f"{cases.title(args.network, sizes)} · float32 · cpu, {cases.threads(threads)}"
+        out.print(scale_table(heading, here, rows))
+        # Compare the workspace of the largest batch with the memory of a layer-by-layer forward.
+        last = here[-1]
+        workspace = (
+            f"workspace: {last['workspace_bytes'] / 1e6:,.0f} MB at batch {last['case']['batch']}; "
+            f"its two largest adjacent activations would take {last['maps_bytes'] / 1e6:,.0f} MB"
+        )
+        for line in [output.ceiling_lines(last)[0], workspace, ""]:
             out.print(line, markup=False, soft_wrap=True)
-    if args.json is not None:
-        records.append(args.json, rows(reports, load))
-    return int(any(report.outcomes[0].status != "ok" for report in reports))
+    shared = output.common("scale", load)
+    output.append(args.json, [row | shared for row in rows])
+    return int(any(row["status"] != "ok" for row in rows))
 
 
-def measure(points: Sequence[Case], settings: Settings, progress: Console) -> list[Report]:
-    """Measure the drop-in at every point; one report each."""
-
-    def log(line: str) -> None:
-        progress.print(f"  {line}", style="dim", markup=False)
-
+def measure(points: Sequence[Case], settings: Settings) -> list[Row]:
+    """Measure the drop-in at every point; one row each, with the memory sizes of the native engine."""
     ceilings: dict[int, Ceiling] = {}
 
     # Measured before and after the race, keeping the higher: disturbances only lower it.
     def measure_ceilings() -> None:
-        log("measuring the machine's ceiling")
+        output.log("measuring the machine's ceiling")
         for case in {case.threads: case for case in points}.values():
-            ceilings[case.threads] = measure_ceiling(case).or_better(ceilings.get(case.threads))
+            ceilings[case.threads] = measure_ceiling(case, ceilings.get(case.threads))
 
     measure_ceilings()
-    log("computing the reference results in float64")
+    output.log("computing the reference results in float64")
     largest = max(points, key=lambda case: case.batch)
-    whole = Materials.of(largest)
+    whole = largest.materials()
     entries = [(case, PROVIDERS["fast"]) for case in points]
-    outcomes = race_entries(entries, lambda case: whole.first(case.batch), settings, log)
+    outcomes = race(entries, settings, output.log, lambda case: whole.first(case.batch))
     measure_ceilings()
-    work = count(largest.skeleton(), largest.input_shape)
-    return [
-        Report(case, work, ceilings[case.threads], [outcome])
-        for case, outcome in zip(points, outcomes, strict=True)
-    ]
+    rows = []
+    for case, outcome in zip(points, outcomes, strict=True):
+        (row,) = output.race_rows(case, largest.work(), ceilings[case.threads], [outcome])
+        sizes = chain(case)
+        row |= {"workspace_bytes": sizes.workspace, "packed_bytes": sizes.packed_bytes}
+        rows.append(row | {"maps_bytes": layerwise_bytes(case)})
+    return rows
 
 
-def chain(case: Case) -> native.Chain:
+def chain(case: Case) -> Chain:
     """Return the case's network as the native engine runs it, to query its memory sizes."""
     stages = [block.stage for block in blocks(case.skeleton().eval())]
-    return native.Chain(stages, (case.batch, *case.input_shape), threads=case.threads)
+    return Chain(stages, (case.batch, *case.input_shape), threads=case.threads)
 
 
 def layerwise_bytes(case: Case) -> int:
     """Return the bytes of the two largest adjacent activations, which a layer-by-layer forward must hold."""
-    sizes = [block.input_floats for block in blocks(case.skeleton().eval())]
+    sizes = [math.prod(block.input_shape) for block in blocks(case.skeleton().eval())]
     return 4 * case.batch * max(a + b for a, b in itertools.pairwise(sizes))
 
 
-def scale_table(reports: Sequence[Report], all_reports: Sequence[Report]) -> Table:
-    """Return the table of one thread count, with one row per batch size."""
-    case = reports[0].case
-    heading = f"{cases.title(case.command, case.sizes)} · {case.dtype} · cpu, {cases.threads(case.threads)}"
-    shown = table.start(heading, [], ["batch", *COLUMNS])
-    shown.add_column("", no_wrap=True, max_width=table.NOTE_WIDTH)
-    alone = {r.case.batch: r.images_per_s(r.outcomes[0]) for r in all_reports if r.case.threads == 1}
-    for report in reports:
-        outcome = report.outcomes[0]
-        cells = _cells(report, outcome, alone.get(report.case.batch))
-        cells += [table.NOTHING] * (len(COLUMNS) - len(cells))
-        shown.add_row(str(report.case.batch), *cells, table.explanation(outcome))
+def scale_table(heading: str, here: Sequence[Row], rows: Sequence[Row]) -> Table:
+    """Return the table of one thread count, with one line per batch size; ``rows`` are all rows."""
+    alone = {row["case"]["batch"]: row["images_per_s"] for row in rows if row["case"]["threads"] == 1}
+
+    def speed_up(row: Row) -> str:
+        base = alone.get(row["case"]["batch"])
+        return times(None if base is None else row["images_per_s"] / base)
+
+    columns: dict[str, Column] = {
+        **{name: COLUMNS[name] for name in ("images/s", "±")},
+        "× 1 thread": speed_up,
+        **{name: COLUMNS[name] for name in ("GFLOP/s", "ceiling")},
+        "workspace MB": lambda row: megabytes(row["workspace_bytes"]),
+        "packed MB": lambda row: megabytes(row["packed_bytes"]),
+        "peak MB": lambda row: megabytes(row["peak_bytes"]),
+        "error": COLUMNS["error"],
+    }
+    shown = output.table(heading, [], ["batch", *columns], note=True)
+    for row in here:
+        output.add_timed(shown, str(row["case"]["batch"]), row, columns)
     return shown
-
-
-def _cells(report: Report, outcome: Outcome, alone: float | None) -> list[str]:
-    images = report.images_per_s(outcome)
-    if images is None:
-        return []
-    sizes = chain(report.case)
-    return [
-        table.rate(images),
-        table.percent(outcome.spreads["warm"].relative),
-        table.times(None if alone is None else images / alone),
-        f"{images * report.work.flops / 1e9:,.0f}",
-        table.percent(images / report.ceiling_images_per_s),
-        table.rate(sizes.workspace / 1e6),
-        table.rate(sizes.packed_bytes / 1e6),
-        table.NOTHING if outcome.peak_bytes is None else table.rate(outcome.peak_bytes / 1e6),
-        table.NOTHING if outcome.error is None else f"{outcome.error:.1e}",
-    ]
-
-
-def workspace_lines(report: Report) -> list[str]:
-    """Compare the workspace of the largest batch with the memory of a layer-by-layer forward."""
-    case = report.case
-    return [
-        f"workspace: {chain(case).workspace / 1e6:,.0f} MB at batch {case.batch}; "
-        f"its two largest adjacent activations would take {layerwise_bytes(case) / 1e6:,.0f} MB"
-    ]
-
-
-def rows(reports: Sequence[Report], load: float | None) -> list[dict[str, Any]]:
-    """Return the rows of the race, with the memory sizes of the native engine."""
-    shared = records.common("scale", load)
-    found = []
-    for report in reports:
-        sizes = chain(report.case)
-        memory = {
-            "workspace_bytes": sizes.workspace,
-            "packed_bytes": sizes.packed_bytes,
-            "maps_bytes": layerwise_bytes(report.case),
-        }
-        found.append(shared | records.row(report, report.outcomes[0]) | memory)
-    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -21,19 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import machine, options, records, table
-from bench.stats import Spread
+from bench import machine, options, output
+from bench.blocks import CONVOLUTIONS
+from bench.cases import relative_error
+from bench.options import UsageError, positive
+from bench.output import Row
 from bench.timing import Timed, interleaved
-from bench.usage import UsageError, positive
 from dcgan import fast, models
 
 HELP = "compare the drop-in with eager by dtype, mode and edit of the network"
 MIN_RATIO = 0.97
 Network = Any
-Edit = Callable[[Network], None]
-
-
-# --- dtypes ------------------------------------------------------------------------------------------------
 
 # The network's dtype and the autocast dtype.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -71,58 +70,44 @@ def input_gradient(network: Network, x: Tensor) -> Tensor:
     return y.detach()  # type: ignore[no-any-return]
 
 
-class Mode(NamedTuple):
-    """The computation, and whether the network is in training mode."""
-
-    run: Callable[[Network, Tensor], Tensor]
-    training: bool
-
-
-MODES = {
-    "inference": Mode(inference, False),
-    "training": Mode(parameter_gradients, True),
-    "eval, gradients": Mode(parameter_gradients, False),
-    "eval, the input's gradient": Mode(input_gradient, False),
+# The computation, and whether the network is in training mode.
+MODES: dict[str, tuple[Callable[[Network, Tensor], Tensor], bool]] = {
+    "inference": (inference, False),
+    "training": (parameter_gradients, True),
+    "eval, gradients": (parameter_gradients, False),
+    "eval, the input's gradient": (input_gradient, False),
 }
 
 
 # --- edits -------------------------------------------------------------------------------------------------
 
 
-def _replace(kinds: Any, make: Callable[[Any], nn.Module]) -> Edit:
-    def edit(network: Network) -> None:
-        for i, module in enumerate(network.main):
-            if isinstance(module, kinds):
-                network.main[i] = make(module)
-
-    return edit
+def _replace(network: Network, kinds: Any, make: Callable[[Any], nn.Module]) -> None:
+    for i, module in enumerate(network.main):
+        if isinstance(module, kinds):
+            network.main[i] = make(module)
 
 
-CONVOLUTIONS = nn.Conv2d | nn.ConvTranspose2d
+def _add_biases(network: Network) -> None:
+    def with_bias(conv: Any) -> nn.Module:
+        new: nn.Module = type(conv)(conv.in_channels, conv.out_channels, 4, conv.stride, conv.padding)
+        new.weight = conv.weight
+        return new
 
-
-def _with_bias(conv: Any) -> nn.Module:
-    new = type(conv)(conv.in_channels, conv.out_channels, 4, conv.stride, conv.padding)
-    new.weight = conv.weight
-    return new  # type: ignore[no-any-return]
+    _replace(network, CONVOLUTIONS, with_bias)
 
 
 def _fold(network: Network) -> None:
     """Fold every BatchNorm into the preceding convolution, as exporters do."""
-    _replace(CONVOLUTIONS, _with_bias)(network)
-    _replace(nn.BatchNorm2d, lambda norm: nn.Identity())(network)
-    network.main = nn.Sequential(*(m for m in network.main if not isinstance(m, nn.Identity)))
+    _add_biases(network)
+    network.main = nn.Sequential(*(m for m in network.main if not isinstance(m, nn.BatchNorm2d)))
 
 
-def _six_by_six(conv: Any) -> nn.Module:
+def _six_by_six(conv: Any) -> Any:
     """Return a convolution of the same input and output sizes with a kernel size that no engine supports."""
     if conv.stride != (2, 2):
-        return conv  # type: ignore[no-any-return]
-    return type(conv)(conv.in_channels, conv.out_channels, 6, 2, 2, bias=False)  # type: ignore[no-any-return]
-
-
-def _add_hook(network: Network) -> None:
-    network.main[4].register_forward_hook(lambda module, args, y: None)
+        return conv
+    return type(conv)(conv.in_channels, conv.out_channels, 6, 2, 2, bias=False)
 
 
 def _nest(network: Network) -> None:
@@ -130,25 +115,17 @@ def _nest(network: Network) -> None:
     network.main = nn.Sequential(network.main[:half], network.main[half:])
 
 
-def _channels_last(network: Network) -> None:
-    network.to(memory_format=torch.channels_last)
-
-
-def _freeze_first_norm(network: Network) -> None:
-    next(m for m in network.main if isinstance(m, nn.BatchNorm2d)).eval()
-
-
-EDITS: dict[str, Edit] = {
-    "biases": _replace(CONVOLUTIONS, _with_bias),
+EDITS: dict[str, Callable[[Network], object]] = {
+    "biases": _add_biases,
     "BatchNorm folded": _fold,
-    "LeakyReLU(0.01)": _replace(nn.ReLU | nn.LeakyReLU, lambda _: nn.LeakyReLU(0.01)),
-    "GroupNorm": _replace(nn.BatchNorm2d, lambda norm: nn.GroupNorm(8, norm.num_features)),
-    "no norms": _replace(nn.BatchNorm2d, lambda norm: nn.Identity()),
-    "6×6 kernels": _replace(CONVOLUTIONS, _six_by_six),
-    "a hook": _add_hook,
+    "LeakyReLU(0.01)": lambda net: _replace(net, nn.ReLU | nn.LeakyReLU, lambda _: nn.LeakyReLU(0.01)),
+    "GroupNorm": lambda net: _replace(net, nn.BatchNorm2d, lambda norm: nn.GroupNorm(8, norm.num_features)),
+    "no norms": lambda net: _replace(net, nn.BatchNorm2d, lambda _: nn.Identity()),
+    "6×6 kernels": lambda net: _replace(net, CONVOLUTIONS, _six_by_six),
+    "a hook": lambda net: net.main[4].register_forward_hook(lambda module, args, y: None),
     "nested": _nest,
-    "channels_last": _channels_last,
-    "a norm in eval": _freeze_first_norm,
+    "channels_last": lambda net: net.to(memory_format=torch.channels_last),
+    "a norm in eval": lambda net: next(m for m in net.main if isinstance(m, nn.BatchNorm2d)).eval(),
 }
 
 
@@ -170,17 +147,9 @@ class Situation(NamedTuple):
     @property
     def title(self) -> str:
         """Describe how the network differs from the default one."""
-        return ", ".join(
-            filter(
-                None,
-                [
-                    self.edit,
-                    f"features {self.features}" if self.features != 64 else "",
-                    f"image size {self.image_size}" if self.image_size != 64 else "",
-                    "busy core" if self.busy else "",
-                ],
-            )
-        )
+        features = f"features {self.features}" if self.features != 64 else ""
+        size = f"image size {self.image_size}" if self.image_size != 64 else ""
+        return ", ".join(filter(None, [self.edit, features, size, "busy core" if self.busy else ""]))
 
     @property
     def label(self) -> str:
@@ -190,52 +159,42 @@ class Situation(NamedTuple):
 def situations(batch: int) -> list[Situation]:
     found = []
     for network in ("G", "D"):
+        add = functools.partial(Situation, network, batch=batch)
         for dtype, mode in itertools.product(DTYPES, MODES):
             # PyTorch takes half a minute for float16 gradients of a default network on a CPU.
-            features = 16 if "float16" in dtype.split() and mode != "inference" else 64
-            found.append(Situation(network, dtype, mode, "", features, batch=batch))
-        for edit, mode in itertools.product(EDITS, ("inference", "training")):
+            small = "float16" in dtype.split() and mode != "inference"
+            found.append(add(dtype, mode, features=16 if small else 64))
+        both = ("inference", "training")
+        for edit, mode in itertools.product(EDITS, both):
             if not (edit == "a norm in eval" and mode == "inference"):
-                found.append(Situation(network, "float32", mode, edit, batch=batch))
-        for (features, size), mode in itertools.product([(16, 64), (8, 32)], ("inference", "training")):
-            found.append(Situation(network, "float32", mode, "", features, size, batch))
+                found.append(add("float32", mode, edit))
+        for (features, size), mode in itertools.product([(16, 64), (8, 32)], both):
+            found.append(add("float32", mode, features=features, image_size=size))
         # In training, smaller networks fall back to PyTorch whether or not a core is busy.
         for mode, features in (("inference", 64), ("inference", 16), ("training", 64), ("training", 32)):
-            found.append(Situation(network, "float32", mode, "", features, batch=batch, busy=True))
+            found.append(add("float32", mode, features=features, busy=True))
     return found
 
 
-class Measured(NamedTuple):
-    situation: Situation
-    eager: Spread
-    fast: Spread
-    error: float
-    tolerance: float
-
-    @property
-    def ratio(self) -> float:
-        return self.eager.median / self.fast.median
-
-    @property
-    def verdict(self) -> str:
-        if not self.error <= self.tolerance:
-            return "wrong"
-        return "" if self.ratio >= MIN_RATIO else "slower"
+def verdict(situation: Situation, row: Row) -> str:
+    """Judge the row of a situation: ``wrong``, ``slower`` or an empty string."""
+    dtype, cast = DTYPES[situation.dtype]
+    if not row["error"] <= TOLERANCES[cast or dtype]:
+        return "wrong"
+    return "" if row["ratio"] >= MIN_RATIO else "slower"
 
 
 def networks(situation: Situation) -> tuple[Network, Network, Tensor]:
     """Return the reference network, a drop-in with copies of its parameters, and an input."""
     torch.manual_seed(0)
-    sizes = {"features": situation.features, "image_size": situation.image_size}
     size, dtype = situation.image_size, DTYPES[situation.dtype][0]
-    eager: Network = models.Generator(**sizes) if situation.network == "G" else models.Discriminator(**sizes)
+    generates = situation.network == "G"
+    kind: Network = models.Generator if generates else models.Discriminator
+    eager: Network = kind(features=situation.features, image_size=size)
     eager.apply(models.weights_init)
-    x = (
-        torch.randn(situation.batch, 100)
-        if situation.network == "G"
-        else torch.rand(situation.batch, 1, size, size)
-    )
-    eager.train(MODES[situation.mode].training)
+    n = situation.batch
+    x = torch.randn(n, 100) if generates else torch.rand(n, 1, size, size)
+    eager.train(MODES[situation.mode][1])
     if situation.edit:
         EDITS[situation.edit](eager)
     eager.to(dtype)
@@ -244,32 +203,27 @@ def networks(situation: Situation) -> tuple[Network, Network, Tensor]:
 
 def error(eager: Network, ours: Network, x: Tensor, autocast: Callable[[], Any]) -> float:
     """Return the relative error of the drop-in's output against float64."""
-    exact = copy.deepcopy(eager).double()
     with torch.no_grad():
-        expected = exact(x.double())
+        expected = copy.deepcopy(eager).double()(x.double())
         with autocast():
             y = copy.deepcopy(ours)(x)
-    return float((y.double() - expected).norm() / expected.norm())
+    return relative_error(y, expected)
 
 
-def measure(situation: Situation, seconds: float, rounds: int, threads: int) -> Measured:
+def measure(situation: Situation, seconds: float, rounds: int, threads: int) -> Row:
+    """Return the row of a situation: the medians of a call in seconds, their ratio, and the error."""
     eager, ours, x = networks(situation)
-    dtype, cast = DTYPES[situation.dtype]
-    mode = MODES[situation.mode].run
+    _, cast = DTYPES[situation.dtype]
+    mode, _ = MODES[situation.mode]
+    autocast = contextlib.nullcontext if cast is None else functools.partial(torch.autocast, "cpu", cast)
 
-    def autocast() -> Any:
-        return contextlib.nullcontext() if cast is None else torch.autocast("cpu", cast)
-
-    def runner(network: Network) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            with autocast():
-                return mode(network, x)
-
-        return run
+    def run(network: Network, x: Tensor) -> Tensor:
+        with autocast():
+            return mode(network, x)
 
     relative = error(eager, ours, x, autocast)
     with busy() if situation.busy else contextlib.nullcontext():
-        both = [Timed(runner(network), x, threads) for network in (eager, ours)]
+        both = [Timed(functools.partial(run, network), x, threads) for network in (eager, ours)]
         for timed in both:
             timed.run(x)
         begin = time.perf_counter()
@@ -277,8 +231,9 @@ def measure(situation: Situation, seconds: float, rounds: int, threads: int) -> 
         long = time.perf_counter() - begin > seconds / rounds
         if situation.busy:  # times also depend on the scheduler, so take more of them
             seconds, rounds = 4 * seconds, 4 * rounds
-        first, second = interleaved(both, seconds, rounds, long=long)
-    return Measured(situation, first, second, relative, TOLERANCES[cast or dtype])
+        medians = [spread.median for spread in interleaved(both, seconds, rounds, long=long)]
+    times = {"eager_s": medians[0], "fast_s": medians[1], "ratio": medians[0] / medians[1]}
+    return situation._asdict() | times | {"error": relative}
 
 
 @contextlib.contextmanager
@@ -297,15 +252,10 @@ def busy() -> Iterator[None]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="batch size (default: 16)")
-    parser.add_argument(
-        "--only",
-        default="",
-        metavar="WORDS",
-        help="run only the rows that contain all of these words, for example 'D training'",
-    )
+    about = "run only the rows that contain all of these words, for example 'D training'"
+    parser.add_argument("--only", default="", metavar="WORDS", help=about)
     options.add_timing(parser, "each network and situation", 0.6, rounds=4)
-    options.add_threads(parser)
-    options.add_json(parser)
+    options.add(parser, "threads", "json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -313,43 +263,22 @@ def run(args: argparse.Namespace) -> int:
     chosen = [s for s in situations(args.batch) if wanted <= set(s.label.replace(",", "").split())]
     if not chosen:
         raise UsageError(f"argument --only: no situation has all of the words {args.only!r}")
-    out, progress = table.console(), table.console(stderr=True)
-    load = machine.load()
-    measured = []
-    for situation in chosen:
-        m = measure(situation, args.seconds, args.rounds, args.threads)
-        if m.verdict == "slower":
-            m = measure(situation, 4 * args.seconds, 4 * args.rounds, args.threads)
-        measured.append(m)
-        line = f"  {situation.label}: {table.times(m.ratio)} {m.verdict}"
-        progress.print(line.rstrip(), style="dim", markup=False)
-    out.print(situations_table(measured, args))
-    if args.json is not None:
-        records.append(args.json, rows(measured, load))
-    return int(any(m.verdict for m in measured))
-
-
-def situations_table(measured: list[Measured], args: argparse.Namespace) -> Any:
-    title = f"dcgan.fast compared with eager · batch {args.batch} · cpu, {args.threads} threads"
-    shown = table.start(
-        title, ["network", "dtype", "mode", "situation"], ["eager ms", "fast ms", "ratio", "error"]
-    )
+    load, rows, verdicts = machine.load(), [], []
+    heading = f"dcgan.fast compared with eager · batch {args.batch} · cpu, {args.threads} threads"
+    left, right = ["network", "dtype", "mode", "situation"], ["eager ms", "fast ms", "ratio", "error"]
+    shown = output.table(heading, left, right)
     shown.add_column("", no_wrap=True)
-    for m in measured:
-        s = m.situation
-        shown.add_row(
-            *(s.network, s.dtype, s.mode, s.title),
-            *(table.rate(spread.median * 1e3) for spread in (m.eager, m.fast)),
-            *(table.times(m.ratio), f"{m.error:.0e}", m.verdict),
-        )
-    return shown
-
-
-def rows(measured: list[Measured], load: float | None) -> list[dict[str, Any]]:
-    shared = records.common("situations", load)
-    return [
-        shared
-        | m.situation._asdict()
-        | {"eager_s": m.eager.median, "fast_s": m.fast.median, "ratio": m.ratio, "error": m.error}
-        for m in measured
-    ]
+    for s in chosen:
+        row = measure(s, args.seconds, args.rounds, args.threads)
+        if verdict(s, row) == "slower":
+            row = measure(s, 4 * args.seconds, 4 * args.rounds, args.threads)
+        rows.append(row)
+        verdicts.append(verdict(s, row))
+        ratio = output.times(row["ratio"])
+        output.log(f"{s.label}: {ratio} {verdicts[-1]}".rstrip())
+        times = [output.rate(1e3 * row[name]) for name in ("eager_s", "fast_s")]
+        shown.add_row(s.network, s.dtype, s.mode, s.title, *times, ratio, f"{row['error']:.0e}", verdicts[-1])
+    output.console().print(shown)
+    shared = output.common("situations", load)
+    output.append(args.json, [shared | row for row in rows])
+    return int(any(verdicts))

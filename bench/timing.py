@@ -1,22 +1,25 @@
-"""Time callables in short bursts: wall clock on the CPU, device events on CUDA."""
+"""Time callables in short bursts (wall clock on the CPU, device events on CUDA), within a time budget.
+
+Times are summarised by medians and quartiles, which other load on the machine skews less than means.
+"""
 
 from __future__ import annotations
 
 import random
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.stats import Spread, summarise
 from dcgan.capturing import capturing
 
-Runner = Callable[[Tensor], Tensor]
 Times = dict[str, list[float]]
-T = TypeVar("T")
 
 MIN_CALLS = 3
 MAX_CALLS = 2000  # per CUDA burst
@@ -24,46 +27,193 @@ GRAPH_BATCH = 64  # above this batch, launch overhead is hidden behind the kerne
 GRAPH_CALLS = 8  # per captured graph
 FLUSH_BYTES = 256 << 20  # several times any L2
 
+REPLAY_SECONDS = 0.03  # of replays per measurement
+WARM_UP = 2  # calls before capture: compilation, cuDNN's algorithm search, launch plans
+MIN_REPLAYS, MAX_REPLAYS = 7, 200
 
-class Sampler(Protocol):
-    """Times calls in bursts."""
+MAX_NAMED = 8  # skipped items that the report of a budget names
 
-    overhead: int
+
+@dataclass(frozen=True)
+class Spread:
+    """The quartiles of ``count`` call times, in seconds."""
+
+    median: float
+    q1: float
+    q3: float
+    count: int
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Spread:
+        """Return the spread in a JSON object, which may have further fields."""
+        return cls(*(row[field.name] for field in fields(cls)))
+
+    @property
+    def relative(self) -> float:
+        """Half the interquartile range divided by the median: the ± column of the tables, as a fraction."""
+        return (self.q3 - self.q1) / 2 / self.median
+
+
+def summarise(times: Sequence[float]) -> Spread:
+    """Return the quartiles of ``times``. Raises ValueError if it is empty."""
+    if not times:
+        raise ValueError("no times to summarise")
+    if len(times) == 1:
+        return Spread(times[0], times[0], times[0], 1)
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
+    return Spread(median, q1, q3, len(times))
+
+
+class Budget:
+    """Time in which work may begin; work that has begun is finished, and skipped work is reported."""
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = clock() + 60 * minutes
+        self.left: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        """Remaining seconds in which work may begin; 0 once the budget is used up."""
+        return max(self._end - self._clock(), 0.0)
+
+    def allows(self, what: str) -> bool:
+        """Return whether ``what`` may begin; if not, record it as skipped."""
+        if self.seconds > 0:
+            return True
+        self.left.append(what)
+        return False
+
+    def report(self) -> str:
+        """Return a line that names the skipped work."""
+        more = f" and {len(self.left) - MAX_NAMED} more" if len(self.left) > MAX_NAMED else ""
+        return f"not reached in time: {', '.join(self.left[:MAX_NAMED]) or 'nothing'}{more}"
+
+
+class Sampler:
+    """Time calls in bursts, cycling through the inputs: on CUDA, back to back with device events."""
+
+    overhead = 0
     """Bytes of device memory used by the measurement itself."""
+
+    def __init__(self, run: Callable[[Any], object], inputs: Sequence[Any]) -> None:
+        self._run, self._inputs = run, inputs
 
     def burst(self, seconds: float) -> Times:
         """Call for about ``seconds``.
 
         Returns the seconds of each call by column: ``warm``, on CUDA also ``cold`` and ``graph``.
         """
-        ...
+        return {"warm": events(self._call, seconds)}
+
+    def _call(self, i: int) -> None:
+        self._run(self._inputs[i % len(self._inputs)])
 
 
-class CpuSampler(Generic[T]):
-    """Measure the wall clock time of each call, cycling through the inputs.
+class CpuSampler(Sampler):
+    """Measure the wall clock time of each call.
 
     With ``long``, for calls that take a good part of a second, a burst may be a single call and is not
     preceded by a warm-up call.
     """
 
-    overhead = 0
-
-    def __init__(self, run: Callable[[T], object], inputs: Sequence[T], long: bool = False) -> None:
-        self._run, self._inputs, self._long = run, inputs, long
+    def __init__(self, run: Callable[[Any], object], inputs: Sequence[Any], long: bool = False) -> None:
+        super().__init__(run, inputs)
+        self._long = long
 
     def burst(self, seconds: float) -> Times:
         if not self._long:
-            self._run(self._inputs[0])  # warm-up: wakes the threads and reloads the weights into cache
+            self._call(0)  # warm-up: wakes the threads and reloads the weights into cache
         times: list[float] = []
         now = time.perf_counter()
         end = now + seconds
         while now < end or len(times) < (1 if self._long else MIN_CALLS):
-            x = self._inputs[len(times) % len(self._inputs)]
             start = time.perf_counter()
-            self._run(x)
+            self._call(len(times))
             now = time.perf_counter()
             times.append(now - start)
         return {"warm": times}
+
+
+class CudaSampler(Sampler):
+    """Measure short, stateless calls with device events.
+
+    ``warm`` times back-to-back calls, including launch gaps. ``cold`` overwrites L2 before each call.
+    ``graph``, for batches up to GRAPH_BATCH, replays GRAPH_CALLS calls captured in one CUDA graph, which
+    excludes launch overhead. It is absent if ``capture`` is false, as for a provider that already replays
+    graphs, and where capturing fails.
+    """
+
+    overhead = FLUSH_BYTES
+
+    def __init__(self, run: Callable[[Tensor], object], inputs: Sequence[Tensor], capture: bool) -> None:
+        super().__init__(run, inputs)
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=inputs[0].device)
+        self._graph = None
+        if capture and inputs[0].shape[0] <= GRAPH_BATCH:
+            try:
+                self._graph = _captured([partial(self._call, i) for i in range(GRAPH_CALLS)])
+            except RuntimeError:
+                torch.cuda.synchronize()
+
+    def burst(self, seconds: float) -> Times:
+        share = seconds / (2 if self._graph is None else 3)
+        times = {"warm": events(self._call, share), "cold": events(self._call, share, self._flush)}
+        if self._graph is not None:
+            replay = self._graph.replay
+            times["graph"] = [t / GRAPH_CALLS for t in events(lambda i: replay(), share)]
+        return times
+
+
+def events(
+    call: Callable[[int], object],
+    seconds: float,
+    flush: Tensor | None = None,
+    limits: tuple[int, int] = (MIN_CALLS, MAX_CALLS),
+) -> list[float]:
+    """Return the device seconds of each call, ``limits`` of them; overwrites ``flush`` before each."""
+    for i in range(MIN_CALLS):
+        call(i)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call(0)
+    if flush is not None:
+        flush.zero_()
+    torch.cuda.synchronize()
+    count = min(max(int(seconds / (time.perf_counter() - start)), limits[0]), limits[1])
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for i, (before, after) in enumerate(marks):
+        if flush is not None:
+            flush.zero_()
+        before.record()
+        call(i)
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in marks]
+
+
+def replay(calls: Sequence[Callable[[], Any]], *, cold: bool, seconds: float = REPLAY_SECONDS) -> Spread:
+    """Return the device seconds per call, measured by replaying one CUDA graph of all calls.
+
+    This excludes launch overhead. With ``cold``, L2 is overwritten before each replay, so every call that
+    shares no tensors with the others runs from cold L2.
+    """
+    # triton.testing.do_bench_cudagraph cannot overwrite L2, nor count the calls that its quantiles are of.
+    for call in WARM_UP * list(calls):
+        call()
+    graph = _captured(calls)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if cold else None
+    times = events(lambda i: graph.replay(), seconds, flush, (MIN_REPLAYS, MAX_REPLAYS))
+    return summarise([time / len(calls) for time in times])
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """Capture all calls, in order, in one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with capturing(graph, torch.cuda.Stream()):
+        for call in calls:
+            call()
+    return graph
 
 
 @contextmanager
@@ -80,7 +230,7 @@ def torch_threads(count: int) -> Iterator[None]:
 class Timed(NamedTuple):
     """A call to be timed by :func:`interleaved`."""
 
-    run: Runner
+    run: Callable[[Tensor], object]
     x: Tensor
     threads: int
 
@@ -109,82 +259,3 @@ def interleaved(
                 times[i] += CpuSampler(run, [x], long).burst(seconds / rounds)["warm"]
         between()
     return [summarise(values) for values in times]
-
-
-class CudaSampler:
-    """Measure each call with device events.
-
-    ``warm`` times back-to-back calls, including launch gaps. ``cold`` overwrites L2 before each call.
-    ``graph``, for batches up to GRAPH_BATCH, replays GRAPH_CALLS calls captured in one CUDA graph, which
-    excludes launch overhead. It is absent if ``capture`` is false, as for a provider that already replays
-    graphs, and where capturing fails.
-    """
-
-    overhead = FLUSH_BYTES
-
-    def __init__(self, run: Runner, inputs: Sequence[Tensor], capture: bool) -> None:
-        self._run, self._inputs = run, inputs
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=inputs[0].device)
-        small = inputs[0].shape[0] <= GRAPH_BATCH
-        self._graph = self._captured() if capture and small else None
-
-    def burst(self, seconds: float) -> Times:
-        share = seconds / (2 if self._graph is None else 3)
-        times = {
-            "warm": events(self._call, share),
-            "cold": events(self._call, share, self._flush),
-        }
-        if self._graph is not None:
-            replay = self._graph.replay
-            times["graph"] = [t / GRAPH_CALLS for t in events(lambda i: replay(), share)]
-        return times
-
-    def _call(self, i: int) -> None:
-        self._run(self._inputs[i % len(self._inputs)])
-
-    def _captured(self) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with capturing(graph, torch.cuda.Stream()):
-                for i in range(GRAPH_CALLS):
-                    self._call(i)
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return None
-        return graph
-
-
-class CudaSteps(Generic[T]):
-    """Measure long, stateful calls, such as training steps, back to back with device events."""
-
-    overhead = 0
-
-    def __init__(self, run: Callable[[T], object], inputs: Sequence[T]) -> None:
-        self._run, self._inputs = run, inputs
-
-    def burst(self, seconds: float) -> Times:
-        return {"warm": events(lambda i: self._run(self._inputs[i % len(self._inputs)]), seconds)}
-
-
-def events(call: Callable[[int], object], seconds: float, flush: Tensor | None = None) -> list[float]:
-    """Return the device seconds of each call; overwrites ``flush`` before each."""
-    for i in range(MIN_CALLS):
-        call(i)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call(0)
-    if flush is not None:
-        flush.zero_()
-    torch.cuda.synchronize()
-    count = int(seconds / (time.perf_counter() - start))
-    count = min(max(count, MIN_CALLS), MAX_CALLS)
-    before = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
-    after = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
-    for i in range(count):
-        if flush is not None:
-            flush.zero_()
-        before[i].record()
-        call(i)
-        after[i].record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in zip(before, after, strict=True)]

@@ -11,139 +11,90 @@ direct convolution.
 from __future__ import annotations
 
 import argparse
+import re
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
-from rich.text import Text
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import forward, machine, options, records, table
+from bench import options, output
 from bench.cases import Case
-from bench.ceiling import Ceiling
-from bench.expected_results import Materials
-from bench.phases import PHASES, Profile
-from bench.providers import Provider
-from bench.race import PREPARE_SECONDS, Outcome, Settings, WorkerFailed, measure_ceiling, race, started
-from bench.records import Report
-from bench.table import NOTHING, percent, rate, times
-from bench.train_case import Training
-from bench.training_variants import PROFILED, VARIANTS
-from bench.usage import positive
+from bench.compare import compare
+from bench.machine import Ceiling
+from bench.options import SIZES
+from bench.output import Row, percent, rate
+from bench.providers import find_all
+from bench.race import PREPARE_SECONDS, Process, WorkerFailed
+from bench.training import VARIANTS, Batch, Loop, Training, TrainWorker
+from dcgan.kernels.spec import Backward, Call
 
 HELP = "time training steps by every implementation and profile them by layer"
 DTYPES = ("float32", "tf32", "bfloat16")
 BATCHES = {"cpu": [64, 128], "cuda": [64, 256, 1024]}
 CASE_DTYPES = {"cpu": ["float32"], "cuda": ["tf32", "bfloat16"]}
-BASELINE = "eager"
-"""The provider that peak memory is reported relative to."""
+PROFILED = {"fast": ("cpu", "cuda"), "train-step": ("cpu",)}
+"""Variants whose operators run one by one and can be profiled, and on which devices.
+
+On a GPU, TrainStep is one CUDA graph.
+"""
 PROFILE_ROUNDS = 5
-COLUMNS = ["images/s", "±", "steps", "GFLOP/s", "× baseline", "ceiling", "peak MB", "memory", "error"]
+PHASES = ("G fprop", "D fprop", "D dgrad", "D wgrad", "G dgrad", "G wgrad")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add(parser, "device", *SIZES, "threads", "json")
+    options.add_batches(parser, None, "64 128; on a GPU 64 256 1024")
     add = parser.add_argument
-    add(
-        "--batch",
-        nargs="+",
-        type=positive,
-        metavar="N",
-        help="batch sizes (default: 64 128; on a GPU 64 256 1024)",
-    )
-    add("--dtype", nargs="+", choices=DTYPES, help="dtypes (default: float32; on a GPU tf32 bfloat16)")
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda if there is a GPU, else cpu",
-    )
-    add(
-        "--providers",
-        nargs="+",
-        default=list(VARIANTS),
-        metavar="NAME",
-        help=f"any of {', '.join(VARIANTS)} (default: all), or MODULE:FUNCTION for a custom build function",
-    )
+    text = "dtypes (default: float32; on a GPU tf32 bfloat16)"
+    add("--dtype", nargs="+", choices=DTYPES, help=text)
+    text = f"any of {', '.join(VARIANTS)} (default: all), or MODULE:FUNCTION for a custom build function"
+    add("--providers", nargs="+", default=list(VARIANTS), metavar="NAME", help=text)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--profile", action="store_true", help="only profile, without the comparison")
     only.add_argument("--no-profile", action="store_true", help="only compare, without profiling")
     options.add_timing(parser, "each provider and case", 12.0, rounds=10)
-    options.add_threads(parser)
-    options.add_json(parser)
-    options.add_sizes(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Return 1 if a provider is wrong or one of this project's failed, else 0."""
-    providers = forward.find_providers(args.providers, VARIANTS)
-    cases = make_cases(args)
-    out, progress = table.console(), table.console(stderr=True)
-    load = machine.load()
-
-    def log(line: str) -> None:
-        progress.print(f"  {line}", style="dim", markup=False)
-
-    reports: list[Report] = []
-    ceilings: dict[str, Ceiling] = {}
+    providers = find_all(args.providers, VARIANTS)
+    cases, out = make_cases(args), output.console()
     failed = False
-    for case in cases:
-        progress.print(case.title, style="dim", markup=False)
-        log("measuring the machine's ceiling")
-        ceilings[case.dtype] = measure_ceiling(case).or_better(ceilings.get(case.dtype))
-        rows: list[dict[str, Any]] = []
-        if not args.profile:
-            settings = Settings(args.seconds, args.rounds, together=case.device == "cuda")
-            report = run_race(case, providers, settings, ceilings[case.dtype], log)
-            ceilings[case.dtype] = report.ceiling
-            reports.append(report)
-            out.print(race_table(report))
-            for line in [*table.failures(report), *ceiling_lines(report), ""]:
-                out.print(line, markup=False, soft_wrap=True)
-            rows += records.rows([report], load, "train")
-        for name in [] if args.no_profile else profilable(case, providers):
-            log(f"{name}: profiling")
+
+    def profiles(case: Case, ceiling: Ceiling) -> list[Row]:
+        """Profile the providers whose operators can be timed one by one."""
+        nonlocal failed
+        rows = []
+        for name in [p.name for p in providers if case.device in PROFILED.get(p.name, ())]:
+            output.log(f"{name}: profiling")
             try:
-                profile = measure_profile(case, name, min(args.rounds, PROFILE_ROUNDS))
+                found = measure_profile(case, name, min(args.rounds, PROFILE_ROUNDS))
             except WorkerFailed as failure:
                 failed = True
                 out.print(f"{name}: profiling: FAILED: {failure}\n", markup=False, soft_wrap=True)
                 continue
-            out.print(profile_table(case, name, profile, ceilings[case.dtype]))
-            out.print(profile_line(ceilings[case.dtype]), soft_wrap=True)
-            rows += profile_rows(case, name, profile, ceilings[case.dtype], load)
-        if args.json is not None:
-            records.append(args.json, rows)
-    if len(reports) > 1:
-        out.print(table.summary_table(reports))
-    forward.print_remarks(out, load)
-    return max(forward.status(reports), int(failed))
+            out.print(profile_table(case, name, found, ceiling))
+            out.print(
+                f"ceiling: {ceiling.flops / 1e9:,.0f} GFLOP/s, {ceiling.measure}; GFLOP are counted as "
+                "direct convolutions, so Winograd may exceed it\n",
+                soft_wrap=True,
+            )
+            rows += profile_rows(case, name, found, ceiling)
+        return rows
 
-
-def run_race(
-    case: Training,
-    providers: Sequence[Provider[Any]],
-    settings: Settings,
-    ceiling: Ceiling,
-    log: Callable[[str], None],
-) -> Report:
-    """Run the race; measure the ceiling before and after and keep the higher: disturbances only lower it."""
-    log("computing the reference results in float64")
-    materials = Materials.of(case)
-    if case.device == "cuda":
-        torch.cuda.empty_cache()
-    outcomes = race(case, providers, settings, log, lambda _: materials)
-    log("measuring the ceiling again")
-    return Report(case, case.work(), measure_ceiling(case).or_better(ceiling), outcomes)
-
-
-def profilable(case: Training, providers: Sequence[Provider[Any]]) -> list[str]:
-    """Return the names of the providers whose operators can be timed one by one."""
-    return [p.name for p in providers if case.device in PROFILED.get(p.name, ())]
+    then = (lambda *_: []) if args.no_profile else profiles
+    return max(compare(args, cases, [] if args.profile else providers, then), int(failed))
 
 
 def make_cases(args: argparse.Namespace) -> list[Training]:
     """Return a case for every dtype and batch size. Raises UsageError for an unsupported combination."""
-    device = forward.find_device(args.device, args.dtype or ())
+    device = options.find_device(args.device, args.dtype or ())
     sizes = options.sizes(args, "generate")  # a Generator has all sizes that a Discriminator has
     return [
         Training("train", batch, dtype, device, args.threads, sizes)
@@ -152,128 +103,193 @@ def make_cases(args: argparse.Namespace) -> list[Training]:
     ]
 
 
-def memory_share(report: Report, outcome: Outcome) -> float | None:
-    """Return the outcome's peak memory relative to eager's."""
-    base = next((o.peak_bytes for o in report.outcomes if o.provider.name == BASELINE), None)
-    return outcome.peak_bytes / base if base and outcome.peak_bytes is not None else None
+# --- the profile --------------------------------------------------------------------------------------------
 
 
-def race_table(report: Report) -> Table:
-    """Return the table of one case, fastest first; providers without times show the reason."""
-    shown = table.start(report.case.title, ["provider"], COLUMNS)
-    shown.add_column("", no_wrap=True, max_width=table.NOTE_WIDTH)
-    baseline = report.fastest_baseline()
-    for outcome in report.ranked():
-        cells = _cells(report, outcome, baseline)
-        cells += [NOTHING] * (len(COLUMNS) - len(cells))
-        name = Text(outcome.provider.name, style="bold" if outcome.provider.ours else "")
-        shown.add_row(name, *cells, Text(table.explanation(outcome), overflow="ellipsis"))
-    return shown
+class Part(NamedTuple):
+    """All calls of one layer in one phase."""
+
+    phase: str
+    layer: str
+    engine: str
+    calls: int
+    """Calls per step."""
+    seconds: float
+    """Total time of these calls."""
+    flops: int
+    """FLOPs of the direct convolutions, for the whole batch."""
 
 
-def _cells(report: Report, outcome: Outcome, baseline: float | None) -> list[str]:
-    images = report.images_per_s(outcome)
-    if images is None:
-        return []
-    warm = outcome.spreads["warm"]
-    return [
-        rate(images),
-        percent(warm.relative),
-        str(warm.count),
-        f"{images * report.work.flops / 1e9:,.0f}",
-        times(None if baseline is None else images / baseline),
-        percent(images / report.ceiling_images_per_s),
-        NOTHING if outcome.peak_bytes is None else f"{outcome.peak_bytes / 1e6:,.0f}",
-        percent(memory_share(report, outcome)),
-        NOTHING if outcome.error is None else f"{outcome.error:.1e}",
-    ]
+class Profile(NamedTuple):
+    """The time of a step, divided into parts."""
+
+    parts: list[Part]
+    """Ordered by phase as in PHASES, then in the order of execution."""
+    optimizers: float
+    step: float
+    """Seconds of the whole step."""
+
+    @property
+    def other(self) -> float:
+        """The remaining time; negative if the calls take longer while they are timed one by one."""
+        return self.step - sum(part.seconds for part in self.parts) - self.optimizers
 
 
-def ceiling_lines(report: Report) -> list[str]:
-    """Return the legend of the ceiling, memory and error columns."""
-    tolerance = next((o.tolerance for o in report.outcomes if o.tolerance is not None), report.case.tolerance)
-    return [
-        table.ceiling_lines(report)[0],
-        "memory:  peak during steps minus the memory after importing PyTorch, and its ratio to eager's; "
-        "memory used while compiling is not counted",
-        f"error:   relative error of a network's gradient against float64; {tolerance:.0e} is allowed",
-    ]
-
-
-def measure_profile(case: Training, name: str, rounds: int) -> Profile:
+def measure_profile(case: Case, name: str, rounds: int) -> Profile:
     """Profile a provider in a separate process. Raises WorkerFailed."""
-    with started(case) as worker:
-        profile: Profile = worker.ask(PREPARE_SECONDS, "profile", case, name, rounds)
-    return profile
+    with closing(Process(case.threads, "bench.train:Profiler")) as worker:
+        found: Profile = worker.ask(PREPARE_SECONDS, "profile", case, name, rounds)
+    return found
+
+
+class Profiler(TrainWorker):
+    """The process that profiles a variant."""
+
+    def profile(self, case: Training, provider_name: str, rounds: int) -> Profile:
+        """Profile a step of a variant by layer and phase."""
+        loop = self.build(case, provider_name)
+        return profile(loop, [batch.to(case.device) for batch in case.batches()], rounds, case.device)
+
+
+class _Timer(TorchDispatchMode):
+    """Dispatch mode that times the fused-operator calls made under it.
+
+    A backward that computes dgrad and wgrad is one call; its time is divided in proportion to the times of
+    the two computed separately.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        super().__init__()
+        self.parts: list[Part] = []
+        """The products in the order of execution; a backward that computes two gradients is two."""
+        self._now = now
+
+    def _timed(self, func: Any, *args: Any, **kwargs: Any) -> tuple[Any, float]:
+        start = self._now()
+        result = func(*args, **kwargs)
+        return result, self._now() - start
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from dcgan.kernels import ops
+
+        kwargs = kwargs or {}
+        operator = re.fullmatch(r"dcgan\.conv(_transpose)?2d_fused(_backward)?\.default", str(func))
+        if operator is None:
+            return func(*args, **kwargs)
+        with ops.recording() as choices:
+            result, seconds = self._timed(func, *args, **kwargs)
+        transposed, backward = operator.groups()
+        call: Any = (Backward if backward else Call)(*args, **kwargs)
+        y = call.dy if backward else result[0]
+        network = "G" if transposed else "D"  # only the Generator has transposed convolutions
+        layer = f"{call.x.shape[1]}→{y.shape[1]} @{call.x.shape[2]}→{y.shape[2]}"
+        flops = 2 * (call.x if transposed else y).numel() * call.weight[0].numel()
+        engine = choices[-1].engine if choices else ""
+        shares = self._gradients(func, call) if backward else {"fprop": 1.0}
+        self.parts += [
+            Part(f"{network} {phase}", layer, engine, 1, seconds * share / sum(shares.values()), flops)
+            for phase, share in shares.items()
+        ]
+        return result
+
+    def _gradients(self, func: Any, call: Backward) -> dict[str, float]:
+        """Return the gradients that a call computes, with the seconds that each takes alone."""
+        of_x, of_weight, *of_vectors = call.needs
+        alone: dict[str, Any] = {}
+        if of_x or any(of_vectors):
+            alone["dgrad"] = (of_x, False, *of_vectors)
+        if of_weight:
+            alone["wgrad"] = (False, True, False, False, False)
+        return {phase: self._timed(func, *call._replace(needs=needs))[1] for phase, needs in alone.items()}
+
+
+def profile(loop: Loop, batches: Sequence[Batch], rounds: int, device: str) -> Profile:
+    """Profile a step, from medians over ``rounds`` of one whole step and one whose calls are timed.
+
+    The optimizers are timed within the whole step. The remainder of the step is everything else: losses,
+    BatchNorm's per-channel arithmetic, autograd and copies.
+
+    Raises:
+        ValueError: the step calls no fused operator.
+    """
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    spent = 0.0
+
+    def add_time(sign: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal spent
+            spent += sign * now()
+
+        return hook
+
+    for adam in loop.adams:
+        adam.register_step_pre_hook(add_time(-1))
+        adam.register_step_post_hook(add_time(1))
+    for batch in batches:
+        loop(batch)  # warm-up: the first steps allocate optimizer state and build caches
+    steps, optimizers, timed = [], [], []
+    for i in range(rounds):
+        spent, batch, start = 0.0, batches[i % len(batches)], now()
+        loop(batch)
+        steps.append(now() - start)
+        optimizers.append(spent)
+        with (timer := _Timer(now)):
+            loop(batch)
+        timed.append(timer.parts)
+    found: dict[tuple[str, str], list[Part]] = {}
+    for calls in zip(*timed, strict=True):
+        part = calls[0]._replace(seconds=statistics.median(call.seconds for call in calls))
+        found.setdefault(part[:2], []).append(part)
+    if not found:
+        raise ValueError("no call of a fused operator was seen in the step")
+    parts = [total(*own[0][:3], own) for own in found.values()]
+    parts.sort(key=lambda part: PHASES.index(part.phase))
+    return Profile(parts, statistics.median(optimizers), statistics.median(steps))
+
+
+def total(phase: str, layer: str, engine: str, parts: Sequence[Part]) -> Part:
+    """Return the sum of parts."""
+    calls, seconds, flops = (sum(own) for own in zip(*(part[3:] for part in parts), strict=True))
+    return Part(phase, layer, engine, calls, seconds, flops)
 
 
 def profile_table(case: Case, name: str, profile: Profile, ceiling: Ceiling) -> Table:
     """Return one row per layer and phase, then the totals of the phases, the optimizers and the rest."""
     columns = ["calls", "ms", "share", "GFLOP", "GFLOP/s", "ceiling"]
-    shown = table.start(f"{name} · {case.title}", ["phase", "layer", "engine"], columns)
+    shown = output.table(f"{name} · {case.title}", ["phase", "layer", "engine"], columns)
 
-    def add(phase: str, layer: str, engine: str, calls: int | None, seconds: float, flops: int) -> None:
+    def add(part: Part) -> None:
+        flops, seconds = part.flops, part.seconds
         work = [rate(flops / 1e9), rate(flops / seconds / 1e9), percent(flops / seconds / ceiling.flops)]
         shown.add_row(
-            *(phase, layer, engine, "" if calls is None else str(calls)),
-            *(_milliseconds(seconds), percent(seconds / profile.step)),
+            *(part.phase, part.layer, part.engine, str(part.calls or "")),
+            *("-" * (seconds < 0) + rate(1e3 * abs(seconds)), percent(seconds / profile.step)),
             *(work if flops else []),
         )
 
-    for phase in PHASES:
-        for part in (part for part in profile.parts if part.phase == phase):
-            add(*part)
+    phases = [[part for part in profile.parts if part.phase == phase] for phase in PHASES]
+    for parts in phases:
+        for part in parts:
+            add(part)
         shown.add_section()
-    for phase in PHASES:
-        own = [part for part in profile.parts if part.phase == phase]
-        if own:
-            calls = sum(part.calls for part in own)
-            add(phase, "", "", calls, sum(part.seconds for part in own), sum(part.flops for part in own))
-    add("optimizers", "", "", None, profile.optimizers, 0)
-    add("everything else", "", "", None, profile.other, 0)
+    for parts in filter(None, phases):
+        add(total(parts[0].phase, "", "", parts))
+    add(Part("optimizers", "", "", 0, profile.optimizers, 0))
+    add(Part("everything else", "", "", 0, profile.other, 0))
     shown.add_section()
-    add("total", "", "", None, profile.step, sum(part.flops for part in profile.parts))
+    add(total("total", "", "", profile.parts)._replace(calls=0, seconds=profile.step))
     return shown
 
 
-def _milliseconds(seconds: float) -> str:
-    return rate(1e3 * seconds) if seconds >= 0 else f"-{rate(-1e3 * seconds)}"
-
-
-def profile_line(ceiling: Ceiling) -> str:
-    return (
-        f"ceiling: {ceiling.flops / 1e9:,.0f} GFLOP/s, {ceiling.measure}; GFLOP are counted as direct "
-        "convolutions, so Winograd may exceed it\n"
-    )
-
-
-def profile_rows(
-    case: Case, name: str, profile: Profile, ceiling: Ceiling, load: float | None
-) -> list[dict[str, Any]]:
+def profile_rows(case: Case, name: str, profile: Profile, ceiling: Ceiling) -> list[Row]:
     """Return the JSON objects: times in seconds, rates in FLOP/s of the direct convolution."""
-    shared = records.common("train", load) | {
-        "case": case.to_json(),
-        "provider": name,
-        "ceiling": ceiling.to_json(),
-        "step": profile.step,
-    }
-
-    def row(phase: str, seconds: float, **more: Any) -> dict[str, Any]:
-        return shared | {"phase": phase, "seconds": seconds, "share": seconds / profile.step} | more
-
-    return [
-        *(
-            row(
-                part.phase,
-                part.seconds,
-                layer=part.layer,
-                engine=part.engine,
-                calls=part.calls,
-                flops=part.flops,
-                flops_per_s=part.flops / part.seconds,
-            )
-            for part in profile.parts
-        ),
-        row("optimizers", profile.optimizers),
-        row("other", profile.other),
-    ]
+    shared = {"case": asdict(case), "provider": name, "ceiling": asdict(ceiling), "step": profile.step}
+    rows = [part._asdict() | {"flops_per_s": part.flops / part.seconds} for part in profile.parts]
+    rows += [{"phase": "optimizers", "seconds": profile.optimizers}]
+    rows += [{"phase": "other", "seconds": profile.other}]
+    return [shared | row | {"share": row["seconds"] / profile.step} for row in rows]

@@ -1,4 +1,4 @@
-"""The process of one provider: ``python -m bench.worker DESCRIPTOR THREADS``, driven by :mod:`bench.race`.
+"""The process of one provider, driven by :mod:`bench.race`: ``python -m bench.worker PIPE THREADS CLASS``.
 
 Within one process, the thread pools of several runtimes would spin during each other's calls. A worker
 therefore replies only after its threads have gone to sleep: any wait policy is fine within a burst, and none
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import pkgutil
 import re
 import resource
 import sys
@@ -20,11 +21,12 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import ceiling
+from bench import machine
 from bench.cases import Case, Materials, Prepared, relative_error
 from bench.providers import find
 from bench.timing import CpuSampler, CudaSampler, Sampler, Times
@@ -47,9 +49,9 @@ class Worker:
     def prepare(self, case: Case, provider_name: str, materials_path: str) -> Prepared:
         """Build, run and check the provider; its error is the maximum over the inputs."""
         provider = find(provider_name)
-        materials = Materials.load(Path(materials_path))
+        materials = Materials(*load_tensors(materials_path))
         self._device = case.device
-        set_precision(case.device, case.dtype)
+        machine.set_precision(case.device, case.dtype)
         network = case.skeleton()
         network.load_state_dict(materials.state)
         network = network.eval().requires_grad_(False).to(case.device, case.torch_dtype)
@@ -84,10 +86,9 @@ class Worker:
             return times, torch.cuda.max_memory_allocated() - self._sampler.overhead
         return times, max(_resident_bytes("VmHWM") - self._baseline, 0)
 
-    def ceiling(self, device: str, dtype: str) -> ceiling.Ceiling:
+    def ceiling(self, device: str, dtype: str) -> machine.Ceiling:
         """Measure the machine's limits."""
-        set_precision(device, dtype)
-        return ceiling.measure(device, dtype)
+        return machine.measure(device, dtype)
 
     def _reset_peak(self) -> None:
         gc.collect()
@@ -100,6 +101,11 @@ class Worker:
                 Path("/proc/self/clear_refs").write_text("5")
 
 
+def load_tensors(path: str) -> Any:
+    """Load what the coordinator has saved: the fields of a case's materials."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def engines(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
     """Describe the engines that a drop-in's layers run on, and why not faster ones; empty for others."""
     fast = sys.modules.get("dcgan.fast")  # a baseline must not import it: that would count as its memory
@@ -109,18 +115,6 @@ def engines(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
     native = f"native {library.isa()}" if ("native", "") in found else ""
     others = [f"{engine}: {reason}" if reason else engine for engine, reason in found if engine != "native"]
     return "; ".join(filter(None, [native, *others]))
-
-
-def set_precision(device: str, dtype: str) -> None:
-    """Turn TF32 on or off for ``dtype``, and cuDNN's algorithm search on."""
-    if device != "cuda":
-        return
-    # Use the older interface, which sets both. After the newer one (``fp32_precision``) torch.compile fails,
-    # because it still reads the older one, which then raises.
-    tf32 = dtype == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = True
 
 
 def _resident_bytes(field: str) -> int:
@@ -167,9 +161,10 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def main(worker: type[Worker] = Worker) -> None:
-    torch.set_num_threads(int(sys.argv[2]))
-    serve(Connection(int(sys.argv[1])), worker())
+def main() -> None:
+    pipe, threads, worker = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    serve(Connection(int(pipe)), pkgutil.resolve_name(worker)())
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import filecmp
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from dcgan import file_diagnosis
-from dcgan.errors import InputError, RunError
-from dcgan.files import point, read_pointer, replacing, sweep, sync_folder
+from dcgan.errors import InputError, RunError, check_integers
+from dcgan.files import point, read_pointer, replacing, reporting_errors, sweep, sync_folder
 from dcgan.networks import Architecture
 
 FORMAT = "dcgan-kernels checkpoint"
@@ -84,8 +84,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         RunError: the file cannot be written (disk full, folder missing); the message gives the reason.
     """
-    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
-    content |= {"format": FORMAT, "version": VERSION, "architecture": asdict(checkpoint.architecture)}
+    content = vars(checkpoint) | {"format": FORMAT, "version": VERSION}
+    content["architecture"] = asdict(checkpoint.architecture)
     try:
         with replacing(path, durable=True) as file:
             torch.save(content, file)
@@ -114,10 +114,9 @@ def parse(content: Any, path: Path) -> Checkpoint:
             f"{path} is a checkpoint of version {content.get('version')!r}; "
             f"only version {VERSION} can be read"
         )
-    names = {f.name for f in fields(Checkpoint)}
     try:
         architecture = Architecture(**content["architecture"])
-        values = {name: content[name] for name in names}
+        values = {f.name: content[f.name] for f in fields(Checkpoint)}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is a damaged checkpoint: {error}") from error
     return Checkpoint(**values | {"architecture": architecture})
@@ -149,41 +148,13 @@ def load(path: Path, whole: bool = False) -> Any:
     except Exception as error:  # the zip and pickle parsers may raise anything on bytes of another format
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek in a truncated file
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        raise CheckpointError(f"{path} {_diagnosis(path, error)}") from error
-
-
-def _diagnosis(path: Path, error: Exception) -> str:
-    found = file_diagnosis.describe(path)
-    if found is not None:
-        return f"is {found}"
-    return file_diagnosis.explain_refusal(path, error) or (
-        "is not a loadable checkpoint: it is truncated, damaged or of another format"
-    )
+        raise CheckpointError(f"{path} {file_diagnosis.explain(path, error)}") from error
 
 
 def resolve_pointer(path: Path) -> Path:
     """Return the checkpoint named by ``path`` if that is a text pointer file, else ``path`` itself."""
     target = None if path.is_symlink() else read_pointer(path)
     return path if target is None or _STEP_NAME.fullmatch(target.name) is None else target
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        read(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _read_with_copies(path: Path, copies: dict[Path, Path]) -> Checkpoint:
-    """Read the checkpoint at ``path``, or a copy of it if that file is missing or damaged."""
-    try:
-        return read(path)
-    except CheckpointError:
-        for copy, original in copies.items():
-            if original == path:
-                return read(copy)
-        raise
 
 
 class Folder:
@@ -198,8 +169,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, keep: int = 3) -> None:
-        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
-            raise InputError(f"keep must be an integer of at least 1, got {keep!r}")
+        check_integers(1, keep=keep)
         self.path, self.keep = path, keep
         self._best_score: float | None = None
 
@@ -249,29 +219,26 @@ class Folder:
             with self._writing():
                 for copy, path in copies.items():
                     self._replace_copy(copy, path)
-        failures: list[str] = []
-        for path in sorted({*self._step_files(), *copies.values()}, reverse=True):
+        failures: dict[Path, str] = {}
+        files = [(path, path) for path in self._step_files()]
+        files += [(path, copy) for copy, path in copies.items()]
+        for path, file in sorted(files, key=lambda one: one[0], reverse=True):  # a copy after its original
             try:
-                found = _read_with_copies(path, copies)
+                found = read(file)
             except CheckpointError as error:
-                failures.append(str(error))
+                failures[path] = str(error)
                 continue
-            for failure in failures:
+            failures.pop(path, None)
+            for failure in failures.values():
                 say(f"{failure}; going back to the previous checkpoint, {path.name}")
             if mark:
                 with self._writing():
                     self._update_pointers(path, found.score)
             return found, path
-        raise CheckpointError(
-            f"no checkpoint to resume from in {self.path}" + "".join(f"; {failure}" for failure in failures)
-        )
+        raise CheckpointError("; ".join([f"no checkpoint to resume from in {self.path}", *failures.values()]))
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"cannot write into {self.path}: {error.strerror or error}") from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return reporting_errors(f"into {self.path}")
 
     def _step_path(self, step: int) -> Path:
         return self.path / f"step-{step:09d}.pt"
@@ -294,8 +261,10 @@ class Folder:
 
         Does nothing if ``path`` is already a different, intact checkpoint.
         """
-        if path.exists() and not filecmp.cmp(copy, path, shallow=False) and _is_intact(path):
-            return
+        if path.exists() and not filecmp.cmp(copy, path, shallow=False):
+            with suppress(CheckpointError):
+                read(path)
+                return
         with replacing(path, durable=True) as file, copy.open("rb") as content:
             shutil.copyfileobj(content, file)
         point(copy, path.name)
@@ -315,10 +284,7 @@ class Folder:
             self._best_score = score
 
     def _is_best(self, score: float) -> bool:
-        if self._best_score is None:
-            best = self.best()
-            try:
-                self._best_score = None if best is None else read(best).score
-            except CheckpointError:
-                self._best_score = None
+        if self._best_score is None and (best := self.best()) is not None:
+            with suppress(CheckpointError):
+                self._best_score = read(best).score
         return self._best_score is None or score <= self._best_score

@@ -23,7 +23,7 @@ from dcgan import fast, models
 from dcgan.cli.options import choose_device, integer, output_folder, reporting, size
 from dcgan.data import Batches, digits
 from dcgan.files import replacing
-from dcgan.images import save_grid
+from dcgan.generation import save_grid
 from dcgan.models import weights_init
 from dcgan.training import Config, TrainStep, optimizers
 

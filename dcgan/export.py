@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from dcgan import extras, fast, models, pretrained
 from dcgan.errors import InputError, RunError
-from dcgan.files import replacing
+from dcgan.files import writing
 
 INSTALL = extras.install("export")
 
@@ -90,7 +90,7 @@ def safetensors(network: nn.Module, path: Path) -> Exported:
             "format": "pt",
             "network": kind,
             "model": "mlp" if is_mlp else "dcgan",
-            **{name: str(size) for name, size in _sizes(plain).items()},
+            **{name: str(size) for name, size in plain.sizes().items()},
         }
         try:
             state = {key: value.contiguous() for key, value in network.state_dict().items()}
@@ -102,7 +102,7 @@ def safetensors(network: nn.Module, path: Path) -> Exported:
                 f"{_changes(network) or _first_line(error.__cause__ or error)}. Export it to onnx or "
                 "torch-export instead"
             ) from error
-    return _write(content, path, Exported(len(content), "", "", None, ""))
+    return _write(content, path, "", "", None, "")
 
 
 def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exported:
@@ -133,12 +133,12 @@ def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exporte
         with _exporting("ONNX", network):
             program = torch.onnx.export(
                 plain,
-                (_example(check.shape, batch),),
+                (check.example,),
                 dynamo=True,
                 verbose=False,
                 input_names=[name_in],
                 output_names=[name_out],
-                dynamic_shapes=check.dynamic(),
+                dynamic_shapes=check.dynamic,
             )
             assert program is not None
             content = program.model_proto.SerializeToString()
@@ -153,7 +153,7 @@ def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exporte
         difference = check.difference(
             lambda x: torch.from_numpy(session.run(None, {name_in: x.numpy()})[0]), checked
         )
-    return _write(content, path, Exported(len(content), *check.shapes(), difference, checked))
+    return _write(content, path, *check.shapes(), difference, checked)
 
 
 def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) -> Exported:
@@ -163,7 +163,7 @@ def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) ->
     """
     file = io.BytesIO()
     with _evaluated(network, batch) as (plain, check), _exporting("torch.export", network):
-        program = torch.export.export(plain, (_example(check.shape, batch),), dynamic_shapes=check.dynamic())
+        program = torch.export.export(plain, (check.example,), dynamic_shapes=check.dynamic)
         torch.export.save(program, file)
         content = file.getvalue()
         loaded = torch.export.load(io.BytesIO(content)).module()
@@ -175,7 +175,7 @@ def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) ->
         )
     checked = f"PyTorch {torch.__version__}, loaded back"
     difference = check.difference(loaded, checked)
-    return _write(content, path, Exported(len(content), *check.shapes(), difference, checked))
+    return _write(content, path, *check.shapes(), difference, checked)
 
 
 # --- the network that is exported ---------------------------------------------------------------------------
@@ -213,12 +213,10 @@ def _evaluated(network: nn.Module, batch: int | None = None) -> Iterator[tuple[A
                     f"network cannot be copied to the CPU and run in float32: {_reason(error, network)}"
                 ) from error
             # The check has run the network's own class; a fast network is exported as the reference class.
-            plain = copied
-            for kind, reference in _REFERENCES.items():
-                if type(copied) is kind:
-                    plain = copy.copy(copied)
-                    plain.__class__ = reference
-            yield plain, check
+            if type(copied) in _REFERENCES:
+                copied = copy.copy(copied)
+                copied.__class__ = _REFERENCES[type(copied)]
+            yield copied, check
     finally:
         for module in training:
             module.training = True
@@ -238,11 +236,6 @@ def _copy(network: nn.Module) -> Any:
     return copy.deepcopy(network, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
 
 
-def _sizes(network: Any) -> dict[str, int]:
-    names = ("latent_dim", "channels", "features", "image_size")
-    return {name: getattr(network, name) for name in names if hasattr(network, name)}
-
-
 def _input_shape(network: Any) -> tuple[int, ...]:
     if isinstance(network, models.Generator | models.MLPGenerator):
         return (network.latent_dim,)
@@ -257,16 +250,16 @@ def _read_back(content: bytes, kind: Any) -> nn.Module:
             return pretrained.read(file, kind).module("reference")
 
 
-def _changes(network: nn.Module) -> str:
+def _changes(network: Any) -> str:
     """Describe how the network differs from the default one of its sizes; '' if it does not."""
     kind = next(kind for kind in get_args(Exportable) if isinstance(network, kind))
     try:
         with torch.device("meta"):
-            default = kind(**_sizes(network))
+            default = kind(**network.sizes())
     except ValueError as error:
         return str(error)
     found = []
-    if type(network) not in (kind, *(fast_kind for fast_kind, k in _REFERENCES.items() if k is kind)):
+    if _REFERENCES.get(type(network), type(network)) is not kind:
         found.append(f"the network is a {type(network).__qualname__}")
     expected = {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in default.named_modules()}
     changed: list[str] = []
@@ -320,6 +313,9 @@ class _Check:
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], batch: int | None) -> None:
         self.shape, self.batch = shape, batch
+        # To trace with: torch.export would specialize a dynamic batch size if it were 1 here.
+        self.example = torch.zeros(2 if batch is None else batch, *shape, dtype=torch.float32)
+        self.dynamic: Any = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
         with torch.no_grad():
             probes = _probes(network, shape)
             sizes = BATCHES if batch is None else (batch,) * max(2, -(-_PROBES // batch))
@@ -357,20 +353,12 @@ class _Check:
             worst = max(worst, difference)
         return worst
 
-    def dynamic(self) -> Any:
-        return ({0: torch.export.Dim("batch", min=1)},) if self.batch is None else None
-
     def shapes(self) -> tuple[str, str]:
         """Return the shapes of the inputs and of the outputs as text."""
         n = "batch" if self.batch is None else self.batch
         shapes = self.shape, self.outputs[0].shape[1:]
         inputs, outputs = (f"[{', '.join(map(str, (n, *shape)))}]" for shape in shapes)
         return inputs, outputs
-
-
-def _example(shape: tuple[int, ...], batch: int | None) -> Tensor:
-    """Return an input to trace with; torch.export would specialize a dynamic batch size if it were 1 here."""
-    return torch.zeros(2 if batch is None else batch, *shape, dtype=torch.float32)
 
 
 def _spread(outputs: Tensor) -> float:
@@ -397,7 +385,12 @@ def _probes(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
         RunError: the outputs do not differ at any contrast.
     """
     random = torch.Generator().manual_seed(0)
-    pool = _latents(shape, random) if len(shape) == 1 else _images(shape, random)
+    pool = torch.randn(_PROBES, *shape, generator=random, dtype=torch.float32)
+    if len(shape) == 3:  # from noise to smooth blobs, in (-1, 1)
+        blobs = torch.randn(_PROBES, shape[0], 4, 4, generator=random, dtype=torch.float32)
+        blobs = nn.functional.interpolate(blobs, shape[1:], mode="bicubic")
+        share = torch.linspace(0, 1, _PROBES, dtype=torch.float32).view(-1, 1, 1, 1)
+        pool = torch.lerp(pool, blobs, share).tanh()
     probes, max_spread = pool, -1.0
     for contrast in _CONTRASTS:
         outputs = _outputs(network, contrast * pool)
@@ -420,9 +413,10 @@ def _unsaturated(network: nn.Module, images: Tensor) -> Tensor:
     few and small steps.
     """
     captured: list[Tensor] = []
-    sigmoids = [module for module in network.modules() if isinstance(module, nn.Sigmoid)]
     hooks = [
-        module.register_forward_pre_hook(lambda _, args: captured.append(args[0])) for module in sigmoids
+        module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+        for module in network.modules()
+        if isinstance(module, nn.Sigmoid)
     ]
     targets = torch.linspace(0.1, 0.9, len(images), dtype=torch.float32).logit()
     try:
@@ -449,29 +443,14 @@ def _unsaturated(network: nn.Module, images: Tensor) -> Tensor:
     return images.detach()
 
 
-def _latents(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    return torch.randn(_PROBES, *shape, generator=random, dtype=torch.float32)
-
-
-def _images(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """Return images from noise to smooth blobs, in (-1, 1)."""
-    channels, size, _ = shape
-    noise = _latents(shape, random)
-    blobs = nn.functional.interpolate(_latents((channels, 4, 4), random), (size, size), mode="bicubic")
-    share = torch.linspace(0, 1, _PROBES, dtype=torch.float32).view(-1, 1, 1, 1)
-    return torch.lerp(noise, blobs, share).tanh()
-
-
 # --- files and exporters ------------------------------------------------------------------------------------
 
 
-def _write(content: bytes, path: Path, exported: Exported) -> Exported:
-    try:
-        with replacing(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    return exported
+def _write(content: bytes, path: Path, *description: Any) -> Exported:
+    """Write the file; ``description`` is what :class:`Exported` says apart from its size."""
+    with writing(path) as file:
+        file.write(content)
+    return Exported(len(content), *description)
 
 
 @contextlib.contextmanager
@@ -481,16 +460,13 @@ def _exporting(name: str, network: nn.Module) -> Iterator[None]:
     Raises:
         InputError: the exporter fails; the message says which change in the network may be the cause.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        except Exception as error:
-            raise InputError(f"network cannot be exported by {name}: {_reason(error, network)}") from error
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    except Exception as error:
+        raise InputError(f"network cannot be exported by {name}: {_reason(error, network)}") from error
+    finally:
+        logging.disable(disabled)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 EXTRAS = {
     "train": (
-        *("PIL", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard"),
-        *("tomli", "torchvision", "typer", "yaml"),
+        *("PIL", "matplotlib", "pydantic", "rich", "safetensors", "scipy", "sklearn"),
+        *("tensorboard", "tomli", "torchvision", "typer", "yaml"),
     ),
     "eval": ("torchmetrics",),
     "inception": ("torch_fidelity",),

@@ -5,6 +5,7 @@ Files are identified by their content, never by their name, and nothing in them 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickletools
 import re
@@ -31,12 +32,22 @@ _MAGICS = (
 )
 
 
-def describe(path: Path) -> str | None:
-    """Return what the file is, as the end of a sentence "{path} is …"; None if it may be a PyTorch file.
+def explain(path: Path, error: Exception) -> str:
+    """Return why ``torch.load(path, weights_only=True)`` raised ``error``, to follow the path in a message.
 
     Raises:
         OSError: the file is missing or cannot be read.
     """
+    found = _describe(path)
+    if found is not None:
+        return f"is {found}"
+    return _explain_refusal(path, error) or (
+        "is not a loadable checkpoint: it is truncated, damaged or of another format"
+    )
+
+
+def _describe(path: Path) -> str | None:
+    """Return what the file is, as the end of a sentence "{path} is …"; None if it may be a PyTorch file."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if not head:
@@ -62,11 +73,8 @@ def describe(path: Path) -> str | None:
     return None
 
 
-def explain_refusal(path: Path, error: Exception) -> str | None:
-    """Explain why ``torch.load(path, weights_only=True)`` raised ``error`` for a file written by torch.save.
-
-    Returns the end of a sentence that starts with the path; None if the content is not the reason.
-    """
+def _explain_refusal(path: Path, error: Exception) -> str | None:
+    """Explain why a file written by torch.save is refused; None if its content is not the reason."""
     loaded = f"torch.load({_quoted(path)}, weights_only=False)"
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     try:
@@ -115,25 +123,22 @@ def _first_operation(path: Path) -> tuple[object, str, object]:
     Raises:
         ValueError, IndexError, zipfile.BadZipFile: torch.save did not write the file.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            inside = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            with archive.open(inside[0]) as file:
-                return _first_in_pickle(file)
-    with path.open("rb") as file:
-        for _ in range(3):  # the magic number, the protocol version and the system information
-            for _ in pickletools.genops(file):
-                pass
-        return _first_in_pickle(file)
-
-
-def _first_in_pickle(file: IO[bytes]) -> tuple[object, str, object]:
     protocol: object = 0
-    for operation, argument, _ in pickletools.genops(file):
-        if operation.name == "PROTO":
-            protocol = argument
-        elif operation.name != "FRAME":
-            return protocol, operation.name, argument
+    with contextlib.ExitStack() as stack:
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            inside = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            file: IO[bytes] = stack.enter_context(archive.open(inside[0]))
+        else:
+            file = stack.enter_context(path.open("rb"))
+            for _ in range(3):  # the magic number, the protocol version and the system information
+                for _ in pickletools.genops(file):
+                    pass
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name == "PROTO":
+                protocol = argument
+            elif operation.name != "FRAME":
+                return protocol, operation.name, argument
     return protocol, "", None
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from dcgan.errors import RunError
+
 MAX_NAME_BYTES = 255  # limit of common file systems
 
 
@@ -42,6 +44,22 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Do the same as :func:`replacing`, but raise RunError, which names ``path`` and the reason."""
+    with reporting_errors(str(path)), replacing(path) as file:
+        yield file
+
+
+@contextmanager
+def reporting_errors(target: str) -> Iterator[None]:
+    """Turn an OSError in the block into a RunError, "cannot write ``target``" and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def sweep(folder: Path) -> None:

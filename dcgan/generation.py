@@ -13,18 +13,17 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, features
 from torch import Tensor, nn
-from torchvision.utils import make_grid
+from torch.nn import functional as F
 
-from dcgan.errors import InputError, RunError
-from dcgan.files import replacing
+from dcgan.errors import InputError, RunError, check_integers
+from dcgan.files import replacing, writing
 
 NOISE_BLOCK = 64
 
@@ -50,8 +49,8 @@ def latents(
 
     Source: Brock et al., *Large Scale GAN Training for High Fidelity Natural Image Synthesis*, 2019.
     """
-    _check_integers(1, latent_dim=latent_dim)
-    _check_integers(0, seed=seed, **({"index": min(indices)} if len(indices) else {}))
+    check_integers(1, latent_dim=latent_dim)
+    check_integers(0, seed=seed, **({"index": min(indices)} if len(indices) else {}))
     if truncation is not None and not (
         isinstance(truncation, int | float) and 0 < truncation < math.inf and truncation is not True
     ):
@@ -156,9 +155,9 @@ def images(
             batch depend on one another.
         RunError: during iteration, if a batch does not fit into memory.
     """
-    _check_integers(1, n=n, batch=batch)
+    check_integers(1, n=n, batch=batch)
     rank, world = shard
-    _check_integers(1, world=world)
+    check_integers(1, world=world)
     if not 0 <= rank < world:
         raise InputError(f"rank must be from 0 to {world - 1} for a world of {world}, got {rank!r}")
     dim: Any = generator.latent_dim
@@ -188,7 +187,7 @@ def interpolation(
 
     Yields, raises: as :func:`images`, and InputError as :func:`slerp`.
     """
-    _check_integers(1, steps=steps, batch=batch)
+    check_integers(1, steps=steps, batch=batch)
     dim: Any = generator.latent_dim
     if points.ndim != 2 or points.shape[0] < 2 or points.shape[1] != dim:
         raise InputError(f"points must be [K, {dim}] with K of at least 2, got {list(points.shape)}")
@@ -239,18 +238,39 @@ def to_uint8(batch: Tensor) -> Tensor:
 
 
 # --- files --------------------------------------------------------------------------------------------------
-# All writers take at least one batch of pixels, uint8 [N, C, H, W] on the CPU; image files need 1 or 3
+# All but save_grid take at least one batch of pixels, uint8 [N, C, H, W] on the CPU; image files need 1 or 3
 # channels (else InputError). Files are replaced atomically; RunError if a file cannot be written.
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 1) -> None:
+    """Write one PNG with the images row by row, separated by black lines of 2 pixels.
+
+    Args:
+        images: [N, 1 or 3, H, W] in [-1, 1], black to white, on any device.
+        path: output file, replaced atomically.
+        columns: images per row.
+        scale: integer factor by which small images are enlarged, by repeating pixels.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    from torchvision.utils import save_image
+
+    pixels = F.interpolate(images.detach().float(), scale_factor=scale, mode="nearest")
+    with replacing(path) as file:
+        save_image(pixels, file, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
 
 
 def write_grid(pixels: Iterable[Tensor], path: Path, columns: int = 8) -> None:
     """Write one PNG with the images row by row, separated by black lines of 2 pixels.
 
-    The result equals :func:`dcgan.images.save_grid`'s, but uint8 takes a quarter of the memory of floats.
+    The result equals :func:`save_grid`'s, but uint8 takes a quarter of the memory of floats.
     """
-    _check_integers(1, columns=columns)
+    from torchvision.utils import make_grid  # here, because importing it takes more than a second
+
+    check_integers(1, columns=columns)
     grid = _to_pil(make_grid(torch.cat(list(pixels)), nrow=columns))
-    with _writing(path) as file:
+    with writing(path) as file:
         grid.save(file, format="PNG")
 
 
@@ -260,7 +280,7 @@ def write_files(pixels: Iterable[Tensor], folder: Path, indices: Iterable[int] |
     each = (image for batch in pixels for image in batch)
     for image, index in zip(each, itertools.count() if indices is None else indices, strict=False):
         pil_image = _to_pil(image)
-        with _writing(folder / file_name(index)) as file:
+        with writing(folder / file_name(index)) as file:
             pil_image.save(file, format="PNG")
         count += 1
     return count
@@ -277,9 +297,9 @@ def write_npy(pixels: Iterable[Tensor], path: Path, n: int) -> None:
     Raises:
         InputError: the number of images is not n.
     """
-    _check_integers(1, n=n)
+    check_integers(1, n=n)
     written = 0
-    with _writing(path) as file:
+    with writing(path) as file:
         for batch in pixels:
             array = batch.permute(0, 2, 3, 1).numpy()
             if not written:
@@ -296,24 +316,17 @@ def write_animation(pixels: Iterable[Tensor], path: Path, milliseconds: int = 80
 
     GIF has 256 colours per image: enough for grey images, but not for RGB.
     """
-    _check_integers(1, milliseconds=milliseconds)
+    check_integers(1, milliseconds=milliseconds)
     kind = path.suffix.lower()
     if kind not in ANIMATIONS:
         raise InputError(f"path must end in one of {', '.join(ANIMATIONS)}, got {str(path)!r}")
     if kind == ".webp" and not features.check("webp"):
         raise InputError("this Pillow was built without WebP support; use .gif")
     first, *rest = [_to_pil(image) for batch in pixels for image in batch]
-    options = {"lossless": True} if kind == ".webp" else {}
-    with _writing(path) as file:
-        first.save(
-            file,
-            format=kind[1:].upper(),
-            save_all=True,
-            append_images=rest,
-            duration=milliseconds,
-            loop=0,
-            **options,
-        )
+    options: dict[str, Any] = {"lossless": True} if kind == ".webp" else {}
+    options |= {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0}
+    with writing(path) as file:
+        first.save(file, kind[1:], **options)
 
 
 ANIMATIONS = (".gif", ".webp")
@@ -327,18 +340,3 @@ def _to_pil(image: Tensor) -> Image.Image:
         )
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if image.shape[0] == 1 else array)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with replacing(path) as file:
-            yield file
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _check_integers(minimum: int, **values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise InputError(f"{name} must be an integer of at least {minimum}, got {value!r}")

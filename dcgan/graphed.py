@@ -69,7 +69,7 @@ class Graphed:
 
     def _current_fingerprint(self) -> Hashable:
         """Return everything that a captured graph depends on but its replay does not read."""
-        from .kernels.gpu.launch import precision  # deferred: imports Triton, which CPU machines may lack
+        from .kernels.gpu.launcher import precision  # deferred: imports Triton, which CPU machines may lack
 
         tensors = [*self.model.parameters(), *self.model.buffers()]
         if self.model.training:

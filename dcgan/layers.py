@@ -66,8 +66,15 @@ def _why_not_fused(module: nn.Module) -> str:
     return ""
 
 
+def _padding(conv: nn.Conv2d | nn.ConvTranspose2d) -> int:
+    padding = conv.padding[0]
+    assert isinstance(padding, int)
+    return padding
+
+
 def _group(modules: NamedModules) -> Iterator[Layer]:
     """Group the modules into convolution [+ BatchNorm] [+ activation]; any other module is its own layer."""
+    after: list[Any] = [*(module for _, module in modules), None]
     i = 0
     while i < len(modules):
         first, conv = modules[i]
@@ -78,18 +85,16 @@ def _group(modules: NamedModules) -> Iterator[Layer]:
             continue
         assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
         start, norm, act, slope = i - 1, None, "none", None
-        if i < len(modules):
-            module = modules[i][1]
-            if isinstance(module, BatchNorm) and not why_eager(module):
-                norm = module
+        module = after[i]
+        if isinstance(module, BatchNorm) and not why_eager(module):
+            norm = module
+            i += 1
+            module = after[i]
+        if type(module) in _ACTIVATIONS and not why_eager(module):
+            leaky = module.negative_slope if isinstance(module, nn.LeakyReLU) else None
+            if leaky is None or leaky >= 0:
+                act, slope = _ACTIVATIONS[type(module)], leaky
                 i += 1
-        if i < len(modules):
-            module = modules[i][1]
-            if type(module) in _ACTIVATIONS and not why_eager(module):
-                leaky = module.negative_slope if isinstance(module, nn.LeakyReLU) else None
-                if leaky is None or leaky >= 0:
-                    act, slope = _ACTIVATIONS[type(module)], leaky
-                    i += 1
         last = modules[i - 1][0]
         names = first if first == last else f"{first}-{last}"
         yield Layer(names, tuple(m for _, m in modules[start:i]), conv, norm, act, slope, "")
@@ -147,9 +152,7 @@ def _run_layer(layer: Layer, x: Tensor, prologue: _Prologue, channels_last: bool
     op: Callable[..., ops.Outputs] = (
         ops.conv_transpose2d_fused if isinstance(conv, nn.ConvTranspose2d) else ops.conv2d_fused
     )
-    padding = conv.padding[0]
-    assert isinstance(padding, int)
-    geometry = {"stride": conv.stride[0], "padding": padding, "channels_last": channels_last}
+    geometry = {"stride": conv.stride[0], "padding": _padding(conv), "channels_last": channels_last}
     inputs = {
         "center": prologue.center,
         "scale": prologue.scale,
@@ -202,9 +205,9 @@ def _materialize(x: Tensor, prologue: _Prologue) -> Tensor:
     return activate(y, prologue.act, prologue.slope or 0.0).to(x.dtype)
 
 
-def _eager_output_is_channels_last(main: nn.Module, x: Tensor) -> bool:
+def _eager_output_is_channels_last(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Return whether eager's output is channels_last: as in aten, if the input or any weight is."""
-    return any(_is_channels_last(t) for t in (x, *convolution_weights(main)))
+    return any(_is_channels_last(t) for t in (x, *weights))
 
 
 def _own_tensor(module: nn.Module, name: str) -> Any:
@@ -240,21 +243,19 @@ def _stage(layer: Layer) -> chain.Stage | None:
     conv, norm = layer.conv, layer.norm
     if conv is None or _uses_batch_statistics(norm):
         return None
-    padding = conv.padding[0]
-    assert isinstance(padding, int)
+    folded: dict[str, Any] = {}
+    if norm is not None:
+        folded = {"scale": norm.weight, "shift": norm.bias, "mean": norm.running_mean}
+        folded |= {"var": norm.running_var, "eps": norm.eps}
     return chain.Stage(
         isinstance(conv, nn.ConvTranspose2d),
         conv.weight,
-        bias=conv.bias,
-        scale=None if norm is None else norm.weight,
-        shift=None if norm is None else norm.bias,
-        mean=None if norm is None else norm.running_mean,
-        var=None if norm is None else norm.running_var,
-        eps=0.0 if norm is None else norm.eps,
+        conv.bias,
+        **folded,
         act=layer.act,
         slope=layer.slope or 0.0,
         stride=conv.stride[0],
-        padding=padding,
+        padding=_padding(conv),
     )
 
 
@@ -347,8 +348,8 @@ def run(main: nn.Module, x: Tensor, logits: bool, freeze: Callable[[], None] = l
         cached = None if compiling else _chain(main, modules, logits)
         network = stages(modules) if compiling else cached.stages if cached else []
         if network:
-            tensors = (x, *(stage.weight for stage in network))
-            nhwc = network[-1].c_out > 1 and any(_is_channels_last(t) for t in tensors)
+            weights = [stage.weight for stage in network]
+            nhwc = network[-1].c_out > 1 and _eager_output_is_channels_last(x, weights)
             return cached(x, nhwc, freeze) if cached else chain.conv_chain(x, network, nhwc)
     if coverage.why_eager(x, training=True) or (differentiated and _why_small(modules, x)):
         return _call(main, x, logits)
@@ -356,7 +357,7 @@ def run(main: nn.Module, x: Tensor, logits: bool, freeze: Callable[[], None] = l
     if _why_few(layers, modules, x):
         return _call(main, x, logits)
     freeze()
-    channels_last = _eager_output_is_channels_last(main, x)
+    channels_last = _eager_output_is_channels_last(x, convolution_weights(main))
     prologue = _NO_PROLOGUE
     for i, layer in enumerate(layers):
         if layer.conv is None:
@@ -389,8 +390,7 @@ def _macs(modules: NamedModules, x: Tensor) -> list[tuple[nn.Module, int]]:
         if kind not in (nn.Conv2d, nn.ConvTranspose2d):
             continue
         assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-        kernel, stride, padding = module.kernel_size[0], module.stride[0], module.padding[0]
-        assert isinstance(padding, int)
+        kernel, stride, padding = module.kernel_size[0], module.stride[0], _padding(module)
         before = side
         if kind is nn.ConvTranspose2d:
             side = (side - 1) * stride - 2 * padding + kernel

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dcgan.errors import check_positive_integers
+
 IMAGE_SIZES = (32, 64, 128, 256)
 LEAKY_SLOPE = 0.2
 
@@ -33,12 +35,6 @@ def weights_init(module: nn.Module) -> None:
     elif "BatchNorm" in name:
         nn.init.normal_(module.weight.data, 1.0, 0.02)  # type: ignore[arg-type]
         nn.init.constant_(module.bias.data, 0)  # type: ignore[arg-type]
-
-
-def _positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def check_sigmoid(main: nn.Module) -> None:
@@ -70,6 +66,22 @@ def _tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def _check_latent(z: Tensor, latent_dim: int) -> Tensor:
+    """Return z, [N, latent_dim] or [N, latent_dim, 1, 1]. Raises TypeError or ValueError for others."""
+    z = _tensor("z", z)
+    if z.shape[1:] != (latent_dim,) and z.shape[1:] != (latent_dim, 1, 1):
+        raise ValueError(f"z must be [N, {latent_dim}] or [N, {latent_dim}, 1, 1], got {list(z.shape)}")
+    return z
+
+
+def _check_image(image: Tensor, channels: int, size: int) -> Tensor:
+    """Return the image, [N, channels, size, size]. Raises TypeError or ValueError for anything else."""
+    image = _tensor("image", image)
+    if image.ndim != 4 or image.shape[1:] != (channels, size, size):
+        raise ValueError(f"image must be [N, {channels}, {size}, {size}], got {list(image.shape)}")
+    return image
+
+
 def _widths(features: int, image_size: int) -> list[int]:
     """Return the channels of the maps from 4×4 to ``image_size / 2``: [512, 256, 128, 64] by default."""
     if image_size not in IMAGE_SIZES:
@@ -78,15 +90,21 @@ def _widths(features: int, image_size: int) -> list[int]:
     return [features << (levels - 1 - i) for i in range(levels)]
 
 
-class _Sized(nn.Module, abc.ABC):
+class _Sized(nn.Module):
+    """A network that stores its constructor's arguments, which are all sizes."""
+
+    _SIZES: tuple[str, ...]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the constructor's arguments, by name."""
+        return {name: getattr(self, name) for name in self._SIZES}
+
+
+class _Inferable(_Sized, abc.ABC):
     """A network whose sizes can be read off its state dict, so that a mismatched checkpoint changes nothing.
 
     ``nn.Module.load_state_dict`` reports a size mismatch only after it has copied everything that matches.
     """
-
-    @abc.abstractmethod
-    def sizes(self) -> dict[str, int]:
-        """Return the constructor's arguments, by name."""
 
     @staticmethod
     @abc.abstractmethod
@@ -149,7 +167,7 @@ def _convolutions(state: Mapping[str, Any], what: str) -> list[Tensor]:
     return [w for _, w in found]
 
 
-class Generator(_Sized):
+class Generator(_Inferable):
     """G(z): ConvTranspose2d–BatchNorm–ReLU from a 1×1 map to 4×4, doubling up to the image size, then Tanh.
 
     Args:
@@ -166,11 +184,13 @@ class Generator(_Sized):
         TypeError: z is not a tensor.
     """
 
+    _SIZES = ("latent_dim", "channels", "features", "image_size")
+
     def __init__(
         self, latent_dim: int = 100, channels: int = 1, features: int = 64, image_size: int = 64
     ) -> None:
         super().__init__()
-        _positive(latent_dim=latent_dim, channels=channels, features=features)
+        check_positive_integers(ValueError, latent_dim=latent_dim, channels=channels, features=features)
         widths = _widths(features, image_size)
         self.latent_dim, self.channels = latent_dim, channels
         self.features, self.image_size = features, image_size
@@ -187,14 +207,6 @@ class Generator(_Sized):
         layers += [nn.ConvTranspose2d(c_in, channels, 4, 2, 1, bias=False), nn.Tanh()]
         self.main = nn.Sequential(*layers)
 
-    def sizes(self) -> dict[str, int]:
-        return {
-            "latent_dim": self.latent_dim,
-            "channels": self.channels,
-            "features": self.features,
-            "image_size": self.image_size,
-        }
-
     @staticmethod
     def sizes_of(state: Mapping[str, Any]) -> dict[str, int]:
         weights = _convolutions(state, "Generator")
@@ -207,20 +219,14 @@ class Generator(_Sized):
 
     def _latent(self, z: Tensor) -> Tensor:
         """Return z as [N, latent_dim, 1, 1]. Raises TypeError or ValueError for anything else."""
-        z = _tensor("z", z)
-        if z.ndim == 2 and z.shape[1] == self.latent_dim:
-            return z[:, :, None, None]
-        if z.ndim == 4 and z.shape[1:] == (self.latent_dim, 1, 1):
-            return z
-        raise ValueError(
-            f"z must be [N, {self.latent_dim}] or [N, {self.latent_dim}, 1, 1], got {list(z.shape)}"
-        )
+        z = _check_latent(z, self.latent_dim)
+        return z[:, :, None, None] if z.ndim == 2 else z
 
     def forward(self, z: Tensor) -> Tensor:
         return self.main(self._latent(z))  # type: ignore[no-any-return]
 
 
-class Discriminator(_Sized):
+class Discriminator(_Inferable):
     """D(x): Conv2d–BatchNorm–LeakyReLU(0.2), halving to a 4×4 map (no BatchNorm in the first), then Sigmoid.
 
     Args:
@@ -236,9 +242,11 @@ class Discriminator(_Sized):
         TypeError: the image is not a tensor.
     """
 
+    _SIZES = ("channels", "features", "image_size")
+
     def __init__(self, channels: int = 1, features: int = 64, image_size: int = 64) -> None:
         super().__init__()
-        _positive(channels=channels, features=features)
+        check_positive_integers(ValueError, channels=channels, features=features)
         widths = _widths(features, image_size)[::-1]
         self.channels, self.features, self.image_size = channels, features, image_size
 
@@ -253,9 +261,6 @@ class Discriminator(_Sized):
         layers += [nn.Conv2d(c_in, 1, 4, 1, 0, bias=False), nn.Sigmoid()]
         self.main = nn.Sequential(*layers)
 
-    def sizes(self) -> dict[str, int]:
-        return {"channels": self.channels, "features": self.features, "image_size": self.image_size}
-
     @staticmethod
     def sizes_of(state: Mapping[str, Any]) -> dict[str, int]:
         weights = _convolutions(state, "Discriminator")
@@ -266,10 +271,7 @@ class Discriminator(_Sized):
         }
 
     def _image(self, image: Tensor) -> Tensor:
-        image, size = _tensor("image", image), self.image_size
-        if image.ndim != 4 or image.shape[1:] != (self.channels, size, size):
-            raise ValueError(f"image must be [N, {self.channels}, {size}, {size}], got {list(image.shape)}")
-        return image
+        return _check_image(image, self.channels, self.image_size)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.main(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
@@ -284,16 +286,18 @@ class Discriminator(_Sized):
         return without_sigmoid(self.main)(self._image(image)).view(-1, 1).squeeze(1)  # type: ignore[no-any-return]
 
 
-class MLPGenerator(nn.Module):
+class MLPGenerator(_Sized):
     """The original GAN's fully connected generator, for the comparison with DCGAN.
 
     Linear–ReLU three times (256, 512, 1024), then Linear–Tanh to the pixels, without the normalization that
     DCGAN introduced. z [N, latent_dim] or [N, latent_dim, 1, 1] → [N, channels, image_size, image_size].
     """
 
+    _SIZES = ("latent_dim", "channels", "image_size")
+
     def __init__(self, latent_dim: int = 100, channels: int = 1, image_size: int = 64) -> None:
         super().__init__()
-        _positive(latent_dim=latent_dim, channels=channels, image_size=image_size)
+        check_positive_integers(ValueError, latent_dim=latent_dim, channels=channels, image_size=image_size)
         self.latent_dim, self.channels, self.image_size = latent_dim, channels, image_size
         widths = (latent_dim, 256, 512, 1024)
         layers: list[nn.Module] = []
@@ -302,24 +306,21 @@ class MLPGenerator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], channels * image_size**2), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
-        z = _tensor("z", z)
-        if z.ndim not in (2, 4) or z.shape[1] != self.latent_dim or z[0:1].numel() > self.latent_dim:
-            raise ValueError(
-                f"z must be [N, {self.latent_dim}] or [N, {self.latent_dim}, 1, 1], got {list(z.shape)}"
-            )
-        pixels = self.main(z.flatten(1))
+        pixels = self.main(_check_latent(z, self.latent_dim).flatten(1))
         return pixels.view(-1, self.channels, self.image_size, self.image_size)  # type: ignore[no-any-return]
 
 
-class MLPDiscriminator(nn.Module):
+class MLPDiscriminator(_Sized):
     """The original GAN's fully connected discriminator: Linear–LeakyReLU(0.2) (512, 256), Linear–Sigmoid.
 
     image [N, channels, image_size, image_size] → probability [N].
     """
 
+    _SIZES = ("channels", "image_size")
+
     def __init__(self, channels: int = 1, image_size: int = 64) -> None:
         super().__init__()
-        _positive(channels=channels, image_size=image_size)
+        check_positive_integers(ValueError, channels=channels, image_size=image_size)
         self.channels, self.image_size = channels, image_size
         widths = (channels * image_size**2, 512, 256)
         layers: list[nn.Module] = []
@@ -328,10 +329,7 @@ class MLPDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], 1), nn.Sigmoid())
 
     def _image(self, image: Tensor) -> Tensor:
-        image, size = _tensor("image", image), self.image_size
-        if image.ndim != 4 or image.shape[1:] != (self.channels, size, size):
-            raise ValueError(f"image must be [N, {self.channels}, {size}, {size}], got {list(image.shape)}")
-        return image.flatten(1)
+        return _check_image(image, self.channels, self.image_size).flatten(1)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.main(self._image(image)).squeeze(1)  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from dcgan import fast, models
-from dcgan.errors import InputError
+from dcgan.errors import InputError, check_choice, check_positive_integers
 from dcgan.kernels import ops
 
 Model = Literal["dcgan", "mlp"]
@@ -39,15 +39,9 @@ class Architecture:
     image_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.model not in get_args(Model):
-            raise InputError(f"model must be one of {', '.join(get_args(Model))}, got {self.model!r}")
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{field.name} must be a positive integer, got {value!r}")
-        if self.image_size not in models.IMAGE_SIZES:
-            allowed = ", ".join(map(str, models.IMAGE_SIZES))
-            raise InputError(f"image_size must be one of {allowed}, got {self.image_size!r}")
+        check_choice("model", self.model, get_args(Model))
+        check_positive_integers(**{field.name: getattr(self, field.name) for field in fields(self)[1:]})
+        check_choice("image_size", self.image_size, models.IMAGE_SIZES)
 
     def generator(self, engine: Engine = "auto") -> nn.Module:
         """Return a new Generator with PyTorch's default initialization.
@@ -58,23 +52,20 @@ class Architecture:
         Raises:
             InputError: ``engine`` is unknown, or has no kernels for the model.
         """
-        if self._is_reference(engine):
-            if self.model == "mlp":
-                return models.MLPGenerator(self.latent_dim, self.channels, self.image_size)
-            return models.Generator(self.latent_dim, self.channels, self.features_g, self.image_size)
-        return fast.Generator(self.latent_dim, self.channels, self.features_g, self.image_size)
+        kind = models.Generator if self._is_reference(engine) else fast.Generator
+        if self.model == "mlp":
+            return models.MLPGenerator(self.latent_dim, self.channels, self.image_size)
+        return kind(self.latent_dim, self.channels, self.features_g, self.image_size)
 
     def discriminator(self, engine: Engine = "auto") -> nn.Module:
         """Return a new Discriminator; ``engine`` and errors as in :meth:`generator`."""
-        if self._is_reference(engine):
-            if self.model == "mlp":
-                return models.MLPDiscriminator(self.channels, self.image_size)
-            return models.Discriminator(self.channels, self.features_d, self.image_size)
-        return fast.Discriminator(self.channels, self.features_d, self.image_size)
+        kind = models.Discriminator if self._is_reference(engine) else fast.Discriminator
+        if self.model == "mlp":
+            return models.MLPDiscriminator(self.channels, self.image_size)
+        return kind(self.channels, self.features_d, self.image_size)
 
     def _is_reference(self, engine: Engine) -> bool:
-        if engine not in ops.ENGINES:
-            raise InputError(f"engine must be one of {', '.join(ops.ENGINES)}, got {engine!r}")
+        check_choice("engine", engine, ops.ENGINES)
         if self.model == "mlp" and engine not in ("auto", "reference"):
             raise InputError(f"engine must be auto or reference for the model mlp, got {engine!r}")
         return self.model == "mlp" or engine == "reference"

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from dcgan import checkpoint, state_dicts
 from dcgan.checkpoint import CheckpointError
-from dcgan.errors import InputError
+from dcgan.errors import InputError, check_choice, one_line
 from dcgan.networks import Architecture, Engine
 from dcgan.state_dicts import Network
 
@@ -69,19 +69,13 @@ class Pretrained:
             CheckpointError: the weights do not match the network; the message names the file.
             InputError: the engine has no kernels for the network.
         """
-        build = getattr(self.architecture, self.network)
-        module: nn.Module = build(engine)
+        module: nn.Module = getattr(self.architecture, self.network)(engine)
         try:
             module.load_state_dict(self.state)
         except (RuntimeError, AttributeError) as error:  # AttributeError: a value is not a tensor
-            why = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{self.file} does not hold a complete {_TITLES[self.network]}: {why}"
-            ) from error
+            whole = f"a complete {self.network.capitalize()}"
+            raise CheckpointError(f"{self.file} does not hold {whole}: {one_line(error)}") from error
         return module.to(device).eval()
-
-
-_TITLES: dict[Network, str] = {"generator": "Generator", "discriminator": "Discriminator"}
 
 
 def generator(
@@ -123,8 +117,7 @@ def discriminator(
 
 def read(path: Path | str, network: Network, *, ema: bool = True, which: Which = "last") -> Pretrained:
     """Load only the weights; arguments and errors are those of :func:`generator`."""
-    if network not in get_args(Network):
-        raise InputError(f"network must be one of {', '.join(get_args(Network))}, got {network!r}")
+    check_choice("network", network, get_args(Network))
     file = find(Path(path), which)
     if _is_safetensors(file):
         return _from_state(*_read_safetensors(file), network, ema, file)
@@ -141,8 +134,7 @@ def find(path: Path, which: Which = "last") -> Path:
         CheckpointError: the folder has no such checkpoint.
         InputError: ``which`` is invalid, or 'best' for a single file.
     """
-    if which not in get_args(Which):
-        raise InputError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}")
+    check_choice("which", which, get_args(Which))
     if not path.is_dir():
         if which == "best" and path.exists():
             raise InputError(f"which must be last for a single file, got 'best' for {path}")
@@ -160,11 +152,9 @@ def find(path: Path, which: Which = "last") -> Path:
 
 
 def _from_checkpoint(content: checkpoint.Checkpoint, network: Network, ema: bool, file: Path) -> Pretrained:
-    if network == "discriminator":
-        return Pretrained(file, network, content.architecture, content.discriminator)
-    if ema and content.ema is not None:
+    if network == "generator" and ema and content.ema is not None:
         return Pretrained(file, network, content.architecture, content.ema, averaged=True)
-    return Pretrained(file, network, content.architecture, content.generator)
+    return Pretrained(file, network, content.architecture, getattr(content, network))
 
 
 def _from_state(
@@ -180,21 +170,19 @@ def _from_state(
         other = next((one.network for one in found if one.network is not None), None)
         if other is not None:
             raise CheckpointError(
-                f"{file} holds the weights of a {_TITLES[other]}, not of a {_TITLES[network]}"
+                f"{file} holds the weights of a {other.capitalize()}, not of a {network.capitalize()}"
             )
         why = found[0].defect if found else state_dicts.describe_missing(dicts)
         raise CheckpointError(f"{file} holds no network of this project: {why}")
     if len(selected) > 1:
-        name = json.dumps(file.name)
-        content_of = (
-            f"safetensors.torch.load_file({name})"
-            if _is_safetensors(file)
-            else f"torch.load({name}, weights_only=True)"
-        )
-        lines = [f'torch.save({one.expression(content_of)}, "{network}.pth")' for one in selected]
+        load = "torch.load({}, weights_only=True)"
+        if _is_safetensors(file):
+            load = "safetensors.torch.load_file({})"
+        load = load.format(json.dumps(file.name))
+        lines = [f'torch.save({one.expression(load)}, "{network}.pth")' for one in selected]
         raise CheckpointError(
-            f"{file} holds {len(selected)} different {_TITLES[network]}s, and it is unclear which is meant; "
-            f"save one of them to its own file: {'; or '.join(lines)}"
+            f"{file} holds {len(selected)} different {network.capitalize()}s, and it is unclear which is "
+            f"meant; save one of them to its own file: {'; or '.join(lines)}"
         )
     one = selected[0]
     assert one.architecture is not None

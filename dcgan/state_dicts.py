@@ -105,12 +105,10 @@ def candidates(place: str, state: Mapping[str, Any], metadata: Mapping[str, str]
         found = Candidate(place, prefix, plain if len(plain) == len(own) else own)
         averaged = bool(found.words & AVERAGES) or prefix.startswith(averages)
         try:
-            from_metadata = "network" in metadata
-            network, architecture = _declared(metadata) if from_metadata else _inferred(found.state)
+            network, architecture = _declared(metadata) if "network" in metadata else _inferred(found.state)
+            yield replace(found, averaged=averaged, network=network, architecture=architecture)
         except (ValueError, KeyError) as error:
             yield replace(found, defect=str(error))
-        else:
-            yield replace(found, averaged=averaged, network=network, architecture=architecture)
 
 
 def _prefix(key: str) -> str | None:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from . import cpu, ops
-from .call import Call, Stage
 from .ops import LIBRARY, Choice
 from .reference import accumulator_dtype
+from .spec import Call, ConvSpec, Shaped, Stage
 
 
 def runs_as_one_call(x: Tensor) -> bool:
@@ -103,41 +103,47 @@ def _check_vectors(x: Tensor, stage: Stage) -> None:
             raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}")
 
 
+def _call(x: Any, stage: Stage, channels_last: bool) -> Call:
+    """Return the stage as a call of an op, without the epilogue's vectors."""
+    return Call(
+        x,
+        stage.weight,
+        out_act=stage.act,
+        slope=stage.slope,
+        stride=stage.stride,
+        padding=stage.padding,
+        channels_last=channels_last,
+    )
+
+
 def _one_by_one(x: Tensor, stages: Sequence[Stage], channels_last: bool, run: Run) -> Tensor:
     """Run the stages in order, each through ``run``."""
     for i, stage in enumerate(stages):
         _check_vectors(x, stage)
         scale, shift = fold_epilogue(stage, accumulator_dtype(x.dtype))
-        call = Call(
-            x,
-            stage.weight,
-            out_scale=scale,
-            out_shift=shift,
-            out_act=stage.act,
-            slope=stage.slope,
-            stride=stage.stride,
-            padding=stage.padding,
-            channels_last=channels_last or i + 1 < len(stages),
-        )
-        x = run(call, stage.transposed)[0]
+        call = _call(x, stage, channels_last or i + 1 < len(stages))
+        x = run(call._replace(out_scale=scale, out_shift=shift), stage.transposed)[0]
     return x
+
+
+def specs(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> list[ConvSpec]:
+    """Check each layer as its op would, and return its spec, from shapes alone."""
+    found: list[ConvSpec] = []
+    shaped = Shaped(x.shape, x.dtype, x.device, x.stride())
+    for i, stage in enumerate(stages):
+        _check_vectors(x, stage)
+        call = _call(shaped, stage, channels_last or i + 1 < len(stages))
+        spec = ops.check(call, stage.transposed)
+        found.append(spec)
+        shaped = Shaped(spec.shape, spec.dtype, spec.device, spec.y.stride)
+    return found
 
 
 # --- execution ----------------------------------------------------------------------------------------------
 
 
-def _choose_engines(x: Tensor, stages: Sequence[Stage], channels_last: bool) -> tuple[Choice, ...]:
-    """Check each layer as its op would, and choose its engine."""
-    choices: list[Choice] = []
-
-    def choose(call: Call, transposed: bool) -> ops.Outputs:
-        shape = ops.check(call, transposed)
-        choices.append(ops.choose(call, transposed))
-        nothing = call.x.new_empty(1)
-        return nothing.expand(shape), nothing, nothing
-
-    _one_by_one(x, stages, channels_last, choose)
-    return tuple(choices)
+def _choose_engines(specs: Sequence[ConvSpec], stages: Sequence[Stage]) -> tuple[Choice, ...]:
+    return tuple(ops.choose(spec, stage.weight) for spec, stage in zip(specs, stages, strict=True))
 
 
 def _runs_as_one_call(choices: Sequence[Choice], x: Tensor) -> bool:
@@ -151,7 +157,7 @@ def _runs_as_one_call(choices: Sequence[Choice], x: Tensor) -> bool:
 
 def _implementation(x: Tensor, *columns: Any) -> Tensor:
     stages, channels_last = arguments(columns)
-    choices = _choose_engines(x, stages, channels_last)
+    choices = _choose_engines(specs(x, stages, channels_last), stages)
     if not _runs_as_one_call(choices, x):
         return _one_by_one(x, stages, channels_last, ops.run)
     for choice in choices:
@@ -188,7 +194,7 @@ class Chain:
         held = None if found is None else found[1].current()  # kept alive until the call is over
         if found is None or held is None:
             freeze()
-            choices = _choose_engines(x, self.stages, channels_last)
+            choices = _choose_engines(specs(x, self.stages, channels_last), self.stages)
             if not _runs_as_one_call(choices, x):
                 return conv_chain(x, self.stages, channels_last)
             if len(self._prepared) >= self._MAX_PREPARED:
@@ -202,10 +208,7 @@ class Chain:
 
 
 def _fake(x: Tensor, *columns: Any) -> Tensor:
-    def shape(call: Call, transposed: bool) -> ops.Outputs:
-        return ops.empty(call, ops.check(call, transposed))
-
-    return _one_by_one(x, *arguments(columns), shape)
+    return ops.empty(specs(x, *arguments(columns))[-1])[0]
 
 
 def _autograd(x: Tensor, *columns: Any) -> Tensor:

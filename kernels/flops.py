@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from .call import Backward, Call, output_shape
-from .chain import arguments
+from .chain import arguments, specs
 from .ops import NAMES
+from .spec import Backward, Call, ConvSpec, specify
+
+
+def _spec_flops(spec: ConvSpec) -> int:
+    x = spec.images, *spec.x.size
+    return conv_flop_count(x, spec.weight, spec.shape, spec.transposed)  # type: ignore[arg-type]
 
 
 def _forward(*args: Any, transposed: bool, out_val: Any, **kwargs: Any) -> int:
-    return _call_flops(Call(*args, **kwargs), transposed)
-
-
-def _call_flops(call: Call, transposed: bool) -> int:
-    y = output_shape(call, transposed)
-    return conv_flop_count(call.x.shape, call.weight.shape, y, transposed)  # type: ignore[arg-type]
+    return _spec_flops(specify(Call(*args, **kwargs), transposed))
 
 
 def _backward(*args: Any, transposed: bool, out_val: Any, **kwargs: Any) -> int:
@@ -32,17 +32,11 @@ def _backward(*args: Any, transposed: bool, out_val: Any, **kwargs: Any) -> int:
     call = Backward(*args, **kwargs)
     need_x, need_weight, need_prologue, need_out_scale, _ = call.needs
     products = (need_x or need_prologue) + (need_weight or need_out_scale)
-    forward = Call(call.x, call.weight, stride=call.stride, padding=call.padding)
-    return products * _call_flops(forward, transposed)
+    return products * _spec_flops(specify(call, transposed))
 
 
 def _chain(x: Tensor, *columns: Any, out_val: Any, **kwargs: Any) -> int:
-    total = 0
-    for stage in arguments(columns)[0]:
-        call = Call(x, stage.weight, stride=stage.stride, padding=stage.padding)
-        total += _call_flops(call, stage.transposed)
-        x = x.new_empty(1).expand(output_shape(call, stage.transposed))
-    return total
+    return sum(map(_spec_flops, specs(x, *arguments(columns))))
 
 
 def register() -> None:

@@ -39,7 +39,7 @@ def _reference_backward(logits: Tensor, dloss: Tensor, dprobability: Tensor, tar
 def _use_triton(logits: Tensor) -> bool:
     """Return whether the Triton kernels run; raise EngineError if they are forced but cannot."""
     choice = ops.choose_engine(
-        "bce_with_logits", logits, triton=lambda gpu: gpu.why_not_here(logits.device, logits.dtype)
+        "bce_with_logits", logits.device, triton=lambda gpu: gpu.why_not_here(logits.device, logits.dtype)
     )
     ops.record(choice)
     return choice.engine == "triton" and logits.numel() > 0

@@ -28,17 +28,18 @@ covers do not use these ops at all (:mod:`.coverage`).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import cpu, reference, weight_cache
-from .call import Backward, Call, Gradients, Outputs, output_shape
 from .reference import ACTIVATIONS
+from .spec import Backward, Call, ConvSpec, Gradients, Outputs, specify
 
 ENGINES = ("auto", "reference", "triton", "native")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,14 +60,38 @@ class Choice(NamedTuple):
 # --- checks ------------------------------------------------------------------------------------------------
 
 
-def check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
-    """Validate a call and return its output shape.
+MAX_SPECS = 4096  # kept for repeated calls
+_specs: dict[Hashable, ConvSpec] = {}
 
-    Every call pays for this, so each attribute is read only once (4 µs in total).
+
+def _traits(t: Tensor | None) -> Hashable:
+    return None if t is None else (t.shape, t.dtype, t.device)
+
+
+def check(call: Call, transposed: bool) -> ConvSpec:
+    """Validate a call and return its spec. x may be a :class:`.spec.Shaped`.
+
+    Every call pays for this, so the spec of a call like an earlier one is looked up, in half the time.
 
     Raises:
         ValueError, TypeError: names the argument at fault.
     """
+    x, weight, center, scale, shift, in_act, out_scale, out_shift, *rest = call
+    vectors = (center, scale, shift, out_scale, out_shift)
+    key = (transposed, _traits(x), x.stride(), _traits(weight), *map(_traits, vectors), in_act, *rest)
+    try:
+        spec = _specs.get(key)
+    except TypeError:  # symbolic sizes are not hashable
+        return _check(call, transposed)
+    if spec is None:
+        if len(_specs) >= MAX_SPECS:
+            _specs.clear()
+        spec = _specs[key] = _check(call, transposed)
+    return spec
+
+
+def _check(call: Call, transposed: bool) -> ConvSpec:
+    """Validate a call and make its spec."""
     x, weight = call.x, call.weight
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W], got {list(x.shape)}")
@@ -105,13 +130,13 @@ def check(call: Call, transposed: bool) -> tuple[int, int, int, int]:
         _check_vector("out_scale", call.out_scale, c_out, x)
     if call.out_shift is not None:
         _check_vector("out_shift", call.out_shift, c_out, x)
-    shape = output_shape(call, transposed)
-    if shape[2] < 1 or shape[3] < 1:
+    spec = specify(call, transposed)
+    if spec.y.size[1] < 1 or spec.y.size[2] < 1:
         raise ValueError(
             f"x {list(x.shape)} is too small for a {weight.shape[2]}×{weight.shape[3]} kernel with stride "
             f"{call.stride} and padding {call.padding}"
         )
-    return shape
+    return spec
 
 
 def _check_vector(name: str, vector: Tensor | None, channels: int, x: Tensor) -> None:
@@ -161,23 +186,23 @@ def recording() -> Iterator[list[Choice]]:
         _recorder = previous
 
 
-def choose(call: Call, transposed: bool) -> Choice:
+def choose(spec: ConvSpec, weight: Tensor) -> Choice:
     """Choose the engine for a call; raise EngineError if the forced engine does not cover it."""
     return choose_engine(
-        NAMES[transposed],
-        call.x,
-        triton=lambda gpu: gpu.why_not(call, transposed),
-        native=lambda: cpu.why_not(call, transposed, forced=_forced == "native"),
+        NAMES[spec.transposed],
+        spec.device,
+        triton=lambda gpu: gpu.why_not(spec),
+        native=lambda: cpu.why_not(spec, weight, forced=_forced == "native"),
     )
 
 
 def choose_engine(
     name: str,
-    x: Tensor,
+    device: torch.device,
     triton: Callable[[Any], str | None],
     native: Callable[[], str | None] | None = None,
 ) -> Choice:
-    """Choose the engine for the operation ``name`` on x: the forced engine, or else that of x's device.
+    """Choose the engine for the operation ``name``: the forced engine, or else that of the device.
 
     Args:
         triton: given the :mod:`.gpu` package, which is imported only if needed, returns the reason why the
@@ -192,9 +217,9 @@ def choose_engine(
         return Choice(name, "reference", "engine 'reference' is forced")
     engine = _forced
     if engine == "auto":
-        engine = _ENGINE_OF.get(x.device.type, "reference")
+        engine = _ENGINE_OF.get(device.type, "reference")
     if engine == "reference":
-        return Choice(name, "reference", f"no faster engine for {x.device.type} tensors")
+        return Choice(name, "reference", f"no faster engine for {device.type} tensors")
     if engine == "triton":
         from . import gpu
 
@@ -223,34 +248,27 @@ def record(choice: Choice) -> None:
 
 def run(call: Call, transposed: bool) -> Outputs:
     """Check a call, choose its engine and run it there."""
-    shape = check(call, transposed)
-    choice = choose(call, transposed)
+    spec = check(call, transposed)
+    choice = choose(spec, call.weight)
     record(choice)
-    if 0 in shape:
-        return empty(call, shape)
+    if 0 in spec.shape:
+        return empty(spec)
     if choice.engine == "triton":
         from . import gpu
 
-        return gpu.forward(call, transposed)
+        return gpu.forward(spec, call)
     if choice.engine == "native":
-        return cpu.run(call, transposed)
-    return reference.forward(*call, transposed=transposed)
+        return cpu.run(spec, call)
+    return reference.forward(call, transposed)
 
 
-def empty(call: Call, shape: tuple[int, int, int, int]) -> Outputs:
+def empty(spec: ConvSpec) -> Outputs:
     """Allocate outputs of the right shape, dtype and strides; statistics are NaN, as for an empty batch."""
-    x = call.x
-    acc = reference.accumulator_dtype(x.dtype)
-    y = torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(call.channels_last)
-    )
-    size = shape[1] if call.stats else 0
-    nan = float("nan")
-    return (
-        y,
-        torch.full((size,), nan, dtype=acc, device=x.device),
-        torch.full((size,), nan, dtype=acc, device=x.device),
-    )
+    acc = reference.accumulator_dtype(spec.dtype)
+    y = torch.empty_strided(spec.shape, spec.y.stride, dtype=spec.dtype, device=spec.device)
+    size = spec.y.size[0] if spec.y.function == "statistics" else 0
+    mean, var = (torch.full((size,), float("nan"), dtype=acc, device=spec.device) for _ in range(2))
+    return y, mean, var
 
 
 # --- autograd ----------------------------------------------------------------------------------------------
@@ -333,11 +351,12 @@ def _call_backward_op(call: Backward, transposed: bool) -> Gradients:
 
 
 def _run_backward(call: Backward, transposed: bool) -> Gradients:
+    spec = specify(call, transposed)
     choice = choose_engine(
         f"{NAMES[transposed]}_backward",
-        call.x,
-        triton=lambda gpu: gpu.why_not(call, transposed),
-        native=lambda: cpu.products.why_not(call, transposed),
+        spec.device,
+        triton=lambda gpu: gpu.why_not(spec),
+        native=lambda: cpu.why_not(spec),
     )
     record(choice)
     if call.dy.numel():
@@ -346,7 +365,7 @@ def _run_backward(call: Backward, transposed: bool) -> Gradients:
 
             return gpu.backward(call, transposed)
         if choice.engine == "native":
-            return cpu.products.backward(call, transposed)
+            return cpu.products.backward(spec, call)
     computed = reference.backward(call, transposed)
     results = empty_gradients(call)
     for result, gradient in zip(results, computed, strict=True):
@@ -358,18 +377,22 @@ def _run_backward(call: Backward, transposed: bool) -> Gradients:
 # --- registration ------------------------------------------------------------------------------------------
 
 NAMES = {False: "conv2d_fused", True: "conv_transpose2d_fused"}
-_SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? center=None, Tensor? scale=None, Tensor? shift=None, "
-    "str in_act='none', Tensor? out_scale=None, Tensor? out_shift=None, str out_act='none', "
-    "bool stats=False, float slope=0.2, int stride=2, int padding=1, bool channels_last=True) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor dy, Tensor? dmean, Tensor? dvar, Tensor x, Tensor weight, Tensor? center, Tensor? scale, "
-    "Tensor? shift, str in_act, Tensor? out_scale, str out_act, Tensor? y, Tensor? mean, bool stats, "
-    "float slope, int stride, int padding, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    tuple[bool, bool, bool, bool, bool]: "bool[]",
+}
+
+
+def _schema(arguments: type[Call] | type[Backward], results: int) -> str:
+    """Return the schema of an operator with the fields of ``arguments`` that returns ``results`` tensors."""
+    defaults, fields = arguments._field_defaults, []
+    for name, hint in get_type_hints(arguments).items():
+        field = f"{_SCHEMA_TYPES.get(hint) or hint.__name__} {name}"
+        fields.append(f"{field}={defaults[name]!r}" if name in defaults else field)
+    return f"({', '.join(fields)}) -> ({', '.join(['Tensor'] * results)})"
+
+
 LIBRARY = torch.library.Library("dcgan", "DEF")
 
 
@@ -419,14 +442,13 @@ def _autocast(transposed: bool, device: str, key: torch._C.DispatchKey) -> Calla
 
 def _register(transposed: bool) -> Any:
     name = NAMES[transposed]
-    LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(name + _schema(Call, 3), tags=(torch.Tag.pt2_compliant_tag,))
 
     def implementation(*args: Any, **kwargs: Any) -> Outputs:
         return run(Call(*args, **kwargs), transposed)
 
     def fake(*args: Any, **kwargs: Any) -> Outputs:
-        call = Call(*args, **kwargs)
-        return empty(call, check(call, transposed))
+        return empty(_check(Call(*args, **kwargs), transposed))
 
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dcgan::{name}", fake, lib=LIBRARY)
@@ -439,7 +461,7 @@ def _register(transposed: bool) -> Any:
 
 def _register_backward(transposed: bool) -> Any:
     name = f"{NAMES[transposed]}_backward"
-    LIBRARY.define(name + _BACKWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(name + _schema(Backward, 7), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, lambda *args: _run_backward(Backward(*args), transposed), "CompositeExplicitAutograd")
     torch.library.register_fake(f"dcgan::{name}", lambda *args: empty_gradients(Backward(*args)), lib=LIBRARY)
     return getattr(torch.ops.dcgan, name).default
@@ -491,25 +513,32 @@ def _run_under_transform(call: Call, transposed: bool) -> Outputs:
         raise EngineError(f"engine {_forced!r} is forced, but does not cover this call: {choice.reason}")
     record(choice)
     with torch.autocast(device, enabled=False):
-        return reference.forward(*call, transposed=transposed, functional=True)
+        return reference.forward(call, transposed, functional=True)
 
 
-def conv2d_fused(
-    x: Tensor,
-    weight: Tensor,
-    center: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    in_act: str = "none",
-    out_scale: Tensor | None = None,
-    out_shift: Tensor | None = None,
-    out_act: str = "none",
-    stats: bool = False,
-    slope: float = 0.2,
-    stride: int = 2,
-    padding: int = 1,
-    channels_last: bool = True,
-) -> Outputs:
+P = ParamSpec("P")
+
+
+def _public(arguments: Callable[P, Call], transposed: bool, doc: str) -> Callable[P, Outputs]:
+    """Return the public function of an operator; its parameters are those of ``arguments``, in that order."""
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> Outputs:
+        call = arguments(*args, **kwargs)
+        return _run_under_transform(call, transposed) if under_transform() else _OPS[transposed](*call)
+
+    function.__name__ = function.__qualname__ = NAMES[transposed]
+    hints = get_type_hints(arguments)
+    parameters = inspect.signature(arguments).parameters.values()
+    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(annotation=hints[p.name]) for p in parameters], return_annotation=Outputs
+    )
+    function.__doc__ = doc
+    return function
+
+
+conv2d_fused = _public(
+    Call,
+    False,
     """Convolve with a BatchNorm+activation prologue and an epilogue of statistics or affine+activation.
 
     Args:
@@ -528,33 +557,10 @@ def conv2d_fused(
 
     Raises:
         ValueError, TypeError: names the argument, what was given and what is allowed.
-    """
-    call = Call(
-        x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
-        stats, slope, stride, padding, channels_last,
-    )  # fmt: skip
-    return _run_under_transform(call, False) if under_transform() else _OPS[False](*call)
-
-
-def conv_transpose2d_fused(
-    x: Tensor,
-    weight: Tensor,
-    center: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    in_act: str = "none",
-    out_scale: Tensor | None = None,
-    out_shift: Tensor | None = None,
-    out_act: str = "none",
-    stats: bool = False,
-    slope: float = 0.2,
-    stride: int = 2,
-    padding: int = 1,
-    channels_last: bool = True,
-) -> Outputs:
-    """Convolve as :func:`conv2d_fused` does, but transposed: weight is [C_in, C_out, kH, kW]."""
-    call = Call(
-        x, weight, center, scale, shift, in_act, out_scale, out_shift, out_act,
-        stats, slope, stride, padding, channels_last,
-    )  # fmt: skip
-    return _run_under_transform(call, True) if under_transform() else _OPS[True](*call)
+    """,
+)
+conv_transpose2d_fused = _public(
+    Call,
+    True,
+    """Convolve as :func:`conv2d_fused` does, but transposed: weight is [C_in, C_out, kH, kW].""",
+)

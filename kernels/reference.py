@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Backward
+from .spec import Backward, Call, Outputs, dense_strides
 
 aten = torch.ops.aten
 
@@ -101,48 +101,33 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: 
 def _canonical(y: Tensor, channels_last: bool) -> Tensor:
     """Give y the strides of a newly allocated tensor of that format, including its size-1 dimensions."""
     _, c, h, w = y.shape
-    strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    strides = dense_strides((c, h, w), channels_last)
     y = y.contiguous(memory_format=memory_format(channels_last))
     return y if y.stride() == strides else y.as_strided(y.shape, strides)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    in_act: str,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-    out_act: str,
-    stats: bool,
-    slope: float,
-    stride: int,
-    padding: int,
-    channels_last: bool,
-    *,
-    transposed: bool,
-    functional: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Call, transposed: bool, functional: bool = False) -> Outputs:
     """Return (y, mean, var) as defined in the module's docstring; :mod:`.ops` has checked the arguments.
 
     ``functional`` avoids in-place operations and explicit strides, for autograd and torch.func.
     """
+    x, slope = call.x, call.slope
     acc = accumulator_dtype(x.dtype)
     act = activate if functional else activate_
-    if channels_last and not functional:
+    if call.channels_last and not functional:
         x = x.contiguous(memory_format=torch.channels_last)
     x_hat = x
-    if center is not None and scale is not None and shift is not None:
-        x_hat = act(normalise(x.to(acc), center, scale, shift), in_act, slope).to(x.dtype)
-    elif in_act != "none":
-        x_hat = activate(x, in_act, slope)
-    y = _convolve(x_hat.to(acc), weight.to(acc), stride, padding, transposed)
-    if stats:
+    if call.center is not None and call.scale is not None and call.shift is not None:
+        x_hat = normalise(x.to(acc), call.center, call.scale, call.shift)
+        x_hat = act(x_hat, call.in_act, slope).to(x.dtype)
+    elif call.in_act != "none":
+        x_hat = activate(x, call.in_act, slope)
+    y = _convolve(x_hat.to(acc), call.weight.to(acc), call.stride, call.padding, transposed)
+    if call.stats:
         var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
     else:
         mean, var = y.new_empty(0), y.new_empty(0)
+        out_scale, out_shift = call.out_scale, call.out_shift
         target = None if functional else y
         if out_scale is not None and out_shift is not None:  # one pass over y, not two
             y = torch.addcmul(_per_channel(out_shift), y, _per_channel(out_scale), out=target)
@@ -150,9 +135,9 @@ def forward(
             y = torch.mul(y, _per_channel(out_scale), out=target)
         elif out_shift is not None:
             y = torch.add(y, _per_channel(out_shift), out=target)
-        y = act(y, out_act, slope)
+        y = act(y, call.out_act, slope)
     y = y.to(x.dtype)
-    return y if functional else _canonical(y, channels_last), mean, var
+    return y if functional else _canonical(y, call.channels_last), mean, var
 
 
 def gradient_is_channels_last(x: Tensor) -> bool:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from native import THREADS
 
-from dcgan.kernels import coverage, ops
+from dcgan.kernels import coverage, ops, weight_cache
 from dcgan.kernels.cpu import library
+from tests.support.native import THREADS
 
 _deselected_gpu_tests = 0
 
@@ -84,5 +84,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(THREADS)
-    settings.register_profile("dcgan", deadline=None)  # how long an example takes depends on the machine
-    settings.load_profile("dcgan")
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Disable gradients, as inference does."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def empty_weight_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start with an empty weight cache, so that a test can count its entries."""
+    monkeypatch.setattr(weight_cache, "_entries", {})

@@ -113,14 +113,20 @@ def test_the_sdist_holds_the_sources_and_nothing_else(built: tuple[Path, Path], 
         names = {name.partition("/")[2] for name in archive.getnames() if "/" in name}
         assert all(member.isfile() or member.isdir() for member in archive)
     files = {name for name in names if Path(name).suffix or name == "LICENSE"} - {"dcgan_kernels.egg-info"}
-    for folder, suffixes in {"csrc": (".h", ".cpp"), "kernels": (".py", ".json"), "dcgan": (".py",)}.items():
+    folders = {
+        "csrc": (".h", ".cpp"),
+        "kernels": (".py", ".json"),
+        "dcgan": (".py",),
+        "examples": (".py", ".cpp"),
+    }
+    for folder, suffixes in folders.items():
         ours = {
             str(path.relative_to(checkout))
             for path in (checkout / folder).rglob("*")
             if path.suffix in suffixes and "tests" not in path.parts
         }
         assert {name for name in files if name.split("/")[0] == folder} - {"dcgan/py.typed"} == ours
-    others = {name for name in files if name.split("/")[0] not in ("csrc", "kernels", "dcgan")}
+    others = {name for name in files if name.split("/")[0] not in folders}
     generated = {name for name in others if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
     assert others - generated == {
         *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in"),

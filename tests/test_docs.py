@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -48,7 +50,10 @@ def commands() -> list[Snippet]:
         for i, line in enumerate(block.text.splitlines(), 1):
             if command := line.split("  #")[0].strip():
                 found.append(Snippet(block.page, block.line + i, command))
-    quoted = r"`((?:make|dcgan|torchrun|pip install|(?:\.venv/bin/)?python -m|TRITON_INTERPRET=1) [^`]+)`"
+    programs = (
+        r"make |dcgan |torchrun |pip install |(?:\.venv/bin/)?python (?:-m |examples/)|TRITON_INTERPRET=1 "
+    )
+    quoted = rf"`((?:{programs})[^`]+)`"
     for page in PAGES:
         for i, line in enumerate(page.read_text().splitlines(), 1):
             matches = re.finditer(quoted, line)
@@ -83,11 +88,25 @@ def check_bench(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse a command line of ``python -m bench`` without running it."""
     name, *rest = arguments
     assert name in (*bench_main.COMMANDS, "--help")
-    if not rest:
-        return
-    module = importlib.import_module(f"bench.{bench_main.MODULES.get(name, name)}")
-    monkeypatch.setattr(module, "run", lambda args: 0)
-    assert bench_main.main(arguments) == 0
+    if rest:
+        check_script("bench.__main__", arguments, monkeypatch)
+
+
+def check_script(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a command line of a module's ``main`` without running it."""
+
+    class ParsedError(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(*args: Any) -> NoReturn:
+        parse(*args)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    with pytest.raises(ParsedError):
+        importlib.import_module(module).main(arguments)
 
 
 @pytest.mark.parametrize("snippet", commands(), ids=str)
@@ -112,12 +131,21 @@ def test_commands_parse(snippet: Snippet, monkeypatch: pytest.MonkeyPatch) -> No
         check_dcgan(words[words.index("dcgan") + 1 :])
     else:
         assert program.endswith("python"), "a command of a kind that no test checks"
-        assert words.pop(0) == "-m"
-        module, *arguments = words
+        if words[0] != "-m":
+            script = Path(words[0])
+            assert script.parent == Path("examples")
+            check_script(f"examples.{script.stem}", words[1:], monkeypatch)
+            return
+        module, *arguments = words[1:]
         if module == "bench":
             check_bench(arguments, monkeypatch)
         elif module == "dcgan":
             check_dcgan(arguments)
+        elif module.startswith(("tests.", "dcgan.kernels.gpu.tools.")):
+            found = importlib.util.find_spec(module)
+            assert found is not None
+            package = found.submodule_search_locations is not None
+            check_script(f"{module}.__main__" if package else module, arguments, monkeypatch)
         else:
             assert module == "pytest"
             assert all((ROOT / path).exists() for path in arguments if not path.startswith("-"))

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import vocabulary
+
+from tests import vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 

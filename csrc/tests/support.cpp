@@ -1,5 +1,9 @@
 #include "support.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -17,6 +21,31 @@ void require(bool ok, const char* format, ...) {
     va_end(arguments);
     // Not exit(), which would run destructors of objects that other threads still use.
     std::_Exit(1);
+}
+
+void expect_rejected(const char* function, long long code, const char* names, int expected) {
+    require(code == expected, "%s with an invalid %s returns %lld, not %d: %s", function, names, code,
+            expected, dcgan_error());
+    require(std::strstr(dcgan_error(), names) != nullptr, "%s: the error does not name %s: %s", function,
+            names, dcgan_error());
+}
+
+// Seconds after which a forked child is considered to hang.
+static constexpr unsigned HANG_TIMEOUT = 10;
+
+void in_child(const char* when, const std::function<void()>& body) {
+    std::fflush(stdout);
+    const pid_t child = fork();
+    require(child >= 0, "fork failed");
+    if (child == 0) {
+        alarm(HANG_TIMEOUT);
+        body();
+        std::_Exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    require(!WIFSIGNALED(status) || WTERMSIG(status) != SIGALRM, "a forked child hangs: %s", when);
+    require(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child fails: %s", when);
 }
 
 void report(const char* format, ...) {
@@ -42,6 +71,12 @@ const std::vector<std::string>& isas() {
 
 float uniform(Random& random, float limit) {
     return std::uniform_real_distribution<float>(-limit, limit)(random);
+}
+
+Floats random_around(Random& random, long count, float middle, float limit) {
+    Floats block(new float[static_cast<size_t>(count)]);
+    for (long i = 0; i < count; ++i) block[static_cast<size_t>(i)] = middle + uniform(random, limit);
+    return block;
 }
 
 const char* name(Layout layout) {
@@ -142,14 +177,21 @@ bool Tensor::untouched() const {
     return true;
 }
 
-std::vector<uint32_t> Tensor::bits() const {
-    std::vector<uint32_t> all;
+std::vector<float> Tensor::values() const {
+    std::vector<float> all;
     all.reserve(static_cast<size_t>(count()));
     for (long n = 0; n < size[0]; ++n)
         for (long h = 0; h < size[2]; ++h)
             for (long w = 0; w < size[3]; ++w)
-                for (long c = 0; c < size[1]; ++c) all.push_back(bits_of(at(n, c, h, w)));
+                for (long c = 0; c < size[1]; ++c) all.push_back(at(n, c, h, w));
     return all;
+}
+
+std::vector<uint32_t> Tensor::bits() const {
+    const std::vector<float> all = values();
+    std::vector<uint32_t> bits(all.size());
+    if (!all.empty()) std::memcpy(bits.data(), all.data(), all.size() * sizeof all[0]);
+    return bits;
 }
 
 // --- layers
@@ -170,12 +212,6 @@ Layer::Layer(Random& random, bool transposed, int kernel, int stride, int paddin
     const double taps = padding > 0 && transposed ? 4 : transposed ? 1 : kernel * kernel;
     const float size = static_cast<float>(std::sqrt(9.0 / (taps * static_cast<double>(c_in))));
     for (long i = 0; i < weight.count(); ++i) weight.data[i] *= size;
-}
-
-static std::unique_ptr<float[]> random_around(Random& random, long count, float middle, float limit) {
-    std::unique_ptr<float[]> block(new float[static_cast<size_t>(count)]);
-    for (long i = 0; i < count; ++i) block[static_cast<size_t>(i)] = middle + uniform(random, limit);
-    return block;
 }
 
 Layer& Layer::affine(Random& random, bool with_scale, bool with_shift, bool with_statistics, bool with_bias) {
@@ -215,16 +251,6 @@ Layer& Layer::pack(int algorithm, int threads) {
     return *this;
 }
 
-long Layer::out_height() const {
-    return l.transposed ? (l.height - 1) * l.stride - 2 * l.padding + l.kernel
-                        : (l.height + 2 * l.padding - l.kernel) / l.stride + 1;
-}
-
-long Layer::out_width() const {
-    return l.transposed ? (l.width - 1) * l.stride - 2 * l.padding + l.kernel
-                        : (l.width + 2 * l.padding - l.kernel) / l.stride + 1;
-}
-
 const char* algorithm_name(int algorithm) {
     static const char* const names[] = {"dense", "direct", "F2", "F4", "narrow"};
     return names[algorithm];
@@ -244,42 +270,43 @@ std::string describe(const dcgan_layer& l) {
     return text;
 }
 
+void Totals::add(int algorithm, double error) {
+    worst[algorithm] = std::max(worst[algorithm], error);
+}
+
+std::string Totals::summary() const {
+    std::string text = std::to_string(runs) + " runs; largest error:";
+    for (int algorithm = 0; algorithm < 5; ++algorithm) {
+        char one[40];
+        std::snprintf(one, sizeof one, " %s %.1e,", algorithm_name(algorithm), worst[algorithm]);
+        if (worst[algorithm] > 0) text += one;
+    }
+    text.pop_back();
+    return text;
+}
+
 // --- reference
 
 std::vector<double> reference(const Layer& layer, const Tensor& x) {
     const dcgan_layer& l = layer.l;
-    const long images = x.size[0], out_h = layer.out_height(), out_w = layer.out_width();
-    const long c_in = l.c_in, c_out = l.c_out;
+    const long images = x.size[0], c_in = l.c_in, c_out = l.c_out;
+    const std::vector<float> from = x.values();
     // The weights transposed to [tap][c_in][c_out], so that the inner loop over c_out is contiguous.
     std::vector<double> taps;
     taps.reserve(static_cast<size_t>(layer.weight.count()));
-    for (long ky = 0; ky < l.kernel; ++ky)
-        for (long kx = 0; kx < l.kernel; ++kx)
-            for (long i = 0; i < c_in; ++i)
-                for (long o = 0; o < c_out; ++o)
-                    taps.push_back(l.transposed ? layer.weight.at(i, o, ky, kx)
-                                                : layer.weight.at(o, i, ky, kx));
-    std::vector<double> y(static_cast<size_t>(images * out_h * out_w * c_out), 0.0);
-    // A tap connects pixel p of the small map with pixel p·stride - padding + k of the large one. A
-    // convolution maps large to small, a transposed convolution small to large.
-    const long small_h = l.transposed ? l.height : out_h, small_w = l.transposed ? l.width : out_w;
-    const long large_h = l.transposed ? out_h : l.height, large_w = l.transposed ? out_w : l.width;
-    for (long n = 0; n < images; ++n)
-        for (long p = 0; p < small_h; ++p)
-            for (long q = 0; q < small_w; ++q)
-                for (long ky = 0; ky < l.kernel; ++ky)
-                    for (long kx = 0; kx < l.kernel; ++kx) {
-                        const long r = p * l.stride - l.padding + ky, s = q * l.stride - l.padding + kx;
-                        if (r < 0 || r >= large_h || s < 0 || s >= large_w) continue;
-                        const double* w = taps.data() + (ky * l.kernel + kx) * c_in * c_out;
-                        const long pixel =
-                            l.transposed ? (n * out_h + r) * out_w + s : (n * out_h + p) * out_w + q;
-                        double* const to = y.data() + pixel * c_out;
-                        for (long i = 0; i < c_in; ++i, w += c_out) {
-                            const double from = l.transposed ? x.at(n, i, p, q) : x.at(n, i, r, s);
-                            for (long o = 0; o < c_out; ++o) to[o] += from * w[o];
-                        }
-                    }
+    for (long tap = 0; tap < l.kernel * l.kernel; ++tap)
+        for (long i = 0; i < c_in; ++i)
+            for (long o = 0; o < c_out; ++o)
+                taps.push_back(layer.weight.at(l.transposed ? i : o, l.transposed ? o : i, tap / l.kernel,
+                                               tap % l.kernel));
+    std::vector<double> y(static_cast<size_t>(images * layer.out_height() * layer.out_width() * c_out), 0.0);
+    each_connection(l, images, [&](long tap, long small, long large) {
+        const double* w = taps.data() + tap * c_in * c_out;
+        const float* const in = from.data() + (l.transposed ? small : large) * c_in;
+        double* const to = y.data() + (l.transposed ? large : small) * c_out;
+        for (long i = 0; i < c_in; ++i, w += c_out)
+            for (long o = 0; o < c_out; ++o) to[o] += static_cast<double>(in[i]) * w[o];
+    });
     for (size_t i = 0; i < y.size(); ++i) {
         const size_t c = i % static_cast<size_t>(c_out);
         if (l.bias) y[i] += l.bias[c];

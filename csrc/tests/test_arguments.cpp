@@ -1,6 +1,5 @@
 // Invalid arguments are rejected with a negative code and a message that names them, before anything is
 // written.
-#include <cstring>
 #include <functional>
 
 #include "support.h"
@@ -27,13 +26,6 @@ struct Case {
     const char* names;  // must occur in the error message
     Mutation invalidate;
 };
-
-void expect_rejected(const char* function, long long code, int expected, const char* names) {
-    require(code == expected, "%s with an invalid %s returns %lld, not %d: %s", function, names, code,
-            expected, dcgan_error());
-    require(std::strstr(dcgan_error(), names) != nullptr, "%s: the error does not name %s: %s", function,
-            names, dcgan_error());
-}
 
 // Invalid geometry of the first layer. All functions that take a layer reject it.
 const Case GEOMETRY[] = {
@@ -153,11 +145,11 @@ void test_arguments() {
         Call c;
         make_valid(c);
         invalid.invalidate(c);
-        expect_rejected("dcgan_supports", dcgan_supports(c.layers), DCGAN_EARGUMENT, invalid.names);
-        expect_rejected("dcgan_packed_size", dcgan_packed_size(c.layers), DCGAN_EARGUMENT, invalid.names);
-        expect_rejected("dcgan_pack", call_pack(c), DCGAN_EARGUMENT, invalid.names);
-        expect_rejected("dcgan_run", call_run(c), DCGAN_EARGUMENT, invalid.names);
-        expect_rejected("dcgan_workspace", call_workspace(c), DCGAN_EARGUMENT, invalid.names);
+        expect_rejected("dcgan_supports", dcgan_supports(c.layers), invalid.names);
+        expect_rejected("dcgan_packed_size", dcgan_packed_size(c.layers), invalid.names);
+        expect_rejected("dcgan_pack", call_pack(c), invalid.names);
+        expect_rejected("dcgan_run", call_run(c), invalid.names);
+        expect_rejected("dcgan_workspace", call_workspace(c), invalid.names);
         untouched(invalid.names);
     };
     for (const Case& invalid : GEOMETRY) geometry(invalid);
@@ -166,36 +158,32 @@ void test_arguments() {
         Call c;
         make_valid(c);
         invalid.invalidate(c);
-        expect_rejected("dcgan_run", call_run(c), DCGAN_EARGUMENT, invalid.names);
-        expect_rejected("dcgan_workspace", call_workspace(c), DCGAN_EARGUMENT, invalid.names);
+        expect_rejected("dcgan_run", call_run(c), invalid.names);
+        expect_rejected("dcgan_workspace", call_workspace(c), invalid.names);
         untouched(invalid.names);
     }
     for (const Case& invalid : RUN) {
         Call c;
         make_valid(c);
         invalid.invalidate(c);
-        expect_rejected("dcgan_run", call_run(c), DCGAN_EARGUMENT, invalid.names);
+        expect_rejected("dcgan_run", call_run(c), invalid.names);
         untouched(invalid.names);
     }
     {
         Call c;
         make_valid(c);
-        expect_rejected("dcgan_run", dcgan_run(nullptr, 1, 1, &c.x, &c.y, 1), DCGAN_EARGUMENT, "layers");
-        expect_rejected("dcgan_workspace", dcgan_workspace(nullptr, 1, 1, 1), DCGAN_EARGUMENT, "layers");
-        expect_rejected("dcgan_limit_threads", dcgan_limit_threads(-1), DCGAN_EARGUMENT, "limit");
-        expect_rejected("dcgan_supports", dcgan_supports(nullptr), DCGAN_EARGUMENT, "layer");
-        expect_rejected("dcgan_packed_size", dcgan_packed_size(nullptr), DCGAN_EARGUMENT, "layer");
-        expect_rejected("dcgan_pack", dcgan_pack(nullptr, c.weight, c.strides, c.packed, 1), DCGAN_EARGUMENT,
-                        "layer");
-        expect_rejected("dcgan_pack", dcgan_pack(c.layers, nullptr, c.strides, c.packed, 1), DCGAN_EARGUMENT,
-                        "weight");
-        expect_rejected("dcgan_pack", dcgan_pack(c.layers, c.weight, nullptr, c.packed, 1), DCGAN_EARGUMENT,
-                        "strides");
-        expect_rejected("dcgan_pack", dcgan_pack(c.layers, c.weight, c.strides, nullptr, 1), DCGAN_EARGUMENT,
-                        "packed");
+        expect_rejected("dcgan_run", dcgan_run(nullptr, 1, 1, &c.x, &c.y, 1), "layers");
+        expect_rejected("dcgan_workspace", dcgan_workspace(nullptr, 1, 1, 1), "layers");
+        expect_rejected("dcgan_limit_threads", dcgan_limit_threads(-1), "limit");
+        expect_rejected("dcgan_supports", dcgan_supports(nullptr), "layer");
+        expect_rejected("dcgan_packed_size", dcgan_packed_size(nullptr), "layer");
+        expect_rejected("dcgan_pack", dcgan_pack(nullptr, c.weight, c.strides, c.packed, 1), "layer");
+        expect_rejected("dcgan_pack", dcgan_pack(c.layers, nullptr, c.strides, c.packed, 1), "weight");
+        expect_rejected("dcgan_pack", dcgan_pack(c.layers, c.weight, nullptr, c.packed, 1), "strides");
+        expect_rejected("dcgan_pack", dcgan_pack(c.layers, c.weight, c.strides, nullptr, 1), "packed");
         for (const int threads : {0, -1, 5000}) {
             expect_rejected("dcgan_pack", dcgan_pack(c.layers, c.weight, c.strides, c.packed, threads),
-                            DCGAN_EARGUMENT, "threads");
+                            "threads");
             require(dcgan_peak(threads, 0.01) < 0, "dcgan_peak(%d, 0.01) is not negative", threads);
         }
         untouched("null pointer");
@@ -214,7 +202,7 @@ void test_arguments() {
         require(dcgan_supports(&l) == 0, "the largest layer: %s", dcgan_error());
         c.count = 1;
         c.threads = 1024;
-        expect_rejected("dcgan_run", call_run(c), DCGAN_EMEMORY, "workspace");
+        expect_rejected("dcgan_run", call_run(c), "workspace", DCGAN_EMEMORY);
         untouched("size");
     }
     {  // With and without the optional pointers.
@@ -226,15 +214,15 @@ void test_arguments() {
         require(call_run(c) == 0, "valid arguments: %s", dcgan_error());
     }
     const std::string before = dcgan_isa();
-    expect_rejected("dcgan_use_isa", dcgan_use_isa(nullptr), DCGAN_EARGUMENT, "name");
-    expect_rejected("dcgan_use_isa", dcgan_use_isa("sse9"), DCGAN_EISA, "sse9");
-    expect_rejected("dcgan_use_isa", dcgan_use_isa(""), DCGAN_EISA, "instruction set");
+    expect_rejected("dcgan_use_isa", dcgan_use_isa(nullptr), "name");
+    expect_rejected("dcgan_use_isa", dcgan_use_isa("sse9"), "sse9", DCGAN_EISA);
+    expect_rejected("dcgan_use_isa", dcgan_use_isa(""), "instruction set", DCGAN_EISA);
     cases += 3;
     for (const std::string& isa : split(dcgan_built())) {
         bool supported = false;
         for (const std::string& other : isas()) supported |= other == isa;
         if (supported) continue;
-        expect_rejected("dcgan_use_isa", dcgan_use_isa(isa.c_str()), DCGAN_EISA, isa.c_str());
+        expect_rejected("dcgan_use_isa", dcgan_use_isa(isa.c_str()), isa.c_str(), DCGAN_EISA);
         ++cases;
     }
     require(dcgan_isa() == before, "after a rejected dcgan_use_isa the instruction set is %s, not %s",

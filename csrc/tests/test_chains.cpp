@@ -267,26 +267,6 @@ void test_peak() {
 
 // --- forks
 
-// Seconds after which a forked child is considered to hang.
-static constexpr unsigned HANG_TIMEOUT = 10;
-
-// Runs `body` in a forked child, which must succeed before an alarm kills it.
-template <class F>
-static void in_child(const char* when, const F& body) {
-    std::fflush(stdout);
-    const pid_t child = fork();
-    require(child >= 0, "fork failed");
-    if (child == 0) {
-        alarm(HANG_TIMEOUT);
-        body();
-        std::_Exit(0);
-    }
-    int status = 0;
-    waitpid(child, &status, 0);
-    require(!WIFSIGNALED(status) || WTERMSIG(status) != SIGALRM, "a forked child hangs: %s", when);
-    require(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child fails: %s", when);
-}
-
 static void same_bits_in_child(const char* when) {
     Random random(9);
     const long images = 3;

@@ -1,7 +1,6 @@
 // Each algorithm on single layers, compared with the definition in float64.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -24,11 +23,10 @@ struct Error {
 
 static Error error(const Layer& layer, const std::vector<double>& sums, const Tensor& y) {
     double difference = 0, total = 0;
-    const std::vector<uint32_t> bits = y.bits();
+    const std::vector<float> values = y.values();
     Error e{0, -1};
     for (size_t i = 0; i < sums.size(); ++i) {
-        float got;
-        std::memcpy(&got, &bits[i], sizeof got);
+        const float got = values[i];
         if (!std::isfinite(got) && e.first_nonfinite < 0) e.first_nonfinite = static_cast<long>(i);
         const double expected = activated(layer.l.act, sums[i]);
         difference += (got - expected) * (got - expected);
@@ -37,11 +35,6 @@ static Error error(const Layer& layer, const std::vector<double>& sums, const Te
     e.relative = std::sqrt(difference / total);
     return e;
 }
-
-struct Totals {
-    long runs = 0;
-    double worst[5] = {};  // largest error by algorithm
-};
 
 static void compare(const Layer& layer, const Tensor& x, const std::vector<double>& sums, Layout layout,
                     Totals& totals) {
@@ -58,7 +51,7 @@ static void compare(const Layer& layer, const Tensor& x, const std::vector<doubl
             require(e.relative <= BOUND,
                     "%s, %ld images, output %s: relative error %.2e; first non-finite element: %ld",
                     describe(l).c_str(), x.size[0], name(layout), e.relative, e.first_nonfinite);
-            totals.worst[l.algorithm] = std::max(totals.worst[l.algorithm], e.relative);
+            totals.add(l.algorithm, e.relative);
             one = y.bits();
         } else {
             require(y.bits() == one,
@@ -74,10 +67,6 @@ static long images_for(const Layer& layer, long at_least) {
     const long elements = layer.l.c_out * layer.out_height() * layer.out_width();
     return std::max(at_least, (100 + elements - 1) / elements);
 }
-
-struct Map {
-    long height, width;
-};
 
 // Computes the reference once and compares every instruction set and algorithm with it.
 static void one_case(Random& random, Layer& layer, long images, const int* algorithms, long count,
@@ -96,7 +85,7 @@ void test_layers() {
     Random random(1);
     Totals totals;
     const long channels[] = {1, 3, 5, 7, 16, 17, 33, 100};
-    const Map maps[] = {{2, 2}, {3, 5}, {4, 4}, {7, 2}, {8, 8}, {11, 16}, {1, 1}};
+    const Size maps[] = {{2, 2}, {3, 5}, {4, 4}, {7, 2}, {8, 8}, {11, 16}, {1, 1}};
     const auto pick = [&](int choices) {
         return static_cast<int>(random() % static_cast<unsigned long>(choices));
     };
@@ -110,7 +99,7 @@ void test_layers() {
     for (int i = 0; i < 8; ++i)
         for (int j = 0; j < 8; ++j)
             for (const bool transposed : {false, true}) {
-                const Map map = maps[(i + j) % (transposed ? 7 : 6)];  // a convolution needs at least 2×2
+                const Size map = maps[(i + j) % (transposed ? 7 : 6)];  // a convolution needs at least 2×2
                 Layer layer(random, transposed, 4, 2, 1, channels[i], channels[j], map.height, map.width,
                             layout());
                 randomize(layer);
@@ -132,8 +121,7 @@ void test_layers() {
                 randomize(layer);
                 one_case(random, layer, images_for(layer, 1 + pick(7)), &dense, 1, totals);
             }
-    report("layers: %ld runs; largest error: dense %.1e, direct %.1e, F2 %.1e, F4 %.1e, narrow %.1e",
-           totals.runs, totals.worst[0], totals.worst[1], totals.worst[2], totals.worst[3], totals.worst[4]);
+    report("layers: %s", totals.summary().c_str());
 }
 
 void test_views() {
@@ -227,10 +215,10 @@ void test_nonfinite() {
                         run(layer, x, y, 1 + round % 2);
                         ++runs;
                         const std::vector<uint32_t> bits = y.bits();
+                        const std::vector<float> values = y.values();
                         const size_t per_image = bits.size() / images;
                         for (size_t i = 0; i < bits.size(); ++i) {
-                            float got;
-                            std::memcpy(&got, &bits[i], sizeof got);
+                            const float got = values[i];
                             const double expected = activated(act, sums[i]);
                             if (i / per_image != poisoned)
                                 require(

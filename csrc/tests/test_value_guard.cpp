@@ -21,12 +21,6 @@ bool differs(const std::vector<Pair>& pairs, int lines) {
     return code == 1;
 }
 
-void expect_rejected(int code, const char* name) {
-    require(code == DCGAN_EARGUMENT, "dcgan_differ with an invalid %s returns %d", name, code);
-    require(std::strstr(dcgan_error(), name) != nullptr, "the error does not name %s: %s", name,
-            dcgan_error());
-}
-
 }  // namespace
 
 void test_value_guard() {
@@ -63,17 +57,17 @@ void test_value_guard() {
     const Pair pair(8);
     const dcgan_pair good = pair.view();
     require(dcgan_differ(nullptr, 0, 1) == 0, "zero pairs are reported as different: %s", dcgan_error());
-    expect_rejected(dcgan_differ(&good, -1, 1), "count");
-    expect_rejected(dcgan_differ(&good, 1, 0), "lines");
-    expect_rejected(dcgan_differ(nullptr, 1, 1), "pairs");
+    expect_rejected("dcgan_differ", dcgan_differ(&good, -1, 1), "count");
+    expect_rejected("dcgan_differ", dcgan_differ(&good, 1, 0), "lines");
+    expect_rejected("dcgan_differ", dcgan_differ(nullptr, 1, 1), "pairs");
     dcgan_pair bad = good;
     bad.now = nullptr;
-    expect_rejected(dcgan_differ(&bad, 1, 1), "now");
+    expect_rejected("dcgan_differ", dcgan_differ(&bad, 1, 1), "now");
     bad = good;
     bad.before = nullptr;
-    expect_rejected(dcgan_differ(&bad, 1, 1), "before");
+    expect_rejected("dcgan_differ", dcgan_differ(&bad, 1, 1), "before");
     bad = good;
     bad.bytes = -1;
-    expect_rejected(dcgan_differ(&bad, 1, 1), "bytes");
+    expect_rejected("dcgan_differ", dcgan_differ(&bad, 1, 1), "bytes");
     report("value guard: %ld comparisons, 6 invalid arguments rejected", compared);
 }

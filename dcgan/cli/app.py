@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
 import typer
 
-from dcgan.cli import evaluate, export, generate, theory, train
+from dcgan.cli import evaluate, export, generate, train
+from dcgan.cli.options import reporting
+from dcgan.errors import InputError
+
+THEORY = Path(__file__).resolve().parents[2] / "examples" / "theory.py"
 
 app = typer.Typer(
     name="dcgan",
@@ -18,7 +26,22 @@ app.command("train")(train.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
 app.command("export")(export.command)
-app.command("theory")(theory.command)
+
+
+@app.command(
+    "theory",
+    hidden=True,
+    deprecated=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+@reporting
+def theory(context: typer.Context) -> None:
+    """Run examples/theory.py of the checkout, where this command has moved."""
+    if not THEORY.is_file():
+        raise InputError("dcgan theory is now examples/theory.py of a checkout of dcgan-kernels")
+    sys.argv = [str(THEORY), *context.args]
+    runpy.run_path(str(THEORY), run_name="__main__")
 
 
 def main() -> None:

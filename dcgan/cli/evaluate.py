@@ -9,31 +9,28 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from dcgan import evaluation, generation, pretrained
 from dcgan.cli.options import (
+    BatchSize,
     Device,
+    Ema,
     GeneratorEngine,
+    Source,
+    Which,
     choose_device,
+    described,
     forced,
     integer,
     output_folder,
     reporting,
 )
-from dcgan.errors import RunError
-from dcgan.files import replacing
-
-MIN_IMAGES = 10
-"""Copy of ``dcgan.evaluation.real.MIN_IMAGES``; importing that module would make ``--help`` slow."""
+from dcgan.evaluation.real import MIN_IMAGES
+from dcgan.files import writing
 
 
 @reporting
 def command(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FROM",
-            help="The Generator: the folder of a training run, a checkpoint, or a state dict file.",
-        ),
-    ],
+    source: Source,
     dataset: Annotated[
         str,
         typer.Option(
@@ -67,19 +64,11 @@ def command(
             parser=integer(0), metavar="N", help="RNG seed for the noise and for choosing real images."
         ),
     ] = 0,
-    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images per batch.")] = 64,
+    batch_size: BatchSize = 64,
     device: Device = "auto",
     engine: GeneratorEngine = "auto",
-    which: Annotated[
-        Literal["last", "best"], typer.Option(help="Checkpoint to use if FROM is the folder of a run.")
-    ] = "last",
-    ema: Annotated[
-        bool,
-        typer.Option(
-            "--ema/--no-ema",
-            help="Use the moving average of the weights if the file contains one.",
-        ),
-    ] = True,
+    which: Which = "last",
+    ema: Ema = True,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -92,8 +81,6 @@ def command(
     The floor is the same distance between two disjoint sets of real images: the train and test splits of the
     dataset, or its two halves if it has no test split. A Generator cannot be expected to score below it.
     """
-    from dcgan import evaluation, generation, pretrained
-
     target_device = choose_device(device)
     if json_file is not None:
         output_folder(json_file.parent, "--json")
@@ -103,7 +90,7 @@ def command(
         dataset, dataroot, image_size=sizes.image_size, channels=sizes.channels, say=typer.echo
     )
     chosen = evaluation.choose(features, train, test, target_device, typer.echo)
-    typer.echo(f"Generator of {found.file}{', moving average' if found.averaged else ''}")
+    typer.echo(described(found))
     typer.echo(f"Features: {chosen.about}")
 
     real, held_out = train.choose(num, seed), test.choose(num, seed)
@@ -138,9 +125,6 @@ def command(
             "floor": held_out.what,
             "scores": {name: asdict(scores) for name, (_, scores) in rows.items()},
         }
-        try:
-            with replacing(json_file) as file:
-                file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
-        except OSError as error:
-            raise RunError(f"cannot write {json_file}: {error.strerror}") from error
+        with writing(json_file) as file:
+            file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
         typer.echo(f"Wrote {json_file}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dcgan import export, pretrained
-from dcgan.cli.options import integer, output_file, reporting
+from dcgan.cli.options import Ema, Source, Which, described, integer, output_file, reporting
 from dcgan.errors import InputError
 
 Format = Literal["safetensors", "onnx", "torch-export"]
@@ -18,13 +18,7 @@ SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "
 
 @reporting
 def command(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FROM",
-            help="The network: the folder of a training run, a checkpoint, or a state dict file.",
-        ),
-    ],
+    source: Source,
     to: Annotated[
         Format,
         typer.Option(
@@ -52,20 +46,14 @@ def command(
             show_default="dynamic",
         ),
     ] = None,
-    which: Annotated[
-        Literal["last", "best"], typer.Option(help="Checkpoint to use if FROM is the folder of a run.")
-    ] = "last",
-    ema: Annotated[
-        bool,
-        typer.Option(
-            "--ema/--no-ema",
-            help="Use the moving average of the Generator's weights if the file contains one.",
-        ),
-    ] = True,
+    which: Which = "last",
+    ema: Ema = True,
 ) -> None:
     """Export a trained network as safetensors, ONNX or a torch.export program."""
     if to == "safetensors" and batch is not None:
-        raise InputError("--batch means nothing to --to safetensors, which stores only weights; omit --batch")
+        raise InputError(
+            "--batch does not apply to --to safetensors, which stores only weights; omit --batch"
+        )
     found = pretrained.read(source, network, ema=ema, which=which)
     module = found.module("reference")
     target = output_file(out or Path(network + SUFFIXES[to]), (SUFFIXES[to],))
@@ -76,8 +64,7 @@ def command(
     else:
         exported = export.torch_export(module, target, batch=batch)
 
-    average = ", moving average" if found.averaged else ""
-    typer.echo(f"{network.capitalize()} of {found.file}{average}")
+    typer.echo(described(found))
     shapes = f", {exported.inputs} → {exported.outputs}" if exported.inputs else ""
     typer.echo(f"Wrote {target}: {exported.size / 1e6:.1f} MB{shapes}")
     if exported.difference is not None:

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from dcgan import fast, generation, pretrained
 from dcgan.cli.options import (
+    BatchSize,
     Device,
+    Ema,
     GeneratorEngine,
+    Source,
+    Which,
     choose_device,
+    described,
     forced,
     integer,
     output_file,
@@ -29,26 +34,14 @@ from dcgan.kernels import ops
 
 Format = Literal["grid", "files", "npy", "strip", "animation"]
 
-DEFAULT_OUT: dict[Format, str] = {
-    "grid": "generated.png",
-    "files": "generated",
-    "npy": "generated.npy",
-    "strip": "interpolation.png",
-    "animation": "interpolation.gif",
+FORMATS: dict[Format, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "grid": ("generated", (".png",), ("--num", "--columns")),
+    "files": ("generated", (), ("--num",)),
+    "npy": ("generated", (".npy",), ("--num",)),
+    "strip": ("interpolation", (".png",), ("--seeds", "--steps", "--columns")),
+    "animation": ("interpolation", generation.ANIMATIONS, ("--seeds", "--steps")),
 }
-SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "grid": (".png",),
-    "npy": (".npy",),
-    "strip": (".png",),
-    "animation": generation.ANIMATIONS,
-}
-FORMAT_OPTIONS: dict[Format, tuple[str, ...]] = {
-    "grid": ("--num", "--columns"),
-    "files": ("--num",),
-    "npy": ("--num",),
-    "strip": ("--seeds", "--steps", "--columns"),
-    "animation": ("--seeds", "--steps"),
-}
+"""Default name, allowed suffixes (the first is the default; none for a folder) and options of each format."""
 
 
 def _positive(text: str | float) -> float:
@@ -92,15 +85,12 @@ class _Timed:
         self.batches, self.images, self.seconds = batches, 0, 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
-        batches = iter(self.batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
+        start = time.perf_counter()
+        for batch in self.batches:
             self.seconds += time.perf_counter() - start
-            if batch is None:
-                return
             self.images += len(batch)
             yield batch
+            start = time.perf_counter()
 
     def rate(self) -> str:
         if not self.images:
@@ -126,13 +116,7 @@ def _warm_up(network: nn.Module, batch: int) -> str:
 
 @reporting
 def command(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FROM",
-            help="The Generator: the folder of a training run, a checkpoint, or a state dict file.",
-        ),
-    ],
+    source: Source,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -194,7 +178,7 @@ def command(
             show_default="no truncation",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images per batch.")] = 64,
+    batch_size: BatchSize = 64,
     columns: Annotated[
         int | None,
         typer.Option(
@@ -204,15 +188,8 @@ def command(
             show_default="8 for grid; strip: one row",
         ),
     ] = None,
-    which: Annotated[
-        Literal["last", "best"], typer.Option(help="Checkpoint to use if FROM is the folder of a run.")
-    ] = "last",
-    ema: Annotated[
-        bool,
-        typer.Option(
-            "--ema/--no-ema", help="Use the moving average of the weights if the file contains one."
-        ),
-    ] = True,
+    which: Which = "last",
+    ema: Ema = True,
     device: Device = "auto",
     engine: GeneratorEngine = "auto",
 ) -> None:
@@ -221,11 +198,13 @@ def command(
     Under torchrun, --format files splits the work: each process generates every WORLD_SIZE-th image. (Use -n
     there, because torchrun takes --num for an abbreviation of one of its own options.)
     """
+    default, suffixes, allowed = FORMATS[format]
     options = {"--num": num, "--seeds": seeds, "--steps": steps, "--columns": columns}
     for option, value in options.items():
-        if value is not None and option not in FORMAT_OPTIONS[format]:
-            allowed = ", ".join(FORMAT_OPTIONS[format])
-            raise InputError(f"{option} does not apply to --format {format}, which takes {allowed}")
+        if value is not None and option not in allowed:
+            raise InputError(
+                f"{option} does not apply to --format {format}, which takes {', '.join(allowed)}"
+            )
     rank, world = _shard()
     if world > 1 and format != "files":
         raise InputError(
@@ -236,10 +215,10 @@ def command(
         target_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
     found = pretrained.read(source, "generator", ema=ema, which=which)
     network = found.module(engine, target_device)
-    target = out or Path(DEFAULT_OUT[format])
-    target = output_folder(target) if format == "files" else output_file(target, SUFFIXES[format])
+    target = out or Path(default + "".join(suffixes[:1]))
+    target = output_file(target, suffixes) if suffixes else output_folder(target)
 
-    n = num or 64
+    n, steps = num or 64, steps or 8
     with forced(engine):
         used = _warm_up(network, min(batch_size, n))
         if format in ("strip", "animation"):
@@ -247,7 +226,7 @@ def command(
                 seeds or range(seed, seed + 4), found.architecture.latent_dim, truncation=truncation
             )
             loop = format == "animation"
-            images = generation.interpolation(network, points, steps or 8, closed=loop, batch=batch_size)
+            images = generation.interpolation(network, points, steps, closed=loop, batch=batch_size)
         else:
             images = generation.images(
                 network, n, seed=seed, batch=batch_size, truncation=truncation, shard=(rank, world)
@@ -260,24 +239,14 @@ def command(
         elif format == "animation":
             generation.write_animation(timed, target)
         else:
-            generation.write_grid(
-                timed, target, columns or (8 if format == "grid" else _strip_length(points, steps or 8))
-            )
+            one_row = (len(points) - 1) * steps + 1 if format == "strip" else 8
+            generation.write_grid(timed, target, columns or one_row)
 
     prefix = f"Rank {rank} of {world}: " if world > 1 else ""
-    average = ", moving average" if found.averaged else ""
-    typer.echo(f"{prefix}Generator of {found.file}{average}; engine {used} on {target_device.type}")
+    typer.echo(f"{prefix}{described(found)}; engine {used} on {target_device.type}")
     typer.echo(f"{prefix}{timed.rate()}")
     typer.echo(f"{prefix}Wrote {target}")
-    if format == "files" and rank == 0 and (others := _other_pngs(target, n)):
-        typer.echo(f"Left {others} other PNG files in {target} unchanged")
-
-
-def _other_pngs(folder: Path, n: int) -> int:
-    """Count the PNG files that are not among these n images, for example from an earlier, larger run."""
-    ours = {generation.file_name(i) for i in range(n)}
-    return sum(path.name not in ours for path in folder.glob("*.png"))
-
-
-def _strip_length(points: Tensor, steps: int) -> int:
-    return (len(points) - 1) * steps + 1
+    if format == "files" and rank == 0:  # there may be others, for example from an earlier, larger run
+        ours = {generation.file_name(i) for i in range(n)}
+        if others := sum(path.name not in ours for path in target.glob("*.png")):
+            typer.echo(f"Left {others} other PNG files in {target} unchanged")

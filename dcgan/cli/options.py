@@ -12,7 +12,7 @@ from typing import Annotated, Literal, ParamSpec, TypeVar
 import torch
 import typer
 
-from dcgan import extras
+from dcgan import extras, pretrained
 from dcgan.devices import resolve
 from dcgan.errors import InputError, RunError
 from dcgan.kernels import ops
@@ -21,59 +21,6 @@ from dcgan.networks import Engine
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Device = Annotated[
-    Literal["auto", "cpu", "cuda"],
-    typer.Option(help="Device to run on. auto: the GPU if there is one, else the CPU."),
-]
-GeneratorEngine = Annotated[
-    Engine,
-    typer.Option(
-        help="Engine that runs the Generator. auto: the fastest engine that supports it. "
-        "reference: plain PyTorch."
-    ),
-]
-
-
-def reporting(command: Callable[P, R]) -> Callable[P, R]:
-    """Make a command report expected errors as one line on stderr.
-
-    The exit code is 2 for an :class:`InputError` or a package that an extra would install, 1 for a
-    :class:`RunError`.
-    """
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except InputError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(2) from error
-        except RunError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(1) from error
-        except ModuleNotFoundError as error:
-            hint = extras.advice(error)
-            if hint is None:
-                raise
-            typer.echo(f"Error: {hint}", err=True)
-            raise typer.Exit(2) from error
-
-    return run
-
-
-@contextlib.contextmanager
-def forced(engine: Engine) -> Iterator[None]:
-    """Run every op in the block on ``engine``; ``auto`` leaves the choice to the environment.
-
-    Raises:
-        InputError: the engine does not cover an op in the block.
-    """
-    try:
-        with contextlib.nullcontext() if engine == "auto" else ops.use_engine(engine):
-            yield
-    except ops.EngineError as error:
-        raise InputError(f"--engine: {error}") from error
 
 
 def integer(minimum: int) -> Callable[[str], int]:
@@ -99,6 +46,70 @@ def size(text: str | int) -> int:
     return allowed[str(text)]
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FROM",
+        help="The network: the folder of a training run, a checkpoint, or a state dict file.",
+    ),
+]
+Which = Annotated[pretrained.Which, typer.Option(help="Checkpoint to use if FROM is the folder of a run.")]
+Ema = Annotated[
+    bool,
+    typer.Option(
+        "--ema/--no-ema",
+        help="Use the moving average of the Generator's weights if the file contains one.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images per batch.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Device to run on. auto: the GPU if there is one, else the CPU."),
+]
+GeneratorEngine = Annotated[
+    Engine,
+    typer.Option(
+        help="Engine that runs the Generator. auto: the fastest engine that supports it. "
+        "reference: plain PyTorch."
+    ),
+]
+
+
+def reporting(command: Callable[P, R]) -> Callable[P, R]:
+    """Make a command report expected errors as one line on stderr.
+
+    The exit code is 2 for an :class:`InputError` or a package that an extra would install, 1 for a
+    :class:`RunError`.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (InputError, RunError, ModuleNotFoundError) as error:
+            message = extras.advice(error) if isinstance(error, ModuleNotFoundError) else str(error)
+            if message is None:
+                raise
+            typer.echo(f"Error: {message}", err=True)
+            raise typer.Exit(1 if isinstance(error, RunError) else 2) from error
+
+    return run
+
+
+@contextlib.contextmanager
+def forced(engine: Engine) -> Iterator[None]:
+    """Run every op in the block on ``engine``; ``auto`` leaves the choice to the environment.
+
+    Raises:
+        InputError: the engine does not cover an op in the block.
+    """
+    try:
+        with contextlib.nullcontext() if engine == "auto" else ops.use_engine(engine):
+            yield
+    except ops.EngineError as error:
+        raise InputError(f"--engine: {error}") from error
+
+
 def choose_device(name: str) -> torch.device:
     """Resolve ``--device`` to a concrete device; ``auto`` is the GPU if PyTorch finds one, else the CPU.
 
@@ -112,6 +123,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return resolve(name)
+
+
+def described(found: pretrained.Pretrained) -> str:
+    """Return which network was read from which file, and whether it is the moving average."""
+    average = ", moving average" if found.averaged else ""
+    return f"{found.network.capitalize()} of {found.file}{average}"
 
 
 def output_folder(path: Path, option: str = "--out") -> Path:

@@ -7,20 +7,21 @@ its final name once it is complete.
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dcgan.files import cache_folder, replacing
+from dcgan.files import replacing
 
 FORMAT = "dcgan-kernels images 2"
 FOOTER = struct.Struct("<QI")
@@ -49,33 +50,17 @@ class _Unusable(Exception):
     """The file is damaged, of another format, or of other images."""
 
 
-def default_folder() -> Path:
-    """Return ``$DCGAN_CACHE/images``, or ``~/.cache/dcgan-kernels/images`` if that variable is not set."""
-    return cache_folder("images")
-
-
-def in_memory(items: Iterable[Item], count: int, shape: tuple[int, int, int]) -> Pixels:
-    """Collect ``count`` items whose images have ``shape``, without a cache file."""
-    pixels = torch.empty(count, *shape, dtype=torch.uint8)
-    rows, found = pixels.numpy(), 0
-    unreadable: dict[int, str] = {}
-    notes: list[str] = []
-    for image in _images(items, unreadable, notes):
-        rows[found] = image
-        found += 1
-    return Pixels(pixels[:found], unreadable, tuple(notes))
-
-
 def load_or_build(
     path: Path,
     key: str,
     items: Callable[[], Iterable[Item]],
     shape: tuple[int, int, int],
     say: Callable[[str], None],
-) -> Pixels | None:
+) -> Pixels:
     """Map the cache file copy-on-write; if it is missing or unusable, build it from ``items()`` first.
 
     The whole file is read once to verify it. While it is being built, memory holds only the items in flight.
+    If no file can be written (no permission or no space), the same content is kept in memory.
 
     Args:
         path: the file; its folder is created if it does not exist.
@@ -83,9 +68,6 @@ def load_or_build(
         items: called to produce the images if the file has to be built.
         shape: [C, H, W].
         say: receives progress messages.
-
-    Returns:
-        The pixels, or None if no cache file can be written (no permission or no space).
     """
     try:
         return _read(path, key)
@@ -95,52 +77,39 @@ def load_or_build(
         pass
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, key, items(), shape)
+        with replacing(path, durable=True) as file:
+            _write(file, key, items(), shape)
         return _read(path, key)
     except (OSError, _Unusable) as error:
         say(f"Keeping the images in memory, because {path.parent} cannot be used as a cache: {error}.")
-        return None
+    memory = io.BytesIO()
+    _write(memory, key, items(), shape)
+    return _parse(memory.getbuffer(), key)
 
 
-def _images(items: Iterable[Item], unreadable: dict[int, str], notes: list[str]) -> Iterator[np.ndarray]:
-    """Yield the pixels of the readable images; add the other items to ``unreadable`` and ``notes``."""
-    count = 0
+def _write(file: BinaryIO, key: str, items: Iterable[Item], shape: tuple[int, int, int]) -> None:
+    count = crc = 0
+    unreadable: dict[int, str] = {}
+    notes: list[str] = []
     for item in items:
         if isinstance(item, Note):
             notes.append(item.text)
         elif isinstance(item, str):
             unreadable[count + len(unreadable)] = item
         else:
-            yield item
+            file.write(item.data)
+            crc = zlib.crc32(item.data, crc)
             count += 1
-
-
-def _write(path: Path, key: str, items: Iterable[Item], shape: tuple[int, int, int]) -> None:
-    """Write the file. Raises OSError (no permission, no space), leaving no partial file."""
-    count = crc = 0
-    unreadable: dict[int, str] = {}
-    notes: list[str] = []
-    with replacing(path, durable=True) as file:
-        for image in _images(items, unreadable, notes):
-            file.write(image.data)
-            crc = zlib.crc32(image.data, crc)
-            count += 1
-        header = {
-            "format": FORMAT,
-            "key": key,
-            "shape": [count, *shape],
-            "unreadable": unreadable,
-            "notes": notes,
-        }
-        text = json.dumps(header).encode()
-        file.write(text + FOOTER.pack(len(text), zlib.crc32(text, crc)))
+    header = {"format": FORMAT, "key": key, "shape": [count, *shape]}
+    text = json.dumps(header | {"unreadable": unreadable, "notes": notes}).encode()
+    file.write(text + FOOTER.pack(len(text), zlib.crc32(text, crc)))
 
 
 def _read(path: Path, key: str) -> Pixels:
     """Map the file. Raises OSError (missing, no permission) or _Unusable, which states the defect."""
     with path.open("rb") as file:
         length = os.fstat(file.fileno()).st_size
-        if length < FOOTER.size:
+        if not length:  # which cannot be mapped
             raise _Unusable("damaged")
         # Copy-on-write, so that writes to the tensor never reach the file. Where Python knows the flag, no
         # memory is reserved for the copies; reserving it would fail for a file larger than the memory.
@@ -149,15 +118,21 @@ def _read(path: Path, key: str) -> Pixels:
             mapped = mmap.mmap(file.fileno(), length, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         else:
             mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY)
-    end = length - FOOTER.size
-    text_length, crc = FOOTER.unpack_from(mapped, end)
+    return _parse(memoryview(mapped), key)
+
+
+def _parse(content: memoryview, key: str) -> Pixels:
+    """Return tensors that share ``content``, which they keep alive. Raises _Unusable."""
+    end = len(content) - FOOTER.size
+    if end < 0:
+        raise _Unusable("damaged")
+    text_length, crc = FOOTER.unpack_from(content, end)
     start = end - text_length
-    with memoryview(mapped) as view, view[:end] as checked:
-        if start < 0 or zlib.crc32(checked) != crc:
-            raise _Unusable("damaged")
-    header = json.loads(mapped[start:end])
+    if start < 0 or zlib.crc32(content[:end]) != crc:
+        raise _Unusable("damaged")
+    header = json.loads(content[start:end].tobytes())
     if header["format"] != FORMAT or header["key"] != key:
         raise _Unusable("out of date")
-    pixels = torch.frombuffer(mapped, dtype=torch.uint8)[:start].view(header["shape"])
+    pixels = torch.frombuffer(content, dtype=torch.uint8)[:start].view(header["shape"])
     unreadable = {int(position): why for position, why in header["unreadable"].items()}
     return Pixels(pixels, unreadable, tuple(header["notes"]))

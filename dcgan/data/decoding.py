@@ -7,7 +7,9 @@ transform of the reference recipe, with the crop that pytorch/examples adds.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcgan.errors import InputError
+
+T = TypeVar("T")
 
 VERSION = 2
 """Version of the conversion; raising it invalidates cached pixels."""
@@ -37,6 +41,15 @@ def open_image(path: str | Path) -> Image.Image:
             image.info[BITS] = int(bits[1])
         ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def peek(path: str | Path, ask: Callable[[Image.Image], T]) -> T | None:
+    """Return ``ask(image)`` for a file's image before it is decoded; None if that fails."""
+    try:
+        with Image.open(path) as image:
+            return ask(image)
+    except Exception:  # Pillow's parsers may raise anything; decoding will report the error
+        return None
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -134,13 +147,12 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
         ValueError: the aspect ratio exceeds :data:`MAX_ASPECT_RATIO`; resizing would need too much memory.
     """
     width, height = image.size
-    short = min(width, height)
-    if max(width, height) > MAX_ASPECT_RATIO * short:
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"{width}×{height} pixels, an aspect ratio of more than {MAX_ASPECT_RATIO}:1")
-    new_width, new_height = int(size * width / short), int(size * height / short)
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + size, top + size))
+    from torchvision.transforms import functional  # here, because importing it takes more than a second
+
+    cropped: Image.Image = functional.center_crop(functional.resize(image, [size]), [size])
+    return cropped
 
 
 def to_pixels(image: Image.Image, channels: int, size: int, white: int | None = None) -> np.ndarray:

@@ -20,9 +20,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dcgan.data import decoding
-from dcgan.data.cache import Item, Note, Pixels, default_folder, in_memory, load_or_build
+from dcgan.data.cache import Item, Note, Pixels, load_or_build
 from dcgan.data.sources import DATASETS, Source, detect_channels, evenly_spaced, find
-from dcgan.errors import InputError
+from dcgan.errors import InputError, check_choice, check_integers, is_integer, one_line
+from dcgan.files import cache_folder
 from dcgan.models import IMAGE_SIZES
 
 Split = Literal["train", "test"]
@@ -146,11 +147,7 @@ def load(
     unreadable = sorted(found.unreadable)
     skipped = tuple(source.names[chosen[i]] for i in unreadable)
     if skipped:
-        first = [
-            f"{n} ({found.unreadable[i]})" for n, i in zip(skipped[:MAX_NAMED], unreadable, strict=False)
-        ]
-        more = f"; and {len(skipped) - MAX_NAMED:,} more" if len(skipped) > MAX_NAMED else ""
-        what = "; ".join(first) + more
+        what = _some([f"{n} ({found.unreadable[i]})" for n, i in zip(skipped, unreadable, strict=True)])
         if not len(found.pixels):
             raise InputError(f"none of the {len(skipped):,} images in {str(root)!r} can be read: {what}")
         say(f"Skipped {len(skipped):,} of {len(chosen):,} images, which cannot be read: {what}.")
@@ -166,21 +163,14 @@ def load(
 def _check(
     name: str, image_size: int, channels: int | None, workers: int, limit: int | None, split: str
 ) -> None:
-    def is_integer(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    if name not in DATASETS:
-        raise InputError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
-    if not is_integer(image_size) or image_size not in IMAGE_SIZES:
-        raise InputError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}, got {image_size!r}")
+    check_choice("dataset", name, DATASETS)
+    check_choice("image_size", image_size, IMAGE_SIZES)
     if channels is not None and (not is_integer(channels) or channels not in (1, 3)):
         raise InputError(f"channels must be 1 or 3, got {channels!r}")
-    if not is_integer(workers) or workers < 0:
-        raise InputError(f"workers must be an integer of at least 0, got {workers!r}")
-    if limit is not None and (not is_integer(limit) or limit < 1):
-        raise InputError(f"limit must be an integer of at least 1, got {limit!r}")
-    if split not in get_args(Split):
-        raise InputError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+    check_integers(0, workers=workers)
+    if limit is not None:
+        check_integers(1, limit=limit)
+    check_choice("split", split, get_args(Split))
 
 
 def _select_classes(
@@ -224,18 +214,16 @@ def _load_files(
     cache: Path | None,
     say: Callable[[str], None],
 ) -> Pixels:
-    shape = (channels, size, size)
-
     def items() -> Iterator[Item]:
         say(f"Decoding {len(chosen):,} images of {root} to {size}×{size}.")
         files, names = ([values[i] for i in chosen] for values in (source.files, source.names))
         return _decode(files, names, channels, size, workers)
 
     fingerprints = [(source.names[i], _fingerprint(source.files[i])) for i in chosen]
-    folder = default_folder() if cache is None else Path(os.path.expanduser(cache))
+    folder = cache_folder("images") if cache is None else Path(os.path.expanduser(cache))
     path = folder / f"{_hash(request)[:32]}.images"
-    found = load_or_build(path, _hash([decoding.VERSION, request, fingerprints]), items, shape, say)
-    return in_memory(items(), len(chosen), shape) if found is None else found
+    key = _hash([decoding.VERSION, request, fingerprints])
+    return load_or_build(path, key, items, (channels, size, size), say)
 
 
 def _decode(
@@ -264,12 +252,10 @@ def _decode(
             for start in range(0, len(files), DECODE_BLOCK):
                 yield from pool.map(decode_one, range(start, min(start + DECODE_BLOCK, len(files))))
     if dark:
-        few = "; ".join(f"{names[i]} (up to {dark[i]})" for i in sorted(dark)[:MAX_NAMED])
-        more = f"; and {len(dark) - MAX_NAMED:,} more" if len(dark) > MAX_NAMED else ""
         yield Note(
             f"{len(dark):,} 16-bit images have no level above {WHITE_12_BITS}, as 12-bit images do, and will "
             f"look dark because the white level is assumed to be 65535; if it is {WHITE_12_BITS}, multiply "
-            f"their levels by 16: {few}{more}."
+            f"their levels by 16: {_some([f'{names[i]} (up to {dark[i]})' for i in sorted(dark)])}."
         )
     if shared_white.note:
         yield Note(shared_white.note)
@@ -282,15 +268,15 @@ class _SharedWhite:
     """
 
     def __init__(self, files: Sequence[str], names: Sequence[str]) -> None:
-        self._files, self._names, self._lock = files, names, Lock()
+        self._images, self._lock = list(zip(files, names, strict=True)), Lock()
         self._white: int | None = None
         self.note = ""
 
     def white(self) -> int:
         with self._lock:
             if self._white is None:
-                tops = {name: _max_level(file) for file, name in zip(self._files, self._names, strict=True)}
-                known = {name: top for name, top in tops.items() if top is not None}
+                tops = ((name, decoding.peek(file, _max_level)) for file, name in self._images)
+                known = {name: top for name, top in tops if top is not None}
                 name = max(known, key=known.__getitem__, default="")
                 self._white = decoding.white_level(known.get(name, 0))
                 if known:
@@ -302,19 +288,21 @@ class _SharedWhite:
             return self._white
 
 
-def _max_level(file: str) -> int | None:
-    """Return the largest level of an image of 32-bit integers; None for any other file."""
-    try:
-        with Image.open(file) as image:
-            return decoding.max_level(image) if decoding.bit_depth(image) == 32 else None
-    except Exception:  # the error will be reported when the image is decoded
-        return None
+def _max_level(image: Image.Image) -> int | None:
+    """Return the largest level of an image of 32-bit integers; None for any other image."""
+    return decoding.max_level(image) if decoding.bit_depth(image) == 32 else None
+
+
+def _some(images: Sequence[str]) -> str:
+    """Join the descriptions of the first images and count the others."""
+    more = [f"and {len(images) - MAX_NAMED:,} more"] if len(images) > MAX_NAMED else []
+    return "; ".join([*images[:MAX_NAMED], *more])
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def _fingerprint(file: str) -> tuple[int, int, int] | None:

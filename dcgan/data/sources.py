@@ -11,18 +11,17 @@ import os
 import socket
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcgan.data.decoding import is_grey
-from dcgan.errors import InputError
+from dcgan.data.decoding import is_grey, peek
+from dcgan.errors import InputError, check_integers, one_line
 
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "celeba", "folder", "digits", "fake")
 TEST_SPLITS = ("mnist", "fashion-mnist", "cifar10", "celeba", "fake")
@@ -36,24 +35,8 @@ CHANNEL_SAMPLE = 64
 """Number of images inspected to decide whether a folder is grey."""
 
 DIGIT_CLASSES = tuple("0123456789")
-IDX = {
-    "mnist": ("MNIST", DIGIT_CLASSES),
-    "fashion-mnist": (
-        "FashionMNIST",
-        (
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
-    ),
-}
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
+"""Names of torchvision's classes for the datasets that it can download."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,27 +85,32 @@ def find(
         return _digits(image_size)
     if name == "fake":
         return _fake(limit or FAKE_IMAGES, image_size, split)
-    read, fetch = {
-        "mnist": (_read_idx, _fetch_idx),
-        "fashion-mnist": (_read_idx, _fetch_idx),
-        "cifar10": (_read_cifar10, _fetch_cifar10),
-        "celeba": (_read_celeba, _fetch_celeba),
-    }[name]
+    read = {"cifar10": _read_cifar10, "celeba": _read_celeba}.get(name, _read_idx)
     try:
         return read(name, root, split)
     except InputError as missing:
         if not download:
             raise InputError(f"{missing}. {_offline_hint(name)}") from missing
         say(f"{missing}. Downloading {name} into {root}.")
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(TIMEOUT)
         try:
-            with _socket_timeout(TIMEOUT):
-                fetch(name, root)
+            _torchvision(name)(str(root), download=True)
         except Exception as error:  # urllib, tarfile, zipfile, gdown and torchvision raise unrelated types
-            why = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"{missing}, and downloading {name} into {root} failed: {why}. {_offline_hint(name)}"
+                f"{missing}, and downloading {name} into {root} failed: {one_line(error)}. "
+                f"{_offline_hint(name)}"
             ) from error
+        finally:
+            socket.setdefaulttimeout(before)
         return read(name, root, split)
+
+
+def _torchvision(name: str) -> Any:
+    """Return torchvision's class for a dataset; it is imported here because that takes more than a second."""
+    from torchvision import datasets
+
+    return getattr(datasets, TORCHVISION[name])
 
 
 def _offline_hint(name: str) -> str:
@@ -130,16 +118,6 @@ def _offline_hint(name: str) -> str:
         f"Without network access, copy the files of {name} there, or use the dataset 'digits' (1,797 real "
         "digits that come with scikit-learn), 'folder' (a folder of your own images) or 'fake' (noise)"
     )
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 # --- MNIST and Fashion-MNIST --------------------------------------------------------------------------------
@@ -150,8 +128,8 @@ def _read_idx(name: str, root: Path, split: str) -> Source:
 
     Sources: LeCun, Cortes, Burges, *The MNIST Database*, 1998; Xiao, Rasul, Vollgraf, *Fashion-MNIST*, 2017.
     """
-    folder, classes = IDX[name]
-    prefix = root / folder / "raw" / ("train" if split == "train" else "t10k")
+    classes = DIGIT_CLASSES if name == "mnist" else tuple(_torchvision(name).classes)
+    prefix = root / TORCHVISION[name] / "raw" / ("train" if split == "train" else "t10k")
     images = _idx(prefix.with_name(f"{prefix.name}-images-idx3-ubyte"), 3)
     labels = _idx(prefix.with_name(f"{prefix.name}-labels-idx1-ubyte"), 1).astype(np.int64)
     if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() >= len(classes):
@@ -164,6 +142,8 @@ def _read_idx(name: str, root: Path, split: str) -> Source:
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
     """Read an IDX file of bytes, or ``path``.gz, decompressed in memory, if ``path`` does not exist.
+
+    torchvision's reader needs a decompressed file, and reports a damaged one by a bare assertion.
 
     Format: bytes 0, 0, 8 (unsigned bytes), the number of dimensions; each dimension as a big-endian 32-bit
     integer; the values, last dimension fastest.
@@ -182,12 +162,6 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(bytearray(data), np.uint8, offset=start).reshape(shape)
 
 
-def _fetch_idx(name: str, root: Path) -> None:
-    from torchvision import datasets
-
-    getattr(datasets, IDX[name][0])(str(root), download=True)
-
-
 # --- CIFAR-10 -----------------------------------------------------------------------------------------------
 
 
@@ -198,22 +172,15 @@ def _read_cifar10(name: str, root: Path, split: str) -> Source:
 
     Source: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
     """
-    from torchvision.datasets import CIFAR10
-
+    kind = _torchvision(name)
     try:
-        dataset = CIFAR10(str(root), train=split == "train", download=False)
+        dataset = kind(str(root), train=split == "train", download=False)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"{root / CIFAR10.base_folder} does not exist, or its CIFAR-10 files are incomplete or damaged"
+            f"{root / kind.base_folder} does not exist, or its CIFAR-10 files are incomplete or damaged"
         ) from error
     array = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
     return Source(3, tuple(dataset.classes), np.asarray(dataset.targets, np.int64), array)
-
-
-def _fetch_cifar10(name: str, root: Path) -> None:
-    from torchvision.datasets import CIFAR10
-
-    CIFAR10(str(root), download=True)
 
 
 # --- CelebA -------------------------------------------------------------------------------------------------
@@ -238,12 +205,6 @@ def _read_celeba(name: str, root: Path, split: str) -> Source:
     if not names:
         raise InputError(f"{partition} lists no image of the split {split!r}")
     return Source(3, files=tuple(str(folder / file) for file in names), names=names)
-
-
-def _fetch_celeba(name: str, root: Path) -> None:
-    from torchvision.datasets import CelebA
-
-    CelebA(str(root), download=True)
 
 
 # --- a folder of images -------------------------------------------------------------------------------------
@@ -304,21 +265,12 @@ def detect_channels(source: Source, chosen: np.ndarray, say: Callable[[str], Non
     if source.channels is not None:
         return source.channels
     sample = chosen[evenly_spaced(len(chosen), CHANNEL_SAMPLE)]
-    known = [grey for grey in (_is_grey_file(source.files[i]) for i in sample) if grey is not None]
+    known = [grey for grey in (peek(source.files[i], is_grey) for i in sample) if grey is not None]
     if known and all(known):
         say(f"Using 1 channel: all of the {len(known)} images inspected in the folder are grey.")
         return 1
     say(f"Using 3 channels: not all of the {len(known)} images inspected in the folder are grey.")
     return 3
-
-
-def _is_grey_file(file: str) -> bool | None:
-    """Return whether the file's image is grey; None if the file cannot be read."""
-    try:
-        with Image.open(file) as image:
-            return is_grey(image)
-    except Exception:  # Pillow's parsers may raise anything; decoding will report the error
-        return None
 
 
 def evenly_spaced(count: int, limit: int) -> np.ndarray:
@@ -345,8 +297,7 @@ def digits(image_size: int = 64) -> Tensor:
     """
     from sklearn.datasets import load_digits
 
-    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < DIGIT_SIZE:
-        raise ValueError(f"image_size must be an integer of at least {DIGIT_SIZE}, got {image_size!r}")
+    check_integers(DIGIT_SIZE, ValueError, image_size=image_size)
     grey = torch.from_numpy(load_digits().images).float().unsqueeze(1)
     return F.interpolate(grey / 8 - 1, size=(image_size, image_size), mode="bicubic").clamp_(-1, 1)
 

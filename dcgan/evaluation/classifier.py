@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +89,6 @@ class Trained:
     accuracy: float
 
 
-def folder() -> Path:
-    """Return the classifier cache, ``$DCGAN_CACHE/classifiers``, by default below ``~/.cache``."""
-    return cache_folder("classifiers")
-
-
 def load_or_train(train: Part, test: Part, device: torch.device, say: Callable[[str], None]) -> Trained:
     """Return the classifier of a dataset from the cache, or train it and cache it.
 
@@ -116,7 +110,7 @@ def load_or_train(train: Part, test: Part, device: torch.device, say: Callable[[
             "choose pixels or inception"
         )
     name = f"{train.dataset}-{train.pixels.shape[-1]}-v{VERSION}-{_fingerprint(train)}"
-    path = folder() / f"{name}.pt"
+    path = cache_folder("classifiers") / f"{name}.pt"
     network = _untrained(train)
     if path.exists():
         try:

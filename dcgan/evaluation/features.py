@@ -111,10 +111,9 @@ def choose(
     if name not in ("auto", *get_args(Name)):
         raise InputError(f"features must be one of auto, {', '.join(get_args(Name))}, got {name!r}")
     if name == "auto":
+        name = "digits" if train.dataset in classifier.DATASETS else "pixels"
         if inception_weights().is_file() and importlib.util.find_spec("torch_fidelity") is not None:
             name = "inception"
-        else:
-            name = "digits" if train.dataset in classifier.DATASETS else "pixels"
     if name == "inception":
         return _inception(device)
     if name == "digits":
@@ -160,16 +159,9 @@ def _inception(device: torch.device) -> Features:
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
     network.to(device)
-
-    def function(images: Tensor) -> Tensor:
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        result: Tensor = network(images)[0]
-        return result
-
     return Features(
         name="inception",
-        function=function,
+        function=lambda images: network(images.expand(-1, 3, -1, -1))[0],
         frechet="FID (Inception)",
         kernel="KID (Inception)",
         about=f"Inception, weights of 2015-12-05 ({path.name})",

@@ -66,16 +66,16 @@ def parts(
         InputError: as for :func:`dcgan.data.load`, or either part has fewer than 10 images.
     """
 
-    def part(images: data.Images, what: str, index: Tensor) -> Part:
-        return Part(name, what, images.pixels, images.labels, len(images.classes), index)
+    def part(images: data.Images, what: str, index: Tensor | None = None) -> Part:
+        every = torch.arange(len(images)) if index is None else index
+        return Part(name, what, images.pixels, images.labels, len(images.classes), every)
 
-    train = data.load(name, root, image_size=image_size, channels=channels, split="train", say=say)
+    def load(split: data.Split) -> data.Images:
+        return data.load(name, root, image_size=image_size, channels=channels, split=split, say=say)
+
+    train = load("train")
     if name in data.TEST_SPLITS:
-        test = data.load(name, root, image_size=image_size, channels=channels, split="test", say=say)
-        result = (
-            part(train, "train split", torch.arange(len(train))),
-            part(test, "test split", torch.arange(len(test))),
-        )
+        result = part(train, "train split"), part(load("test"), "test split")
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
         first, second = order.tensor_split(2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dcgan.errors import InputError, RunError
+from dcgan.errors import InputError, RunError, check_integers
 from dcgan.evaluation.features import pixels, to_8_bits
 from dcgan.evaluation.real import MIN_IMAGES
 
@@ -38,19 +38,8 @@ class Scores:
     images: tuple[int, int]
 
 
-class _PrecomputedFeatures(nn.Module):
-    """An identity feature extractor for torchmetrics, so that several metrics share precomputed features."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
 def compare(first: Tensor, second: Tensor, seed: int = 0) -> Scores:
-    """Compute the Fréchet and kernel distance of two sets of features with torchmetrics in float64.
+    """Compute the Fréchet and kernel distance of two sets of features in float64, the latter by torchmetrics.
 
     Args:
         first, second: [N, F] and [M, F], on the CPU.
@@ -69,28 +58,19 @@ def compare(first: Tensor, second: Tensor, seed: int = 0) -> Scores:
             "both sets must have the same number of features, got shapes "
             f"{list(first.shape)} and {list(second.shape)}"
         )
-    from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    identity = _PrecomputedFeatures(first.shape[1])
     subset_size = min(SUBSET_SIZE, smallest // 2)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # The warning is about the metric's memory use.
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
         torch.manual_seed(seed)
-        fid = FrechetInceptionDistance(feature=identity)
-        kid = KernelInceptionDistance(feature=identity, subsets=SUBSETS, subset_size=subset_size)
-        for metric in (fid.set_dtype(torch.float64), kid.set_dtype(torch.float64)):
-            metric.update(first.double(), real=True)
-            metric.update(second.double(), real=False)
-        mean, std = kid.compute()
-        return Scores(
-            frechet=float(fid.compute()),
-            kernel=float(mean),
-            kernel_std=float(std),
-            subset_size=subset_size,
-            images=(len(first), len(second)),
-        )
+        kid = KernelInceptionDistance(nn.Identity(), subsets=SUBSETS, subset_size=subset_size)
+        kid.update(first.double(), real=True)
+        kid.update(second.double(), real=False)
+        mean, std = map(float, kid.compute())
+    distance = frechet(*_moments(first), *_moments(second))
+    return Scores(distance, mean, std, subset_size, (len(first), len(second)))
 
 
 def frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -141,8 +121,7 @@ class PixelScore:
     """
 
     def __init__(self, real: Tensor, samples: int = 10_000) -> None:
-        if samples < 2:
-            raise InputError(f"samples must be an integer of at least 2, got {samples!r}")
+        check_integers(2, samples=samples)
         if real.dtype != torch.uint8 or real.ndim != 4 or len(real) < 2:
             raise InputError(
                 f"real must be at least 2 images, uint8 [N, C, H, W], got {real.dtype} {list(real.shape)}"

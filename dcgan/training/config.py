@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dcgan.errors import check_positive_integers
+
 Loss = Literal["non-saturating", "minimax"]
 
 
@@ -36,10 +38,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "latent_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_positive_integers(ValueError, epochs=self.epochs, latent_dim=self.latent_dim)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if not 0 <= self.beta1 < 1:

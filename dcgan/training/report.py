@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dcgan.errors import InputError, RunError
-from dcgan.files import replacing, sweep
-from dcgan.generation import write_animation
-from dcgan.images import save_grid
+from dcgan.errors import InputError
+from dcgan.files import replacing, reporting_errors, sweep
+from dcgan.generation import save_grid, write_animation
 from dcgan.training.loss_readback import Position, Row
 from dcgan.training.run import Run
 
@@ -47,14 +46,12 @@ class Report:
 
     def __init__(self, out: Path, run: Run, console: Console, tensorboard: bool) -> None:
         self._out, self._run, self._console = out, run, console
-        try:
+        with reporting_errors(f"into {out}"):
             (out / SAMPLES).mkdir(exist_ok=True)
             for folder in (out, out / SAMPLES):
                 sweep(folder)
             _drop_after(out / METRICS, run.position.step)
             self._metrics = (out / METRICS).open("a")
-        except OSError as error:
-            raise RunError(f"cannot write into {out}: {error.strerror}") from error
         self._events = _events(out / TENSORBOARD, run.position.step) if tensorboard else None
         self._progress = Progress(
             BarColumn(bar_width=10),  # narrow enough for the text to fit into 80 columns
@@ -110,10 +107,8 @@ class Report:
 
     def samples(self, images: Tensor, position: Position) -> None:
         scale = max(1, 64 // images.shape[-1])
-        try:
+        with reporting_errors(f"samples into {self._out}"):
             save_grid(images, self._out / SAMPLES / f"step-{position.step:09d}.png", scale=scale)
-        except OSError as error:
-            raise RunError(f"cannot write samples into {self._out}: {error.strerror}") from error
         if self._events is not None:
             self._events.add_images("samples", (images.clamp(-1, 1) + 1) / 2, position.step)
             self._events.flush()
@@ -137,12 +132,10 @@ class Report:
     # --- helpers --------------------------------------------------------------------------------------------
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        try:
+        with reporting_errors(str(self._out / METRICS)):
             for line in lines:
                 self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-        except OSError as error:
-            raise RunError(f"cannot write {self._out / METRICS}: {error.strerror}") from error
 
     def _rate(self, images: int) -> float:
         return (images - self._start_images) / (time.perf_counter() - self._start_time)

@@ -1,8 +1,12 @@
 """A memory pool for the activations and gradients of training.
 
 A step allocates some 300 MB of activations and gradients at batch 64. The system would back them with fresh
-pages each time, and zeroing those takes a tenth of the step. So when the last tensor that uses a block is
-gone, the block returns to this pool, and the next tensor of that size reuses it.
+pages each time, and zero those. So when the last tensor that uses a block is gone, the block returns to this
+pool, and the next tensor of that size reuses it.
+
+Measured on two cores of an AVX-512 machine, against ``torch.empty``: a training step is 1.04 times as fast at
+batch 64, 1.14 times at batch 128, and 0.99 times at batch 8. Huge pages gained one or two hundredths more,
+within the noise, and are not requested.
 """
 
 from __future__ import annotations
@@ -64,12 +68,8 @@ def _take(size: int) -> mmap.mmap:
                 del _free[size]
             return memory
     if hasattr(mmap, "MAP_ANONYMOUS"):
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:  # Windows, where anonymous memory is private to the process
-        memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)  # Windows, where anonymous memory is private to the process
 
 
 def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import weight_cache
-from ..call import Call, Outputs, Stage
 from ..reference import memory_format
+from ..spec import Call, ConvSpec, Outputs, Stage
 from . import adaptive_threads, algorithm_selection, buffers, library
 from .algorithm_selection import Geometry
 from .value_guard import Pairs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PROLOGUE_ACTIVATIONS = ("none", "relu", "leaky_relu")
 
 
 def geometry(
@@ -30,30 +31,55 @@ def geometry(
     return Geometry(transposed, c_in, c_out, height, width, kernel, stride, padding)
 
 
-def why_not(call: Call, transposed: bool, forced: bool = False) -> str | None:
-    """Return the reason why the native engine does not cover the call, or None if it does.
+@functools.lru_cache(maxsize=1024)
+def geometry_of(spec: ConvSpec) -> Geometry:
+    """Return the :func:`geometry` of a call."""
+    return geometry(spec.transposed, spec.weight, *spec.x.size[1:], spec.stride, spec.padding)
 
-    Unless ``forced``, it declines a call whose weights it would have to pack for that call alone where that
-    takes longer than it saves.
-    """
-    x, weight = call.x, call.weight
-    if x.device.type != "cpu":
-        return f"x is on the {x.device.type}"
-    if x.dtype not in _DTYPES:
-        return f"the kernels do not support {str(x.dtype).removeprefix('torch.')}"
-    if weight.shape[2] != weight.shape[3]:
+
+def needs_training_kernels(spec: ConvSpec) -> bool:
+    """Return whether a call needs statistics or a prologue, which only the training kernels support."""
+    return spec.y.function == "statistics" or spec.x.function != "none"
+
+
+@functools.lru_cache(maxsize=1024)
+def _unsupported(spec: ConvSpec, training: bool) -> str | None:
+    """Return why no kernel supports a spec, or None if one does."""
+    kernels = "training kernels" if training else "kernels"
+    if spec.device.type != "cpu":
+        return f"x is on the {spec.device.type}"
+    if spec.dtype not in (_DTYPES[:1] if training else _DTYPES):
+        return f"the {kernels} do not support {str(spec.dtype).removeprefix('torch.')}"
+    if spec.x.act not in _PROLOGUE_ACTIVATIONS:
+        return f"the {kernels} do not support {spec.x.act} in a prologue"
+    if spec.weight[2] != spec.weight[3]:
         return "the kernel is not square"
-    g = geometry(transposed, weight.shape, x.shape[2], x.shape[3], call.stride, call.padding)
+    g = geometry_of(spec)
     if not g.fits:
         return "the layer is larger than the engine supports"
     if not algorithm_selection.candidates(g):
         return "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
+    return None
+
+
+def why_not(spec: ConvSpec, weight: Tensor | None = None, forced: bool = False) -> str | None:
+    """Return the reason why the native engine does not cover a call, or its gradients, or None if it does.
+
+    Args:
+        spec: the call's.
+        weight: None for the gradients. Unless ``forced``, the engine declines a call in inference whose
+            weights it would have to pack for that call alone where that takes longer than it saves.
+    """
+    training = weight is None or needs_training_kernels(spec)
+    reason = _unsupported(spec, training)
+    if reason is not None:
+        return reason
     missing = library.problem()
     if missing is not None:
         return missing.splitlines()[0]
-    if not forced and not weight_cache.frozen(weight):
-        images, threads, isa = x.shape[0], torch.get_num_threads(), library.isa()
-        if not algorithm_selection.worthwhile(g, images, threads, isa):
+    if not training and not forced and weight is not None and not weight_cache.frozen(weight):
+        images, threads, isa = spec.images, torch.get_num_threads(), library.isa()
+        if not algorithm_selection.worthwhile(geometry_of(spec), images, threads, isa):
             return "the weights are not frozen, and packing them for one call takes longer than it saves"
     return None
 
@@ -230,10 +256,10 @@ class Prepared:
         return y if dtype == torch.float32 else y.to(dtype)
 
 
-def run(call: Call, transposed: bool) -> Outputs:
+def run(spec: ConvSpec, call: Call) -> Outputs:
     """Return (y, mean, var) of a call that the engine covers (:func:`why_not`); mean and var are empty."""
     stage = Stage(
-        transposed,
+        spec.transposed,
         call.weight,
         scale=call.out_scale,
         shift=call.out_shift,

@@ -13,41 +13,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..call import Backward, Call, Gradients, Outputs
+from ..spec import Backward, Call, ConvSpec, Gradients, Outputs
 from . import adaptive_threads, algorithm_selection, buffers, library
 from .algorithm_selection import DGRAD, FPROP, WGRAD, Geometry
-from .inference import geometry
-
-ACTIVATIONS = ("none", "relu", "leaky_relu")  # that a prologue supports
+from .inference import geometry_of
 
 
-def why_not(call: Call | Backward, transposed: bool) -> str | None:
-    """Return the reason why the training kernels do not cover the call, or None if they do."""
-    x, weight = call.x, call.weight
-    if x.device.type != "cpu":
-        return f"x is on the {x.device.type}"
-    if x.dtype != torch.float32:
-        return f"the training kernels do not support {str(x.dtype).removeprefix('torch.')}"
-    if call.in_act not in ACTIVATIONS:
-        return f"the training kernels do not support {call.in_act} in a prologue"
-    if weight.shape[2] != weight.shape[3]:
-        return "the kernel is not square"
-    g = geometry(transposed, weight.shape, x.shape[2], x.shape[3], call.stride, call.padding)
-    if not g.fits:
-        return "the layer is larger than the engine supports"
-    if not algorithm_selection.candidates(g):
-        return "neither a 4×4 kernel with stride 2 and padding 1 nor a 1×1 map"
-    missing = library.problem()
-    return missing.splitlines()[0] if missing is not None else None
-
-
-def fprop(call: Call, transposed: bool, algorithm: str | None = None) -> Outputs:
-    """Return (y, mean, var) of a covered call (see :func:`why_not`); ``algorithm`` forces one."""
+def fprop(spec: ConvSpec, call: Call, algorithm: str | None = None) -> Outputs:
+    """Return (y, mean, var) of a covered call (:func:`.inference.why_not`); ``algorithm`` forces one."""
     x, weight = _nhwc(call.x), call.weight.detach().resolve_neg()
-    g = _geometry(call, transposed)
+    g = geometry_of(spec)
     threads = torch.get_num_threads()
     chosen = algorithm or algorithm_selection.training(
-        g, FPROP, _fused(call), x.shape[0], threads, library.isa()
+        g, FPROP, _fused(spec), x.shape[0], threads, library.isa()
     )
     op, held = _op(call, g, chosen)
     op.statistics = call.stats
@@ -59,17 +37,15 @@ def fprop(call: Call, transposed: bool, algorithm: str | None = None) -> Outputs
     mean, var = x.new_empty(size), x.new_empty(size)
     strides = library.Strides(*weight.stride())
     _run(
-        *(library.library().dcgan_fprop, (FPROP, g, chosen, _fused(call), x.shape[0]), threads),
+        *(library.library().dcgan_fprop, (FPROP, g, chosen, _fused(spec), x.shape[0]), threads),
         *(ctypes.addressof(op), x.shape[0], x.data_ptr(), weight.data_ptr(), ctypes.addressof(strides)),
         *(y.data_ptr(), mean.data_ptr(), var.data_ptr()),
     )
     return (y if call.channels_last else y.contiguous()), mean, var
 
 
-def backward(
-    call: Backward, transposed: bool, dgrad: str | None = None, wgrad: str | None = None
-) -> Gradients:
-    """Return the gradients of a covered call (:func:`why_not`); ``dgrad``, ``wgrad`` force algorithms."""
+def backward(spec: ConvSpec, call: Backward, dgrad: str | None = None, wgrad: str | None = None) -> Gradients:
+    """Return the gradients of a covered call; ``dgrad``, ``wgrad`` force algorithms."""
     need_x, need_weight, need_prologue, need_out_scale, need_out_shift = call.needs
     need_prologue = need_prologue and call.center is not None
     empty = call.x.new_empty(0)
@@ -77,9 +53,9 @@ def backward(
     x, dy = _nhwc(call.x), _nhwc(call.dy)
     y = None if call.y is None else _nhwc(call.y)
     weight = call.weight.detach().resolve_neg()
-    g = _geometry(call, transposed)
+    g = geometry_of(spec)
     images, threads = x.shape[0], torch.get_num_threads()
-    how = (_fused(call), images, threads, library.isa())
+    how = (_fused(spec), images, threads, library.isa())
     op, held = _op(call, g, dgrad or algorithm_selection.training(g, DGRAD, *how))
     op.statistics = call.stats
     op.out_act = library.ACTIVATIONS.index(call.out_act)
@@ -131,14 +107,9 @@ def _run(function: Callable[..., int], kind: Hashable, threads: int, *arguments:
     adaptive_threads.for_kind(kind, threads).run(function, *arguments, threads)
 
 
-def _geometry(call: Call | Backward, transposed: bool) -> Geometry:
-    height, width = call.x.shape[2:]
-    return geometry(transposed, call.weight.shape, height, width, call.stride, call.padding)
-
-
-def _fused(call: Call | Backward) -> tuple[bool, bool]:
+def _fused(spec: ConvSpec) -> tuple[bool, bool]:
     """Return (has a prologue, has statistics), which decide where the narrow algorithm applies."""
-    return call.scale is not None or call.in_act != "none", call.stats
+    return spec.x.function != "none", spec.y.function == "statistics"
 
 
 def _op(call: Call | Backward, g: Geometry, algorithm: str) -> tuple[library.Op, list[Tensor]]:

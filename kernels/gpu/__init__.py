@@ -1,26 +1,16 @@
 """The Triton engine.
 
-There is one file per kernel: :mod:`.up`, :mod:`.up_narrow`, :mod:`.down`, :mod:`.down_narrow`,
-:mod:`.dense`, :mod:`.dense_narrow`, :mod:`.wgrad`, :mod:`.prologue_kernel`, :mod:`.bce`, and :mod:`.reduce`,
-which reduces their partial sums. :mod:`.device_functions` holds the prologues and epilogues they share,
-:mod:`.packing` their weight layouts, :mod:`.tiles` the tile candidates and tuning, :mod:`.cost_model` the
-model that ranks tiles, and :mod:`.launch` the data types of a launch. :mod:`.lowering` lowers a call and its
-gradients to products, :mod:`.kernel_selection` selects the kernel of a product, :mod:`.plans` plans and runs
-its launches, :mod:`.executor` runs a whole call, and :mod:`.offline` compiles a launch without a GPU. Kernels
-work in NHWC internally; tensors may have any strides.
+There is one file per operation, with the packing of its weights: :mod:`.up`, :mod:`.down`, :mod:`.dense`,
+:mod:`.wgrad`, :mod:`.prologue_kernel`, :mod:`.bce`, and :mod:`.reduce`, which reduces their partial sums.
+:mod:`.device_functions` holds the prologues and epilogues they share. :mod:`.executor` turns a call and its
+gradients into products, and :mod:`.launcher` selects the kernel of a product and runs it from a cached plan.
+:mod:`.tuning` chooses tiles: from :mod:`.tiles`, the candidates and tuned choices, by :mod:`.cost_model`.
+:mod:`.aten` is a product in plain PyTorch, :mod:`.offline` compiles a launch without a GPU, and :mod:`.tools`
+are a kernel developer's. Kernels work in NHWC internally; tensors may have any strides.
 """
 
+from . import dense, down, up, wgrad  # noqa: F401  (each registers its kernels)
 from .executor import backward, bce, bce_backward, forward
-from .kernel_selection import Kernel, kernel_for, output, why_not, why_not_here
+from .launcher import kernel_for, why_not, why_not_here
 
-__all__ = [
-    "Kernel",
-    "backward",
-    "bce",
-    "bce_backward",
-    "forward",
-    "kernel_for",
-    "output",
-    "why_not",
-    "why_not_here",
-]
+__all__ = ["backward", "bce", "bce_backward", "forward", "kernel_for", "why_not", "why_not_here"]

@@ -1,24 +1,22 @@
-"""Launches in plain PyTorch: the reference for the kernels' results and the baseline for their speed.
+"""Products in plain PyTorch: the reference for the kernels' results and the baseline for their speed.
 
-:func:`product` and :func:`gradient` evaluate a launch description (:class:`.launch.Product`,
-:class:`.wgrad.Gradient`) in the dtype of its tensors: with float64 tensors they are a reference, with others
-they are what Inductor compiles. As under autocast, products use the dtype of the operands and elementwise
-work uses float32. :func:`convolution` and :func:`convolution_weight` are the convolutions alone.
-:func:`exact` is the reference for one launch: it rounds only where the kernels are documented to round.
+:func:`compute` evaluates a :class:`.launcher.Product` in the dtype of its tensors: with float64 tensors it is
+a reference, with others it is what Inductor compiles. As under autocast, products use the dtype of the
+operands and elementwise work uses float32. :func:`convolve` is the product alone. :func:`exact` is the
+reference for one launch: it rounds only where the kernels are documented to round.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import accumulator_dtype, activate, activation_backward
-from .launch import Product, Prologue
-from .wgrad import Gradient
+from ..reference import accumulator_dtype, activate, activation_backward, normalise
+from ..spec import Operand
+from .launcher import Pointers, Product
 
 aten = torch.ops.aten
 
@@ -27,136 +25,137 @@ def _channels(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-def apply_prologue(x: Tensor, prologue: Prologue, slope: float) -> Tensor:
-    """Return prologue(x), the convolution's operand, rounded to x's dtype."""
-    kind = prologue.kind
-    if kind == "none":
-        return x
-    value = x.to(accumulator_dtype(x.dtype))
-    if kind == "act":
-        value = activate(value, prologue.act, slope)
-    elif kind == "affine":
-        assert prologue.center is not None
-        assert prologue.scale is not None
-        assert prologue.shift is not None
-        value = (value - _channels(prologue.center)) * _channels(prologue.scale) + _channels(prologue.shift)
-        value = activate(value, prologue.act, slope)
+def apply_prologue(operand: Operand, x: Pointers, slope: float) -> Tensor:
+    """Return prologue(x), the product's operand, rounded to x's dtype."""
+    function, raw = operand.function, x.ptr
+    assert isinstance(raw, Tensor)
+    if function == "none":
+        return raw
+    value = raw.to(accumulator_dtype(raw.dtype))
+    if function == "act":
+        value = activate(value, operand.act, slope)
+    elif function == "affine":
+        value = activate(normalise(value, x.center, x.scale, x.shift), operand.act, slope)
+    elif function == "gradient":
+        value = activation_backward(value, x.other.to(value.dtype), operand.act, slope)
+        if operand.scaled:
+            value = value * _channels(x.scale)
+    elif function == "statistics":
+        count = value.numel() // value.shape[1]
+        value = value + _channels(x.shift / count)
+        value = value + _channels(x.scale * 2 / count) * (x.other.to(value.dtype) - _channels(x.center))
     else:
-        assert prologue.other is not None
-        other = prologue.other.to(value.dtype)
-        if kind == "gradient":
-            value = activation_backward(value, other, prologue.act, slope)
-            if prologue.scale is not None:
-                value = value * _channels(prologue.scale)
-        elif kind == "statistics":
-            assert prologue.center is not None
-            assert prologue.scale is not None
-            assert prologue.shift is not None
-            count = x.numel() // x.shape[1]
-            value = value + _channels(prologue.shift / count)
-            value = value + _channels(prologue.scale * 2 / count) * (other - _channels(prologue.center))
-        else:
-            raise ValueError(
-                f"prologue.kind must be 'none', 'act', 'affine', 'gradient' or 'statistics', got {kind!r}"
-            )
-    return value.to(x.dtype)
+        raise ValueError(
+            f"a prologue must be 'none', 'act', 'affine', 'gradient' or 'statistics', got {function!r}"
+        )
+    return value.to(raw.dtype)
 
 
-def _geometry(stride: int, padding: int) -> tuple[Any, ...]:
-    return [stride, stride], [padding, padding], [1, 1]
+def convolve(it: Product, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Return the raw product of operands after their prologues; a gradient by the op of autograd's backward.
 
-
-def convolution(x: Tensor, product: Product) -> Tensor:
-    """Return the convolution of the prologue's result x; an adjoint by the op of autograd's backward."""
-    geometry = _geometry(product.stride, product.padding)
-    if product.epilogue.kind == "adjoint" or product.prologue.kind in ("gradient", "statistics"):
-        arguments = (x, product.y, product.weight, None, *geometry, not product.transposed, [0, 0], 1)
-        gradient: Tensor = aten.convolution_backward(*arguments, [True, False, False])[0]
-        return gradient
-    y: Tensor = aten.convolution(x, product.weight, None, *geometry, product.transposed, [0, 0], 1)
-    return y
-
-
-def product(it: Product) -> tuple[Tensor, ...]:
-    """Return (y, *sums): mean and var for statistics, Σ g and Σ g·(x - center) for the adjoint's epilogue."""
-    return apply_epilogue(convolution(apply_prologue(it.x, it.prologue, it.slope), it), it)
+    Args:
+        it: a product; only its spec, its weight and y's shape are used.
+        x, y: the operands: x of a convolution, both of a wgrad.
+    """
+    spec = it.spec
+    geometry = [spec.stride] * 2, [spec.padding] * 2, [1, 1]
+    result: Tensor
+    if spec.kind == "wgrad":
+        assert y is not None
+        small, large = (x, y) if spec.transposed else (y, x)
+        weight = small.new_empty(spec.weight)  # only its shape is used
+        result = aten.convolution_backward(
+            small, large, weight, None, *geometry, False, [0, 0], 1, [False, True, False]
+        )[1]
+    elif spec.kind == "dgrad":
+        result = aten.convolution_backward(
+            x, it.y.ptr, it.weight, None, *geometry, not spec.transposed, [0, 0], 1, [True, False, False]
+        )[0]
+    else:
+        result = aten.convolution(x, it.weight, None, *geometry, spec.transposed, [0, 0], 1)
+    return result
 
 
 def apply_epilogue(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
-    """Apply the epilogue to the raw convolution; returns (y, *sums) as :func:`product` does."""
-    epilogue = it.epilogue
-    y = raw.to(accumulator_dtype(raw.dtype))
-    if epilogue.kind == "statistics":
-        var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+    """Apply the epilogue to the raw product; returns (y, *sums) as :func:`compute` does."""
+    operand, y, slope = it.spec.y, it.y, it.spec.slope
+    value = raw.to(accumulator_dtype(raw.dtype))
+    if operand.function == "statistics":
+        var, mean = torch.var_mean(value, dim=(0, 2, 3), correction=0)
         return raw, mean, var
     sums: tuple[Tensor, ...] = ()
-    if epilogue.kind == "affine":
-        if epilogue.scale is not None:
-            y = y * _channels(epilogue.scale)
-        if epilogue.shift is not None:
-            y = y + _channels(epilogue.shift)
-        y = activate(y, epilogue.act, it.slope)
+    if operand.function == "affine":
+        if operand.scaled:
+            value = value * _channels(y.scale)
+        if operand.shifted:
+            value = value + _channels(y.shift)
+        value = activate(value, operand.act, slope)
     else:
-        assert epilogue.input is not None
-        x = epilogue.input.to(y.dtype)
-        if epilogue.scale is None:
-            y = activation_backward(y, activate(x, epilogue.act, it.slope), epilogue.act, it.slope)
+        x = y.other.to(value.dtype)
+        if operand.scaled:
+            activated = activate(normalise(x, y.center, y.scale, y.shift), operand.act, slope)
+            g = activation_backward(value, activated, operand.act, slope)
+            sums = g.sum((0, 2, 3)), (g * (x - _channels(y.center))).sum((0, 2, 3))
+            value = g * _channels(y.scale)
         else:
-            assert epilogue.center is not None
-            assert epilogue.shift is not None
-            centered = x - _channels(epilogue.center)
-            activated = activate(
-                centered * _channels(epilogue.scale) + _channels(epilogue.shift), epilogue.act, it.slope
-            )
-            g = activation_backward(y, activated, epilogue.act, it.slope)
-            sums = g.sum((0, 2, 3)), (g * centered).sum((0, 2, 3))
-            y = g * _channels(epilogue.scale)
-    return y.to(raw.dtype), *sums
+            value = activation_backward(value, activate(x, operand.act, slope), operand.act, slope)
+    return value.to(raw.dtype), *sums
 
 
-def convolution_weight(small: Tensor, large: Tensor, gradient: Gradient) -> Tensor:
-    """Return the weight gradient after both prologues, by the op that autograd's backward runs."""
-    weight = small.new_empty(gradient.shape)  # only its shape is used
-    geometry = _geometry(gradient.stride, gradient.padding)
-    arguments = (small, large, weight, None, *geometry, False, [0, 0], 1, [False, True, False])
-    dweight: Tensor = aten.convolution_backward(*arguments)[1]
-    return dweight
+def compute(it: Product) -> tuple[Tensor, ...]:
+    """Return (y, *sums), or (dweight,) of a wgrad.
+
+    The sums are mean and var for statistics, Σ g and Σ g·(other - center) for the adjoint's epilogue.
+    """
+    x = apply_prologue(it.spec.x, it.x, it.spec.slope)
+    if it.spec.kind == "wgrad":
+        return (convolve(it, x, apply_prologue(it.spec.y, it.y, it.spec.slope)),)
+    return apply_epilogue(convolve(it, x), it)
 
 
-def gradient(it: Gradient) -> tuple[Tensor]:
-    """Return (dweight,)."""
-    small = apply_prologue(it.small, it.small_prologue, it.slope)
-    large = apply_prologue(it.large, it.large_prologue, it.slope)
-    return (convolution_weight(small, large, it),)
+def cast(it: Product, dtype: torch.dtype) -> Product:
+    """Return the product with every tensor cast to ``dtype``."""
+
+    def pointers(operand: Pointers) -> Pointers:
+        return Pointers(*(None if t is None else t.to(dtype) for t in operand))
+
+    weight = None if it.weight is None else it.weight.to(dtype)
+    return Product(it.spec._replace(dtype=dtype), pointers(it.x), weight, pointers(it.y))
 
 
-def compute(it: Product | Gradient) -> tuple[Tensor, ...]:
-    """Evaluate :func:`product` or :func:`gradient`, whichever the launch is."""
-    return product(it) if isinstance(it, Product) else gradient(it)
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Return a launch description with every tensor cast to ``dtype``."""
-    if isinstance(value, Tensor):
-        return value.to(dtype)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast(item, dtype) for item in value))
-    return value
-
-
-def exact(it: Product | Gradient) -> tuple[Tensor, ...]:
+def exact(it: Product) -> tuple[Tensor, ...]:
     """Evaluate :func:`compute` in float64, on operands that the prologues round to their dtype as kernels do.
 
     A kernel's result therefore differs from it only by its accumulation error and its own rounding.
     """
-    if isinstance(it, Product):
-        x = apply_prologue(it.x, it.prologue, it.slope).double()
-        bare = it.prologue._replace(center=None, scale=None, shift=None, other=None)
-        wide = cast(it._replace(prologue=bare), torch.float64)
-        return apply_epilogue(convolution(x, wide), wide)
-    small = apply_prologue(it.small, it.small_prologue, it.slope).double()
-    large = apply_prologue(it.large, it.large_prologue, it.slope).double()
-    return (convolution_weight(small, large, it),)
+    x = apply_prologue(it.spec.x, it.x, it.spec.slope).double()
+    if it.spec.kind == "wgrad":
+        return (convolve(it, x, apply_prologue(it.spec.y, it.y, it.spec.slope).double()),)
+    wide = cast(it, torch.float64)
+    return apply_epilogue(convolve(wide, x), wide)
+
+
+def merged(it: Product, partial: Tensor | None, group: int, block_m: int) -> tuple[Tensor, ...]:
+    """Return a kernel's results as :func:`exact` does, from its output and its partial sums.
+
+    ``group`` rows of the partial sums belong to each tile of ``block_m`` rows.
+    """
+    if it.spec.kind == "wgrad":
+        assert partial is not None
+        c_small, c_large, k_h, k_w = it.spec.weight
+        return (partial.sum(0).view(k_h, k_w, c_small, c_large).permute(2, 3, 0, 1),)
+    y: Tensor = it.y.ptr
+    if partial is None:
+        return (y,)
+    if it.spec.y.function == "adjoint":
+        return y, *partial.sum(1)
+    rows = y.numel() // y.shape[1] // group
+    first = torch.arange(partial.shape[1], device=y.device) // group * block_m
+    count = (rows - first).clamp(max=block_m)[:, None].double()
+    means, squares = partial.double()
+    mean = (count * means).sum(0) / (rows * group)
+    return y, mean, (squares + count * (means - mean) ** 2).sum(0) / (rows * group)
 
 
 def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -8,15 +8,17 @@ Both read logits [N] of any stride and use float32 arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device_functions import activate
-from .launch import Launch
-from .tiles import Tile, next_power_of_two
+from .launcher import Launch, run_planned
+from .tiles import next_power_of_two
 
-_TILE = Tile(1, 1, 1, 4, 1)
 _BLOCK = 1024
 
 
@@ -67,23 +69,36 @@ def _bce_backward_kernel(
     tl.store(dlogits_ptr + n, (dx * per_count).to(dlogits_ptr.dtype.element_ty), mask=n < N)
 
 
-def _common_arguments(logits: Tensor, target: float) -> tuple[dict[str, object], dict[str, object]]:
+def _scalars_and_constants(logits: Tensor, target: float) -> tuple[dict[str, int | float], dict[str, Any]]:
     count = logits.shape[0]
-    arguments = {"logits_ptr": logits, "N": count, "target": float(target), "per_count": 1.0 / count}
     block = min(_BLOCK, max(16, next_power_of_two(count)))
-    return arguments, {"STRIDE": logits.stride(0), "BLOCK": block}
+    scalars = {"N": count, "target": float(target), "per_count": 1.0 / count}
+    return scalars, {"STRIDE": logits.stride(0), "BLOCK": block}
 
 
-def forward(logits: Tensor, target: float, loss: Tensor, probability: Tensor) -> Launch:
-    """Return the forward launch: loss [] and probability [] from logits [N]."""
-    arguments, constants = _common_arguments(logits, target)
-    arguments |= {"loss_ptr": loss, "probability_ptr": probability}
-    return Launch(_bce_kernel, 1, arguments, constants, _TILE)
+def _key(name: str, logits: Tensor, target: float) -> tuple[Hashable, ...]:
+    return name, logits.shape, logits.stride(), logits.dtype, logits.device, target
 
 
-def backward(logits: Tensor, target: float, dloss: Tensor, dprobability: Tensor, dlogits: Tensor) -> Launch:
-    """Return the backward launch: dlogits [N] from logits [N] and the gradients of both outputs."""
-    arguments, constants = _common_arguments(logits, target)
-    arguments |= {"dloss_ptr": dloss, "dprobability_ptr": dprobability, "dlogits_ptr": dlogits}
-    programs = -(-logits.shape[0] // _BLOCK)
-    return Launch(_bce_backward_kernel, programs, arguments, constants, _TILE)
+def forward(logits: Tensor, target: float, loss: Tensor, probability: Tensor) -> None:
+    """Write loss [] and probability [] from logits [N]."""
+    tensors = (logits, loss, probability)
+
+    def make() -> Launch:
+        named: dict[str, Any] = {"logits_ptr": logits, "loss_ptr": loss, "probability_ptr": probability}
+        return Launch(_bce_kernel, 1, named, *_scalars_and_constants(logits, target))
+
+    run_planned(_key("bce", logits, target), tensors, make)
+
+
+def backward(logits: Tensor, target: float, dloss: Tensor, dprobability: Tensor, dlogits: Tensor) -> None:
+    """Write dlogits [N] from logits [N] and the gradients of both outputs."""
+    tensors = (logits, dloss, dprobability, dlogits)
+
+    def make() -> Launch:
+        names = ("logits_ptr", "dloss_ptr", "dprobability_ptr", "dlogits_ptr")
+        named: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        count = -(-logits.shape[0] // _BLOCK)
+        return Launch(_bce_backward_kernel, count, named, *_scalars_and_constants(logits, target))
+
+    run_planned(_key("dbce", logits, target), tensors, make)

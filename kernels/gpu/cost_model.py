@@ -12,8 +12,8 @@ in registers, and the previous wgmma must have read the registers that the prolo
     launch = max(Σ waves, bytes / (L2 or HBM bandwidth)) + LAUNCH_GAP
 
 The rates are those of an H100 SXM with 132 SMs, from its data sheet unless noted. Instruction counts per
-element are rounded from the compiled code. ``python -m bench predict`` prints the predictions next to the
-roofline, and next to measurements where there are any.
+element are rounded from the compiled code. :mod:`.tools.predict` prints the predictions next to the roofline,
+and next to measurements where there are any.
 """
 
 from __future__ import annotations
@@ -71,12 +71,6 @@ class Prediction(NamedTuple):
         return self.roofline / self.seconds
 
 
-def prologues(problem: Problem) -> tuple[str, ...]:
-    """Return the kinds of the operands' prologues: one for a product, two for a weight gradient."""
-    first, second = problem.fusion.split("+")
-    return (first, second) if problem.kernel.startswith("wgrad") else (first,)
-
-
 def _tensors_read(kind: str) -> int:
     return 2 if kind in ("gradient", "statistics") else 1
 
@@ -85,7 +79,7 @@ def estimate_resources(problem: Problem, tile: Tile) -> Resources:
     """Estimate, before compilation: accumulator, operands that a prologue keeps in registers, addresses."""
     threads = 32 * tile.num_warps
     item = ITEM_SIZE[problem.precision]
-    kinds = prologues(problem)
+    kinds = problem.prologues
     widths = (tile.block_m, tile.block_n)
     staged = sum(
         _tensors_read(kind) * width * tile.block_k for kind, width in zip(kinds, widths, strict=False)
@@ -97,7 +91,7 @@ def estimate_resources(problem: Problem, tile: Tile) -> Resources:
     )
     accumulator = tile.block_m * tile.block_n // threads
     # Next to the accumulator, statistics hold the deviations from the mean, and the adjoint holds x and g.
-    factor = {"statistics": 1.6, "adjoint": 2.2}.get(problem.fusion.split("+")[1], 1.0)
+    factor = {"statistics": 1.6, "adjoint": 2.2}.get(problem.epilogue, 1.0)
     registers = 56 + int(accumulator * (factor if len(kinds) == 1 else 1.0))
     registers += int(1.7 * in_registers) // (4 * threads)
     return Resources(min(registers, 255), staged * item * tile.num_stages)
@@ -106,13 +100,13 @@ def estimate_resources(problem: Problem, tile: Tile) -> Resources:
 def min_bytes(problem: Problem) -> int:
     """Return the bytes moved if every tensor is read or written exactly once."""
     item = ITEM_SIZE[problem.precision]
-    kinds = prologues(problem)
+    kinds = problem.prologues
     reads = sum(_tensors_read(kind) * n for kind, n in zip(kinds, problem.elements, strict=False))
     if len(kinds) == 2:
         return item * reads + item * problem.rows * problem.columns * problem.copies
     weight = problem.columns * problem.depth * problem.copies
     outputs = problem.rows * problem.columns * problem.copies
-    return item * (reads + weight + outputs * (2 if problem.fusion.endswith("adjoint") else 1))
+    return item * (reads + weight + outputs * (2 if problem.epilogue == "adjoint" else 1))
 
 
 def transfer_seconds(size: float) -> float:
@@ -138,7 +132,7 @@ def predict(
     )
     ctas_per_sm = max(ctas_per_sm, 1)
     item = ITEM_SIZE[problem.precision]
-    kinds = prologues(problem)
+    kinds = problem.prologues
     flops = 2 * problem.rows * problem.columns * problem.depth * problem.copies
     bytes_moved = min_bytes(problem)
     total = programs(tile, problem) * splits
@@ -168,7 +162,7 @@ def predict(
     arithmetic = work / (INSTRUCTIONS_PER_CLOCK * CLOCK)
     latency = PROLOGUE_LATENCY if warpgroup and set(kinds) != {"none"} else 0.0
     steps = -(-problem.depth // (k * splits))
-    epilogue_kind = "affine" if len(kinds) == 2 else problem.fusion.split("+")[1]
+    epilogue_kind = problem.epilogue
     stored = m * n * (4 if len(kinds) == 2 else item * (2 if epilogue_kind == "adjoint" else 1))
     epilogue = EPILOGUE_INSTRUCTIONS[epilogue_kind] * m * n / (INSTRUCTIONS_PER_CLOCK * CLOCK) + stored / (
         L2_TO_SMEM_BW / SM_COUNT
@@ -214,7 +208,7 @@ def reduction_seconds(problem: Problem, partial: tuple[int, ...]) -> float:
     """
     if problem.kernel.startswith("wgrad"):
         return split_k_seconds(problem, partial[0])
-    steps = -(-partial[1] // 1024) * (2 if problem.fusion.endswith("statistics") else 1)
+    steps = -(-partial[1] // 1024) * (2 if problem.epilogue == "statistics" else 1)
     return PIPELINE_LATENCY * (1 + steps) + 4 * math.prod(partial) / (L2_BW / 8) + LAUNCH_GAP
 
 
@@ -229,18 +223,12 @@ def standalone_prologue_seconds(problem: Problem, shared: bool = True) -> float:
     du is an operand of both dgrad and wgrad: if ``shared``, each is charged half of its kernel.
     """
     seconds = 0.0
-    for kind, elements in zip(prologues(problem), problem.elements, strict=False):
+    for kind, elements in zip(problem.prologues, problem.elements, strict=False):
         if kind != "none":
             moved = elements * (_tensors_read(kind) + 1) * ITEM_SIZE[problem.precision]
             kernel = PIPELINE_LATENCY + transfer_seconds(moved) + LAUNCH_GAP
             seconds += kernel / 2 if shared and _tensors_read(kind) == 2 else kernel
     return seconds
-
-
-def without_prologue(problem: Problem) -> Problem:
-    """Return the problem of the same product after standalone prologue kernels."""
-    second = "none" if problem.kernel.startswith("wgrad") else problem.fusion.split("+")[1]
-    return problem._replace(fusion=f"none+{second}")
 
 
 @functools.cache
@@ -270,13 +258,14 @@ def seconds(problem: Problem, tile: Tile, sms: int) -> float:
     """Predict a product with the standalone prologue kernels and split-K reduction that its tile needs."""
     if tile.fused:
         return product_seconds(problem, tile, sms)
-    return product_seconds(without_prologue(problem), tile, sms) + standalone_prologue_seconds(problem)
+    return product_seconds(problem.without_prologue(), tile, sms) + standalone_prologue_seconds(problem)
 
 
 def fits(problem: Problem, tile: Tile, shared: int = SHARED_PER_SM) -> bool:
     """Return whether a program's shared memory fits in ``shared`` bytes; this is known before compilation."""
     return (
-        estimate_resources(problem if tile.fused else without_prologue(problem), tile).shared <= shared - 1024
+        estimate_resources(problem if tile.fused else problem.without_prologue(), tile).shared
+        <= shared - 1024
     )
 
 

@@ -4,134 +4,167 @@
     otherwise, a kernel as large as x:     y[n, co, 0, 0] = Σ_{kh,kw,ci} x[n, ci, kh, kw] · w[co, ci, kh, kw]
 
 M = N rows; columns (kh, kw, co), the order of an NHWC output; K = (kh, kw, ci), the order of an NHWC input.
-One of the two maps is 1×1. A program computes one [BLOCK_M, BLOCK_N] tile. It reads x at any strides and
-weights packed by :func:`..packing.dense_up` or :func:`..packing.dense_down`, and writes y at any strides,
-each element once.
+One of the two maps is 1×1. A program computes one [BLOCK_M, BLOCK_N] tile.
+
+``dense_narrow`` is the Discriminator's head, a product with at most 4 columns, as one dot product per
+program: a tensor-core tile would use 1 of its 16 columns, and a batch of 64 would fill 1 of 132 SMs. Products
+are float32 whatever the dtype of the inputs: the kernel is bound by bytes, so TF32 would gain nothing.
+Program (n, co) reads row n of x.
+
+Both read x at any strides and packed weights, and write y at any strides, each element once.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_functions import epilogue, prologue
-from .launch import Launch, Product, common
-from .tiles import Problem, Tile, programs
+from ..spec import ConvSpec
+from .device_functions import activate, load, prologue, row_pointers, store
+from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem
+from .tiles import Problem
+
+_VECTOR = tl.constexpr(16)  # the weight's C_in is padded to a multiple, so that its rows are 16-byte aligned
 
 
 @triton.jit
-def _dense_kernel(
-    x_ptr,
-    x_other_ptr,
-    x_center_ptr,
-    x_scale_ptr,
-    x_shift_ptr,
-    w_ptr,  # [H_OUT·W_OUT·C_OUT, H·W, C_PADDED]
-    y_ptr,
-    input_ptr,
-    center_ptr,
-    scale_ptr,
-    shift_ptr,
-    partial_ptr,  # [2, TILES, C_OUT]
-    M,
-    TILES,
-    slope,
-    per_count,
-    X_SIZE: tl.constexpr,  # C, H, W
-    Y_SIZE: tl.constexpr,
-    X_STRIDE: tl.constexpr,  # N, C, H, W
-    X_OTHER_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    INPUT_STRIDE: tl.constexpr,
-    X_PROLOGUE: tl.constexpr,
-    X_ACT: tl.constexpr,
-    X_SCALED: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    C_PADDED: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _dense_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.constexpr):
+    # w [H_OUT·W_OUT·C_OUT, H·W, C_PADDED], partial [2, TILES, C_OUT]
+    X: tl.constexpr = SPEC.x
+    Y: tl.constexpr = SPEC.y
+    BLOCK_M: tl.constexpr = SPEC.block_m
+    BLOCK_N: tl.constexpr = SPEC.block_n
+    BLOCK_K: tl.constexpr = SPEC.block_k
     pid = tl.program_id(0)
-    C_IN: tl.constexpr = X_SIZE[0]
-    H: tl.constexpr = X_SIZE[1]
-    W: tl.constexpr = X_SIZE[2]
-    C_OUT: tl.constexpr = Y_SIZE[0]
-    PIXELS: tl.constexpr = Y_SIZE[1] * Y_SIZE[2]
+    C_IN: tl.constexpr = X.size[0]
+    W: tl.constexpr = X.size[2]
+    TAPS: tl.constexpr = X.size[1] * W
+    C_PADDED: tl.constexpr = (C_IN + _VECTOR - 1) // _VECTOR * _VECTOR
+    C_OUT: tl.constexpr = Y.size[0]
+    PIXELS: tl.constexpr = Y.size[1] * Y.size[2]
     COLUMNS: tl.constexpr = PIXELS * C_OUT
     COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     tile = pid // COLUMN_TILES
     column = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if WIDE:
+    if SPEC.wide:
         tile = tile.to(tl.int64)
         column = column.to(tl.int64)
     n = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = n < M
     k = tl.arange(0, BLOCK_K)
 
-    x_rows = x_ptr + n * X_STRIDE[0]
-    other_rows = x_other_ptr + n * X_OTHER_STRIDE[0]
+    x_rows, other_rows = row_pointers(x, n, 0, 0, X)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, H * W * ((C_IN + BLOCK_K - 1) // BLOCK_K)):
-        tap = step % (H * W)
-        c = (step // (H * W)) * BLOCK_K + k
+    for step in range(0, TAPS * ((C_IN + BLOCK_K - 1) // BLOCK_K)):
+        tap = step % TAPS
+        c = (step // TAPS) * BLOCK_K + k
         mask = inside[:, None] & (c < C_IN)[None, :]
-        x_k = (tap // W) * X_STRIDE[2] + (tap % W) * X_STRIDE[3] + c * X_STRIDE[1]
-        x_at = x_rows[:, None] + x_k[None, :]
-        x = tl.load(x_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        other = x
-        if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
-            other_k = (tap // W) * X_OTHER_STRIDE[2] + (tap % W) * X_OTHER_STRIDE[3] + c * X_OTHER_STRIDE[1]
-            other_at = other_rows[:, None] + other_k[None, :]
-            other = tl.load(other_at, mask=mask, other=0.0)
-        x = prologue(
-            x, other, mask, c[None, :], x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
-            C_IN, X_PROLOGUE, X_ACT, X_SCALED,
-        )  # fmt: skip
-
-        w_at = w_ptr + column[None, :] * (H * W * C_PADDED) + (tap * C_PADDED + c)[:, None]
+        x_hat = load(x_rows, other_rows, tap // W, tap % W, c, mask, x, slope, per_count, X)
+        w_at = w_ptr + column[None, :] * (TAPS * C_PADDED) + (tap * C_PADDED + c)[:, None]
         mask = (column < COLUMNS)[None, :] & (c < C_PADDED)[:, None]
         w = tl.load(w_at, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x_hat, w, acc, input_precision=SPEC.precision)
 
     # Map columns beyond the last to channel C_OUT, which masks their stores.
     co = tl.where(column < COLUMNS, column % C_OUT, C_OUT)
     pixel = column // C_OUT
-    h = pixel // Y_SIZE[2]
-    w = pixel % Y_SIZE[2]
-    input_columns = h * INPUT_STRIDE[2] + w * INPUT_STRIDE[3] + co * INPUT_STRIDE[1]
-    input_at = (input_ptr + n * INPUT_STRIDE[0])[:, None] + input_columns[None, :]
-    acc = epilogue(
-        acc, inside, co, input_at, tile * PIXELS + pixel, TILES, partial_ptr, center_ptr, scale_ptr,
-        shift_ptr, slope, C_OUT, EPILOGUE, ACT, HAS_SCALE, HAS_SHIFT,
-    )  # fmt: skip
-    y_columns = h * Y_STRIDE[2] + w * Y_STRIDE[3] + co * Y_STRIDE[1]
-    mask = inside[:, None] & (column < COLUMNS)[None, :]
-    tl.store(y_ptr + n[:, None] * Y_STRIDE[0] + y_columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    h = (pixel // Y.size[2])[None, :]
+    w = (pixel % Y.size[2])[None, :]
+    store(acc, inside, n[:, None], h, w, co, tile * PIXELS + pixel, y, partial_ptr, TILES, slope, Y)
 
 
-def pixels(product: Product) -> int:
-    """Return the pixels of y: a row tile stores partial sums for each of them."""
-    return product.y.shape[2] * product.y.shape[3]
+@triton.jit
+def _dense_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.constexpr):
+    # w [C_OUT, H·W, C_PADDED]; there are no partial sums
+    X: tl.constexpr = SPEC.x
+    Y: tl.constexpr = SPEC.y
+    BLOCK_K: tl.constexpr = SPEC.block_k
+    pid = tl.program_id(0)
+    C_IN: tl.constexpr = X.size[0]
+    C_PADDED: tl.constexpr = (C_IN + _VECTOR - 1) // _VECTOR * _VECTOR
+    DEPTH: tl.constexpr = X.size[1] * X.size[2] * C_PADDED
+    n = pid // Y.size[0]
+    co = pid % Y.size[0]
+    if SPEC.wide:
+        n = n.to(tl.int64)
+
+    acc = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for step in range(0, (DEPTH + BLOCK_K - 1) // BLOCK_K):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        h = k // C_PADDED // X.size[2]
+        w = k // C_PADDED % X.size[2]
+        c = k % C_PADDED
+        valid = (k < DEPTH) & (c < C_IN)
+        x_at, other_at = row_pointers(x, n, h, w, X)
+        x_hat = tl.load(x_at + c * X.stride[1], mask=valid, other=0.0)
+        other = x_hat
+        if X.other_stride is not None:
+            other = tl.load(other_at + c * X.other_stride[1], mask=valid, other=0.0)
+        x_hat = prologue(x_hat, other, valid, c, x, slope, per_count, X)
+        weight = tl.load(w_ptr + co * DEPTH + k, mask=k < DEPTH, other=0.0)
+        acc += x_hat.to(tl.float32) * weight.to(tl.float32)
+
+    tl.static_assert(Y.function == "affine")  # statistics need a tile of rows: those products run as dense
+    result = tl.sum(acc, axis=0)
+    if Y.scaled:
+        result = result * tl.load(y.scale + co)
+    if Y.shifted:
+        result = result + tl.load(y.shift + co)
+    ACT: tl.constexpr = Y.act
+    result = activate(result, slope, ACT)
+    tl.store(y.ptr + n * Y.stride[0] + co * Y.stride[1], result.to(y.ptr.dtype.element_ty))
 
 
-def problem(product: Product) -> Problem:
+def pack_up(weight: Tensor) -> Tensor:
+    """Pack [C_in, C_out, kH, kW] → [kh, kw, C_out, C_in padded]."""
+    return _padded(weight.permute(2, 3, 1, 0))
+
+
+def pack_down(weight: Tensor) -> Tensor:
+    """Pack [C_out, C_in, kH, kW] → [C_out, kh, kw, C_in padded]."""
+    return _padded(weight.permute(0, 2, 3, 1))
+
+
+def _padded(packed: Tensor) -> Tensor:
+    padding = -packed.shape[-1] % _VECTOR.value
+    return (torch.nn.functional.pad(packed, (0, padding)) if padding else packed).contiguous()
+
+
+def _covers_up(spec: ConvSpec) -> bool:
+    return spec.kind != "wgrad" and spec.transposed and (*spec.x.size[1:], spec.padding) == (1, 1, 0)
+
+
+def _covers_down(spec: ConvSpec) -> bool:
+    if spec.kind == "wgrad" or spec.transposed:
+        return False
+    return spec.x.size[1:] == spec.weight[2:] and spec.padding == 0
+
+
+def _covers_narrow(spec: ConvSpec) -> bool:
+    return _covers_down(spec) and spec.y.size[0] <= NARROW and spec.y.function == "affine"
+
+
+@functools.lru_cache(maxsize=MAX_PLANS)
+def problem(spec: ConvSpec, kernel: str = "dense") -> Problem:
     """Return the GEMM sizes of a product."""
-    n, c_in, h, w = product.x.shape
-    columns = product.y[0].numel()
-    return product.problem("dense", n, columns, c_in * h * w, c_in)
+    depth = math.prod(spec.x.size)
+    return convolution_problem(kernel, spec, spec.images, math.prod(spec.y.size), depth, spec.x.size[0])
 
 
-def launch(product: Product, packed: Tensor, partial: Tensor | None, tile: Tile) -> Launch:
-    """Return the launch of y [N, C_out, kH, kW] from x [N, C_in, 1, 1], or y [.., 1, 1] from [.., kH, kW]."""
-    sizes = problem(product)
-    arguments, constants = common(product, packed, partial, sizes.rows)
-    constants["C_PADDED"] = packed.shape[-1]
-    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    return Launch(_dense_kernel, programs(tile, sizes), arguments, constants, tile)
+def problem_narrow(spec: ConvSpec) -> Problem:
+    """Return :func:`problem` for the narrow kernel."""
+    return problem(spec, "dense_narrow")
+
+
+def _pixels(spec: ConvSpec) -> int:
+    return spec.y.size[1] * spec.y.size[2]
+
+
+DENSE_UP = convolution("dense_up", _dense_kernel, _covers_up, pack_up, problem, _pixels)
+DENSE_NARROW = convolution("dense_narrow", _dense_narrow_kernel, _covers_narrow, pack_down, problem_narrow)
+DENSE_DOWN = convolution("dense_down", _dense_kernel, _covers_down, pack_down, problem, _pixels)

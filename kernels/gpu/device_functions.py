@@ -1,4 +1,10 @@
-"""Device functions shared by the kernels: implicit GEMM rows, activations, prologues, epilogues."""
+"""Device functions shared by the kernels: implicit GEMM rows, activations, prologues, epilogues.
+
+A kernel receives each tensor of a product twice: as :class:`.launcher.Pointers` in lower case (``x``: itself,
+``x.other``, ``x.center``, ``x.scale`` and ``x.shift``) and as :class:`..spec.Operand` in upper case (``X``:
+its size, strides and the function fused into its loads or stores), which is a compile-time constant, so that
+every branch on it is resolved by the compiler.
+"""
 
 from __future__ import annotations
 
@@ -66,131 +72,121 @@ def _vector(ptr, channel, C: tl.constexpr):
 
 
 @triton.jit
-def prologue(
-    x,
-    other,
-    valid,
-    channel,
-    center_ptr,
-    scale_ptr,
-    shift_ptr,
-    slope,
-    per_count,
-    C: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    ACT: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """Apply a prologue to a loaded tile x; returns the convolution's operand, rounded to x's dtype.
+def prologue(value, other, valid, channel, x, slope, per_count, X: tl.constexpr):
+    """Apply a prologue of :class:`..spec.Operand` to a loaded tile; rounds the result to the tile's dtype.
 
-        none         x
-        act          act(x)
-        affine       act((x - center[c])·scale[c] + shift[c])
-        gradient     x·act'(other)·scale[c], other = the forward's y (scale if SCALED)
-        statistics   x + (other - center[c])·2·scale[c]·per_count + shift[c]·per_count:
-                     center, scale, shift = mean, dvar, dmean, and other = y
-
-    ``other`` is x itself where the prologue reads no second tensor. Each kernel spells out that condition,
-    because Triton 3.6 treats a function's result as a runtime value. ``channel`` and ``valid`` broadcast
-    against x. x and other are 0 where not ``valid``, and so is the result: zero padding applies after the
-    prologue.
+    ``other`` is the tile itself where the prologue reads no second tensor. ``channel`` and ``valid``
+    broadcast against the tile. Both tiles are 0 where not ``valid``, and so is the result: zero padding
+    applies after the prologue.
     """
-    if PROLOGUE != "none":
-        value = x.to(tl.float32)
-        if PROLOGUE == "act":
+    ACT: tl.constexpr = X.act  # Triton 3.6 passes a field on as a string, not as a constant
+    if X.function != "none":
+        dtype = value.dtype
+        value = value.to(tl.float32)
+        if X.function == "act":
             value = activate(value, slope, ACT)
             if ACT == "sigmoid":
                 value = tl.where(valid, value, 0.0)
-        elif PROLOGUE == "affine":
-            value = (value - _vector(center_ptr, channel, C)) * _vector(scale_ptr, channel, C)
-            value = activate(value + _vector(shift_ptr, channel, C), slope, ACT)
+        elif X.function == "affine":
+            value = (value - _vector(x.center, channel, X.size[0])) * _vector(x.scale, channel, X.size[0])
+            value = activate(value + _vector(x.shift, channel, X.size[0]), slope, ACT)
             value = tl.where(valid, value, 0.0)
-        elif PROLOGUE == "gradient":
+        elif X.function == "gradient":
             value = activate_backward(value, other.to(tl.float32), slope, ACT)
-            if SCALED:
-                value = value * _vector(scale_ptr, channel, C)
+            if X.scaled:
+                value = value * _vector(x.scale, channel, X.size[0])
         else:
-            tl.static_assert(PROLOGUE == "statistics")
-            b = _vector(scale_ptr, channel, C) * (2.0 * per_count)
-            value += (other.to(tl.float32) - _vector(center_ptr, channel, C)) * b
-            value = tl.where(valid, value + _vector(shift_ptr, channel, C) * per_count, 0.0)
-        x = value.to(x.dtype)
-    return x
+            tl.static_assert(X.function == "statistics")
+            b = _vector(x.scale, channel, X.size[0]) * (2.0 * per_count)
+            value += (other.to(tl.float32) - _vector(x.center, channel, X.size[0])) * b
+            value = tl.where(valid, value + _vector(x.shift, channel, X.size[0]) * per_count, 0.0)
+        value = value.to(dtype)
+    return value
+
+
+@triton.jit
+def row_pointers(x, n, h, w, X: tl.constexpr):
+    """Return pointers to x[n, 0, h, w] and, if the prologue reads a second tensor, other[n, 0, h, w]."""
+    x_rows = x.ptr + n * X.stride[0] + h * X.stride[2] + w * X.stride[3]
+    other_rows = x_rows
+    if X.other_stride is not None:
+        other_rows = x.other + n * X.other_stride[0] + h * X.other_stride[2] + w * X.other_stride[3]
+    return x_rows, other_rows
+
+
+@triton.jit
+def load(x_rows, other_rows, dh, dw, c, mask, x, slope, per_count, X: tl.constexpr):
+    """Load x̂ [BLOCK_M, BLOCK_K] for channels c [BLOCK_K] of the pixels (dh, dw) away from each row's."""
+    x_at = x_rows[:, None] + (dh * X.stride[2] + dw * X.stride[3] + c * X.stride[1])[None, :]
+    value = tl.load(x_at, mask=mask, other=0.0)
+    other = value
+    if X.other_stride is not None:
+        other_k = dh * X.other_stride[2] + dw * X.other_stride[3] + c * X.other_stride[1]
+        other = tl.load(other_rows[:, None] + other_k[None, :], mask=mask, other=0.0)
+    return prologue(value, other, mask, c[None, :], x, slope, per_count, X)
 
 
 # --- epilogues ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def affine(
-    acc,
-    channel,
-    scale_ptr,
-    shift_ptr,
-    slope,
-    C: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    ACT: tl.constexpr,
-):
+def affine(acc, channel, y, slope, Y: tl.constexpr):
     """Compute act(acc·scale[c] + shift[c]) for acc [BLOCK_M, BLOCK_N]; ``channel`` [BLOCK_N] gives c."""
-    if HAS_SCALE:
-        acc = acc * _vector(scale_ptr, channel, C)[None, :]
-    if HAS_SHIFT:
-        acc = acc + _vector(shift_ptr, channel, C)[None, :]
+    ACT: tl.constexpr = Y.act
+    if Y.scaled:
+        acc = acc * _vector(y.scale, channel, Y.size[0])[None, :]
+    if Y.shifted:
+        acc = acc + _vector(y.shift, channel, Y.size[0])[None, :]
     return activate(acc, slope, ACT)
 
 
 @triton.jit
-def epilogue(
-    acc,
-    inside,
-    channel,
-    input_at,
-    tile,
-    TILES,
-    partial_ptr,
-    center_ptr,
-    scale_ptr,
-    shift_ptr,
-    slope,
-    C: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-):
+def epilogue(acc, inside, channel, other_at, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
     """Return the tile to store for acc [BLOCK_M, BLOCK_N] (0 in rows not ``inside``); store its partial sums.
 
-        affine       act(acc·scale[c] + shift[c])
-        statistics   acc; stores its rows' mean in partial[0, tile], their sum of squared deviations in
-                     partial[1, tile]
-        adjoint      g·scale[c] for g = acc·act'((x - center[c])·scale[c] + shift[c]), x read at ``input_at``;
-                     stores Σ g and Σ g·(x - center[c]) in partial[0, tile], partial[1, tile].
-                     Without HAS_SCALE, g = acc·act'(x), and there are no sums
-
-    ``tile`` [BLOCK_N] is the row of partial [2, TILES, C] for each column.
+    The epilogues are those of :class:`..spec.Operand`. 'statistics' stores its rows' mean in
+    partial[0, tile] and their sum of squared deviations in partial[1, tile]; 'adjoint', which reads the
+    second tensor at ``other_at``, stores Σ g and Σ g·(other - center[c]) there. ``tile`` [BLOCK_N] is the row
+    of partial [2, TILES, C] for each column.
     """
-    if EPILOGUE == "affine":
-        acc = affine(acc, channel, scale_ptr, shift_ptr, slope, C, HAS_SCALE, HAS_SHIFT, ACT)
+    C: tl.constexpr = Y.size[0]
+    ACT: tl.constexpr = Y.act
+    if Y.function == "affine":
+        acc = affine(acc, channel, y, slope, Y)
     else:
         at = partial_ptr + tile * C + channel
-        if EPILOGUE == "statistics":
+        if Y.function == "statistics":
             mean = tl.sum(acc, axis=0) / tl.sum(inside.to(tl.float32), axis=0)
             deviation = tl.where(inside[:, None], acc - mean[None, :], 0.0)
             tl.store(at, mean, mask=channel < C)
             tl.store(at + TILES * C, tl.sum(deviation * deviation, axis=0), mask=channel < C)
         else:
-            tl.static_assert(EPILOGUE == "adjoint")
-            x = tl.load(input_at, mask=inside[:, None] & (channel < C)[None, :], other=0.0).to(tl.float32)
-            if HAS_SCALE:
-                x = x - _vector(center_ptr, channel, C)[None, :]
-                scale = _vector(scale_ptr, channel, C)[None, :]
-                y = activate(x * scale + _vector(shift_ptr, channel, C)[None, :], slope, ACT)
-                g = activate_backward(acc, y, slope, ACT)
+            tl.static_assert(Y.function == "adjoint")
+            x = tl.load(other_at, mask=inside[:, None] & (channel < C)[None, :], other=0.0).to(tl.float32)
+            if Y.scaled:
+                x = x - _vector(y.center, channel, C)[None, :]
+                scale = _vector(y.scale, channel, C)[None, :]
+                activated = activate(x * scale + _vector(y.shift, channel, C)[None, :], slope, ACT)
+                g = activate_backward(acc, activated, slope, ACT)
                 tl.store(at, tl.sum(g, axis=0), mask=channel < C)
                 tl.store(at + TILES * C, tl.sum(g * x, axis=0), mask=channel < C)
                 acc = g * scale
             else:
                 acc = activate_backward(acc, activate(x, slope, ACT), slope, ACT)
     return acc
+
+
+@triton.jit
+def store(acc, inside, n, h, w, channel, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
+    """Apply the epilogue to acc [BLOCK_M, BLOCK_N] and store it at y[n, channel, h, w].
+
+    n, h and w broadcast against acc; ``channel`` [BLOCK_N] is C or more in columns that are not stored.
+    """
+    other_at = y.other + channel[None, :]
+    if Y.other_stride is not None:
+        other_rows = y.other + n * Y.other_stride[0] + h * Y.other_stride[2] + w * Y.other_stride[3]
+        other_at = other_rows + channel[None, :] * Y.other_stride[1]
+    acc = epilogue(acc, inside, channel, other_at, tile, y, partial_ptr, TILES, slope, Y)
+    y_rows = y.ptr + n * Y.stride[0] + h * Y.stride[2] + w * Y.stride[3]
+    mask = inside[:, None] & (channel < Y.size[0])[None, :]
+    tl.store(y_rows + channel[None, :] * Y.stride[1], acc.to(y.ptr.dtype.element_ty), mask=mask)

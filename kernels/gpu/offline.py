@@ -10,15 +10,17 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import INT32_MAX, Launch
+from ..spec import Operand
+from .launcher import INT32_MAX, Constants, Launch, Pointers
 from .tiles import SHARED_LIMIT
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -44,25 +46,28 @@ class Report(NamedTuple):
 
 def compile_launch(launch: Launch, capability: int) -> Any:
     """Compile for sm_<capability>, specialized on divisibility as the JIT does."""
-    names = launch.kernel.arg_names
-    signature, attributes = {}, {}
-    for i, name in enumerate(names):
+    signature: dict[str, Any] = {}
+    attributes = {}
+
+    def specialize(path: tuple[int, ...], value: Tensor | int | float) -> str:
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return _POINTERS[value.dtype]
+        return "i32" if value <= INT32_MAX else "i64"
+
+    arguments: dict[str, Any] = launch.tensors | launch.scalars
+    for i, name in enumerate(launch.kernel.arg_names):
         if name in launch.constants:
             signature[name] = "constexpr"
-            continue
-        value = launch.arguments[name]
-        divisible = True
-        if isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
+        elif isinstance(value := arguments[name], Pointers):
+            signature[name] = Pointers(*(specialize((i, j), t) for j, t in enumerate(value)))
         else:
-            signature[name] = "i32" if value <= INT32_MAX else "i64"
-            divisible = value % 16 == 0
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = specialize((i,), value)
     source = ASTSource(launch.kernel, signature, launch.constants, attributes)
-    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -90,7 +95,7 @@ def _usage(text: str) -> dict[str, int]:
 
 
 def spills(launch: Launch, capability: int) -> bool:
-    """Return what :meth:`.launch.Launch.spills` would on a GPU of that capability."""
+    """Return what :meth:`.launcher.Launch.spills` would on a GPU of that capability."""
     compiled = compile_launch(launch, capability)
     if compiled.metadata.shared > SHARED_LIMIT[capability]:
         return True
@@ -124,10 +129,20 @@ def inspect(launch: Launch, capability: int) -> Report:
     )
 
 
-def _vectorizable(tensor: Any, stride: tuple[int, ...]) -> bool:
+def _operands(launch: Launch) -> list[tuple[Operand, Tensor]]:
+    """Return the tensors that a product or a standalone prologue kernel loads, as operands."""
+    constants, tensors = launch.constants, launch.tensors
+    spec: Constants | None = constants.get("SPEC")
+    if spec is None:
+        operands = {"x": constants["X"]}
+    else:
+        operands = {"x": spec.x} if "x" in tensors else {"small": spec.x, "large": spec.y}
+    return [(operand, tensors[name].ptr) for name, operand in operands.items()]  # type: ignore[union-attr]
+
+
+def _vectorizable(t: Tensor, channels: int, stride: Sequence[int]) -> bool:
     """Return whether an operand's channels can be accessed 16 bytes at a time."""
-    channels = tensor.shape[1]
-    return bool(channels >= 16 and channels * tensor.element_size() % 16 == 0 and stride[1] == 1)
+    return channels >= 16 and channels * t.element_size() % 16 == 0 and stride[1] == 1
 
 
 def _narrow_accesses(launch: Launch, report: Report) -> list[str]:
@@ -136,12 +151,12 @@ def _narrow_accesses(launch: Launch, report: Report) -> list[str]:
     The other reductions are exempt: per-channel partials offer too little data for 16 bytes per thread unless
     there are many tiles, and a dot product's operands may have any layout.
     """
-    constants, arguments = launch.constants, launch.arguments
+    constants = launch.constants
     loads = stores = False
-    if "out_ptr" in arguments:
-        operands = {name: arguments[f"{name}_ptr"] for name in ("x", "x_other", "out")}
-        strides = {name: constants[f"{name.upper()}_STRIDE"] for name in operands}
-        loads = stores = all(_vectorizable(t, strides[name]) for name, t in operands.items())
+    if "out_ptr" in launch.tensors:
+        ((operand, x),) = _operands(launch)
+        strides = (operand.stride, operand.other_stride or operand.stride, constants["OUT_STRIDE"])
+        loads = stores = all(_vectorizable(x, operand.size[0], stride) for stride in strides)
     elif "SPLITS" in constants:
         loads = constants["SIZE"][0] * constants["SIZE"][1] % 4 == 0
     found = []
@@ -168,30 +183,28 @@ def faults(launch: Launch, report: Report, capability: int) -> list[str]:
         )
     if report.shared > SHARED_LIMIT[capability]:
         found.append(f"{report.shared} bytes of shared memory exceed the limit of {SHARED_LIMIT[capability]}")
-    if "PRECISION" not in constants or "BLOCK_M" not in constants:
+    spec: Constants | None = constants.get("SPEC")
+    if spec is None or spec.block_m == 1:
         return found + _narrow_accesses(launch, report)  # no matrix instruction, no staged operands
-    operands = [name for name in ("x", "small", "large") if f"{name}_ptr" in launch.arguments]
-    tensors = [launch.arguments[f"{name}_ptr"] for name in operands]
-    if tensors[0].dtype != torch.float32 or constants["PRECISION"] == "tf32":
+    operands = _operands(launch)
+    if operands[0][1].dtype != torch.float32 or spec.precision == "tf32":
         # wgmma needs 64 rows.
-        expected = "HGMMA" if capability >= 90 and launch.tile.block_m >= 64 else "HMMA"
+        expected = "HGMMA" if capability >= 90 and spec.block_m >= 64 else "HMMA"
         if report.matrix != expected:
             found.append(f"matrix instruction {report.matrix} instead of {expected}")
-    strides = [constants[f"{name.upper()}_STRIDE"] for name in operands]
-    if all(_vectorizable(t, stride) for t, stride in zip(tensors, strides, strict=True)):
-        prologues = {constants[f"{name.upper()}_PROLOGUE"] for name in operands}
+    if all(_vectorizable(t, operand.size[0], operand.stride) for operand, t in operands):
+        plain = all(operand.function == "none" for operand, _ in operands)
         # TF32 operands must be K-contiguous in shared memory. A weight gradient's are channel-contiguous and
         # are transposed on the way in, by 4-byte copies.
-        transposing = "small_ptr" in launch.arguments and constants["PRECISION"] == "tf32"
-        allowed = {16} if prologues == {"none"} and not transposing else {16, 4}
+        transposing = "small" in launch.tensors and spec.precision == "tf32"
+        allowed = {16} if plain and not transposing else {16, 4}
         vectorized = report.async_copies.get(16) or transposing
         if not vectorized or report.async_copies.keys() - allowed:
             found.append(
                 f"operands not loaded by asynchronous 16-byte copies, counts by width: {report.async_copies}"
             )
-        plain_epilogue = constants.get("EPILOGUE") in ("affine", "statistics") and not (
-            constants["HAS_SCALE"] or constants["HAS_SHIFT"]
-        )
-        if prologues == {"none"} and plain_epilogue and report.loads:
+        y = spec.y
+        simple = y.function in ("affine", "statistics") and not (y.scaled or y.shifted)
+        if plain and simple and report.loads:
             found.append(f"{report.loads} loads that are not asynchronous copies")
     return found

@@ -15,68 +15,71 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import memory_format
-from .device_functions import prologue, rows
-from .launch import Launch, Prologue, operand, operand_constants, wide
-from .tiles import Tile, next_power_of_two
+from ..spec import ConvSpec, Operand
+from .device_functions import load, row_pointers, rows
+from .launcher import INT32_MAX, Launch, Pointers, extent, present, run_planned
+from .tiles import next_power_of_two
 
 
 @triton.jit
 def _prologue_kernel(
-    x_ptr,
-    x_other_ptr,
-    x_center_ptr,
-    x_scale_ptr,
-    x_shift_ptr,
+    x,
     out_ptr,
     M,
     slope,
     per_count,
-    SIZE: tl.constexpr,  # C, H, W
-    X_STRIDE: tl.constexpr,  # N, C, H, W
-    X_OTHER_STRIDE: tl.constexpr,
+    X: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
-    X_PROLOGUE: tl.constexpr,
-    X_ACT: tl.constexpr,
-    X_SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    COLUMN_TILES: tl.constexpr = (SIZE[0] + BLOCK_N - 1) // BLOCK_N
-    inside, n, h, w = rows(pid // COLUMN_TILES, M, SIZE[1], SIZE[2], BLOCK_M, WIDE)
-    c = ((pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    mask = inside[:, None] & (c < SIZE[0])
-    at = n * X_STRIDE[0] + h * X_STRIDE[2] + w * X_STRIDE[3]
-    x = tl.load(x_ptr + at[:, None] + c * X_STRIDE[1], mask=mask, other=0.0)
-    other = x
-    if X_PROLOGUE == "gradient" or X_PROLOGUE == "statistics":
-        at = n * X_OTHER_STRIDE[0] + h * X_OTHER_STRIDE[2] + w * X_OTHER_STRIDE[3]
-        other = tl.load(x_other_ptr + at[:, None] + c * X_OTHER_STRIDE[1], mask=mask, other=0.0)
-    x = prologue(
-        x, other, mask, c, x_center_ptr, x_scale_ptr, x_shift_ptr, slope, per_count,
-        SIZE[0], X_PROLOGUE, X_ACT, X_SCALED,
-    )  # fmt: skip
+    COLUMN_TILES: tl.constexpr = (X.size[0] + BLOCK_N - 1) // BLOCK_N
+    inside, n, h, w = rows(pid // COLUMN_TILES, M, X.size[1], X.size[2], BLOCK_M, WIDE)
+    c = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = inside[:, None] & (c < X.size[0])[None, :]
+    x_rows, other_rows = row_pointers(x, n, h, w, X)
+    x_hat = load(x_rows, other_rows, 0, 0, c, mask, x, slope, per_count, X)
     at = n * OUT_STRIDE[0] + h * OUT_STRIDE[2] + w * OUT_STRIDE[3]
-    tl.store(out_ptr + at[:, None] + c * OUT_STRIDE[1], x, mask=mask)
+    tl.store(out_ptr + at[:, None] + c[None, :] * OUT_STRIDE[1], x_hat, mask=mask)
 
 
-def output(x: Tensor) -> Tensor:
-    """Allocate the output for x, in NHWC whatever x's layout: products load it fastest."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(True))
-
-
-def launch(x: Tensor, prologue_of_x: Prologue, slope: float, out: Tensor) -> Launch:
-    """Return the launch of out = prologue(x)."""
-    n, c, h, w = x.shape
+def launch(spec: ConvSpec, operand: Operand, tensors: Pointers, out: Tensor) -> Launch:
+    """Return the launch of out = prologue(x), for an operand of a product and its tensors."""
+    c, h, w = operand.size
+    pixels = spec.images * h * w
     block_n = min(64, next_power_of_two(c))
-    tile = Tile(4096 // block_n if c > 1 else 1024, block_n, 1, 4, 1)
-    arguments = operand("x", x, prologue_of_x, absent=out)
-    arguments |= {"out_ptr": out, "M": n * h * w, "slope": float(slope), "per_count": 1.0 / (n * h * w)}
-    constants = operand_constants("x", x, prologue_of_x)
-    constants |= {"SIZE": (c, h, w), "OUT_STRIDE": out.stride()}
-    constants |= {"WIDE": wide(x, out, prologue_of_x.other, count=n * h * w + tile.block_m)}
-    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": block_n}
-    programs = -(-n * h * w // tile.block_m) * -(-c // block_n)
-    return Launch(_prologue_kernel, programs, arguments, constants, tile)
+    block_m = 4096 // block_n if c > 1 else 1024
+    strides = [s for s in (operand.stride, operand.other_stride, out.stride()) if s is not None]
+    far = max(extent((spec.images, c, h, w), stride) for stride in strides)
+    return Launch(
+        _prologue_kernel,
+        -(-pixels // block_m) * -(-c // block_n),
+        {"x": present(tensors, out), "out_ptr": out},
+        {"M": pixels, "slope": float(spec.slope), "per_count": 1.0 / max(pixels, 1)},
+        {
+            "X": operand,
+            "OUT_STRIDE": out.stride(),
+            "WIDE": max(far, pixels + block_m + 256) > INT32_MAX,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+    )
+
+
+def materialize(
+    spec: ConvSpec, operand: Operand, tensors: Pointers, run: bool = True
+) -> tuple[Operand, Tensor]:
+    """Return prologue(x) as an operand without a prologue, and its tensor; x itself without a prologue.
+
+    The result is in NHWC whatever x's layout: products load it fastest. Unless ``run``, it is uninitialized.
+    """
+    x: Tensor = tensors.ptr
+    if operand.function == "none":
+        return operand, x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if run:
+        key = ("prologue", operand, spec.images, spec.dtype, spec.device, spec.slope)
+        run_planned(key, (present(tensors, out), out), lambda: launch(spec, operand, tensors, out))
+    return Operand(operand.size, out.stride()), out

@@ -10,16 +10,18 @@ once; unlike E[y²] - E[y]² it does not cancel. There are no atomics: the same 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
-from .tiles import Tile, next_power_of_two
+from .launcher import Launch, run_planned
+from .tiles import next_power_of_two
 
 _BLOCK_C = 8  # channels per program: one 32-byte sector of a row, and many programs
-_TILE = Tile(1, 1, 1, 4, 1)
-_MERGE_TILE = Tile(1, 1, 1, 8, 1)  # few programs, which need many loads in flight
+_MERGE_WARPS = 8  # few programs, which need many loads in flight
 
 
 @triton.jit
@@ -113,28 +115,46 @@ def _rows_per_step(tiles: int) -> int:
     return min(1024, next_power_of_two(tiles))
 
 
-def statistics(partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int, block_m: int) -> Launch:
+def statistics_launch(
+    partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int, block_m: int
+) -> Launch:
     """Return the launch of mean, var [C] from partial [2, T, C].
 
     Tile t has min(block_m, rows - t//group·block_m) rows.
     """
     tiles, channels = partial.shape[1:]
-    arguments = {"partial_ptr": partial, "mean_ptr": mean, "var_ptr": var, "TILES": tiles, "M": rows}
+    tensors: dict[str, Any] = {"partial_ptr": partial, "mean_ptr": mean, "var_ptr": var}
     constants = {"C": channels, "GROUP": group, "BLOCK_M": block_m}
     constants |= {"BLOCK_T": _rows_per_step(tiles), "BLOCK_C": _BLOCK_C}
-    return Launch(_statistics_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGE_TILE)
+    scalars: dict[str, int | float] = {"TILES": tiles, "M": rows}
+    count = -(-channels // _BLOCK_C)
+    return Launch(_statistics_kernel, count, tensors, scalars, constants, _MERGE_WARPS)
 
 
-def sums(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift: Tensor) -> Launch:
+def statistics(partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int, block_m: int) -> None:
+    """Merge partial [2, T, C] into mean and var [C]."""
+    key = ("statistics", partial.shape, partial.device, rows, group, block_m)
+    make = functools.partial(statistics_launch, partial, mean, var, rows, group, block_m)
+    run_planned(key, (partial, mean, var), make)
+
+
+def sums_launch(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift: Tensor) -> Launch:
     """Return the launch of dcenter, dscale, dshift [C] from partial [2, T, C]."""
     tiles, channels = partial.shape[1:]
-    arguments = {"partial_ptr": partial, "scale_ptr": scale, "TILES": tiles}
-    arguments |= {"dcenter_ptr": dcenter, "dscale_ptr": dscale, "dshift_ptr": dshift}
+    tensors: dict[str, Any] = {"partial_ptr": partial, "scale_ptr": scale}
+    tensors |= {"dcenter_ptr": dcenter, "dscale_ptr": dscale, "dshift_ptr": dshift}
     constants = {"C": channels, "BLOCK_T": _rows_per_step(tiles), "BLOCK_C": _BLOCK_C}
-    return Launch(_sums_kernel, -(-channels // _BLOCK_C), arguments, constants, _MERGE_TILE)
+    count = -(-channels // _BLOCK_C)
+    return Launch(_sums_kernel, count, tensors, {"TILES": tiles}, constants, _MERGE_WARPS)
 
 
-def split_k(partial: Tensor, dw: Tensor) -> Launch:
+def sums(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift: Tensor) -> None:
+    """Add up partial [2, T, C] and write dcenter, dscale, dshift [C]."""
+    tensors = (partial, scale, dcenter, dscale, dshift)
+    run_planned(("sums", partial.shape, partial.device), tensors, lambda: sums_launch(*tensors))
+
+
+def split_k_launch(partial: Tensor, dw: Tensor) -> Launch:
     """Return the launch of dw [C_small, C_large, kH, kW] from partial [splits, kH·kW, C_small, C_large].
 
     dw may have any strides and dtype.
@@ -143,5 +163,11 @@ def split_k(partial: Tensor, dw: Tensor) -> Launch:
     block_e = max(1, min(1024 // block_t, next_power_of_two(dw.shape[0] * dw.shape[1])))
     constants = {"SIZE": tuple(dw.shape), "STRIDE": dw.stride(), "SPLITS": partial.shape[0]}
     constants |= {"BLOCK_E": block_e, "BLOCK_T": block_t}
-    programs = -(-dw.shape[0] * dw.shape[1] // block_e)
-    return Launch(_split_k_kernel, programs, {"partial_ptr": partial, "dw_ptr": dw}, constants, _TILE)
+    count = -(-dw.shape[0] * dw.shape[1] // block_e)
+    return Launch(_split_k_kernel, count, {"partial_ptr": partial, "dw_ptr": dw}, {}, constants)
+
+
+def split_k(partial: Tensor, dw: Tensor) -> None:
+    """Add up split-K partials and write the weight gradient."""
+    key = ("split_k", partial.shape, partial.device, dw.shape, dw.stride(), dw.dtype)
+    run_planned(key, (partial, dw), lambda: split_k_launch(partial, dw))

@@ -18,59 +18,52 @@ once. :mod:`.reduce` adds them in a fixed order, so the result does not depend o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import math
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost_model, packing
-from .device_functions import prologue, rows
-from .launch import Launch, Prologue, operand, operand_constants, precision, wide
+from ..spec import ConvSpec, Operand
+from . import cost_model
+from .device_functions import load, prologue, row_pointers, rows
+from .launcher import (
+    MAX_PLANS,
+    NARROW,
+    Kernel,
+    Launch,
+    Product,
+    constants_of,
+    per_count,
+    present,
+    register,
+)
 from .tiles import Problem, Tile, next_power_of_two, programs
 
 
 @triton.jit
 def _wgrad_kernel(
-    small_ptr,
-    small_other_ptr,
-    small_center_ptr,
-    small_scale_ptr,
-    small_shift_ptr,
-    large_ptr,
-    large_other_ptr,
-    large_center_ptr,
-    large_scale_ptr,
-    large_shift_ptr,
+    small,
+    large,
     partial_ptr,  # [SPLITS, K_H·K_W, C_SMALL, C_LARGE]
     M,
     slope,
     per_count,
-    SIZE_SMALL: tl.constexpr,  # C, H, W
-    SIZE_LARGE: tl.constexpr,
+    SPEC: tl.constexpr,
     KERNEL: tl.constexpr,  # K_H, K_W, stride, padding
-    SMALL_STRIDE: tl.constexpr,  # N, C, H, W
-    SMALL_OTHER_STRIDE: tl.constexpr,
-    LARGE_STRIDE: tl.constexpr,
-    LARGE_OTHER_STRIDE: tl.constexpr,
-    SMALL_PROLOGUE: tl.constexpr,
-    SMALL_ACT: tl.constexpr,
-    SMALL_SCALED: tl.constexpr,
-    LARGE_PROLOGUE: tl.constexpr,
-    LARGE_ACT: tl.constexpr,
-    LARGE_SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,  # C_LARGE
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
+    SMALL: tl.constexpr = SPEC.x
+    LARGE: tl.constexpr = SPEC.y
+    BLOCK_M: tl.constexpr = SPEC.block_m
+    BLOCK_N: tl.constexpr = SPEC.block_n
+    BLOCK_K: tl.constexpr = SPEC.block_k
     pid = tl.program_id(0)
-    C_SMALL: tl.constexpr = SIZE_SMALL[0]
-    C_LARGE: tl.constexpr = SIZE_LARGE[0]
+    C_SMALL: tl.constexpr = SMALL.size[0]
+    C_LARGE: tl.constexpr = LARGE.size[0]
     K_W: tl.constexpr = KERNEL[1]
     TAPS: tl.constexpr = KERNEL[0] * K_W
     ROW_TILES: tl.constexpr = (C_SMALL + BLOCK_M - 1) // BLOCK_M
@@ -96,114 +89,79 @@ def _wgrad_kernel(
     steps_per_split = (steps + SPLITS - 1) // SPLITS
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps)):
-        inside, n, p, q = rows(step, M, SIZE_SMALL[1], SIZE_SMALL[2], BLOCK_K, WIDE)
+        inside, n, p, q = rows(step, M, SMALL.size[1], SMALL.size[2], BLOCK_K, SPEC.wide)
+        small_rows, other_rows = row_pointers(small, n, p, q, SMALL)
         mask = inside[:, None] & (s < C_SMALL)[None, :]
-        at = n * SMALL_STRIDE[0] + p * SMALL_STRIDE[2] + q * SMALL_STRIDE[3]
-        small = tl.load(small_ptr + at[:, None] + s[None, :] * SMALL_STRIDE[1], mask=mask, other=0.0)
-        other = small  # [BLOCK_K, BLOCK_M]
-        if SMALL_PROLOGUE == "gradient" or SMALL_PROLOGUE == "statistics":
-            at = n * SMALL_OTHER_STRIDE[0] + p * SMALL_OTHER_STRIDE[2] + q * SMALL_OTHER_STRIDE[3]
-            other_at = small_other_ptr + at[:, None] + s[None, :] * SMALL_OTHER_STRIDE[1]
-            other = tl.load(other_at, mask=mask, other=0.0)
-        small = prologue(
-            small, other, mask, s[None, :], small_center_ptr, small_scale_ptr, small_shift_ptr, slope,
-            per_count, C_SMALL, SMALL_PROLOGUE, SMALL_ACT, SMALL_SCALED,
-        )  # fmt: skip
+        a = load(small_rows, other_rows, 0, 0, s, mask, small, slope, per_count, SMALL)  # [BLOCK_K, BLOCK_M]
 
         h = (p * KERNEL[2])[:, None] + dh
         w = (q * KERNEL[2])[:, None] + dw
         valid = (
-            inside[:, None] & (h >= 0) & (h < SIZE_LARGE[1]) & (w >= 0) & (w < SIZE_LARGE[2]) & valid_column
+            inside[:, None] & (h >= 0) & (h < LARGE.size[1]) & (w >= 0) & (w < LARGE.size[2]) & valid_column
         )
-        at = (
-            n[:, None] * LARGE_STRIDE[0]
-            + h * LARGE_STRIDE[2]
-            + w * LARGE_STRIDE[3]
-            + channel * LARGE_STRIDE[1]
-        )
-        large = tl.load(large_ptr + at, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_N]
-        other = large
-        if LARGE_PROLOGUE == "gradient" or LARGE_PROLOGUE == "statistics":
-            at = n[:, None] * LARGE_OTHER_STRIDE[0] + channel * LARGE_OTHER_STRIDE[1]
-            at += h * LARGE_OTHER_STRIDE[2] + w * LARGE_OTHER_STRIDE[3]
-            other = tl.load(large_other_ptr + at, mask=valid, other=0.0)
-        large = prologue(
-            large, other, valid, channel, large_center_ptr, large_scale_ptr, large_shift_ptr, slope,
-            per_count, C_LARGE, LARGE_PROLOGUE, LARGE_ACT, LARGE_SCALED,
-        )  # fmt: skip
-        acc = tl.dot(tl.trans(small), large, acc, input_precision=PRECISION)
+        large_at, other_at = row_pointers(large, n[:, None], h, w, LARGE)
+        b = tl.load(large_at + channel * LARGE.stride[1], mask=valid, other=0.0)  # [BLOCK_K, BLOCK_N]
+        other = b
+        if LARGE.other_stride is not None:
+            other = tl.load(other_at + channel * LARGE.other_stride[1], mask=valid, other=0.0)
+        b = prologue(b, other, valid, channel, large, slope, per_count, LARGE)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=SPEC.precision)
 
     partial = partial_ptr + ((split * TAPS + tap) * C_SMALL + s[:, None]) * C_LARGE + channel
     tl.store(partial, acc, mask=(s < C_SMALL)[:, None] & valid_column)
 
 
-class Gradient(NamedTuple):
-    """One weight gradient: its two operands with their prologues, and the geometry of the weight."""
-
-    small: Tensor
-    large: Tensor
-    small_prologue: Prologue
-    large_prologue: Prologue
-    shape: tuple[int, int, int, int]
-    """[C_small, C_large, kH, kW]"""
-    slope: float = 0.0
-    stride: int = 2
-    padding: int = 1
+def _sides(spec: ConvSpec) -> tuple[Operand, Operand]:
+    """Return (small, large)."""
+    return (spec.x, spec.y) if spec.transposed else (spec.y, spec.x)
 
 
-def problem(gradient: Gradient) -> Problem:
+@functools.lru_cache(maxsize=MAX_PLANS)
+def problem(spec: ConvSpec) -> Problem:
     """Return the GEMM sizes: rows C_small, columns (tap, l), depth the pixels."""
-    c_small, c_large, k_h, k_w = gradient.shape
-    n, _, h, w = gradient.small.shape
+    c_small, c_large, k_h, k_w = spec.weight
+    small, large = _sides(spec)
+    pixels = spec.images * small.size[1] * small.size[2]
     return Problem(
-        "wgrad_narrow" if c_large <= packing.NARROW else "wgrad",
-        precision(gradient.small.dtype),
+        "wgrad_narrow" if c_large <= NARROW else "wgrad",
+        spec.precision,
         c_small,
         k_h * k_w * next_power_of_two(c_large),
-        n * h * w,
-        n * h * w,
+        pixels,
+        pixels,
         1,
-        f"{gradient.small_prologue.kind}+{gradient.large_prologue.kind}",
-        (gradient.small.numel(), gradient.large.numel()),
+        f"{small.function}+{large.function}",
+        (spec.images * math.prod(small.size), spec.images * math.prod(large.size)),
     )
 
 
-def launch(gradient: Gradient, partial: Tensor, tile: Tile) -> Launch:
+def _tensors(it: Product, packed: Tensor | None, partial: Tensor | None) -> dict[str, Any]:
+    assert partial is not None
+    small, large = (it.x, it.y) if it.spec.transposed else (it.y, it.x)
+    return {"small": present(small, partial), "large": present(large, partial), "partial_ptr": partial}
+
+
+def launch(it: Product, packed: Tensor | None, partial: Tensor | None, tile: Tile) -> Launch:
     """Return the launch of partial [splits, kH·kW, C_small, C_large] float32 from both operands."""
-    small, large = gradient.small, gradient.large
-    sizes = problem(gradient)
-    first, second = gradient.small_prologue, gradient.large_prologue
-    arguments = operand("small", small, first, absent=partial) | operand(
-        "large", large, second, absent=partial
-    )
-    # Only du's prologue uses per_count, with the number of du's pixels.
-    du = small if first.kind == "statistics" else large
-    arguments |= {
-        "partial_ptr": partial,
-        "M": sizes.depth,
-        "slope": float(gradient.slope),
-        "per_count": 1.0 / max(du.numel() // du.shape[1], 1)
-        if "statistics" in (first.kind, second.kind)
-        else 0.0,
+    spec, sizes = it.spec, problem(it.spec)
+    assert partial is not None
+    small, large = _sides(spec)
+    splits = partial.shape[0]
+    scalars = {"M": sizes.depth, "slope": float(spec.slope), "per_count": per_count(spec)}
+    constants = {
+        "SPEC": constants_of(spec, small, large, sizes.depth, tile),
+        "KERNEL": (*spec.weight[2:], spec.stride, spec.padding),
+        "SPLITS": splits,
+        "PADDED": next_power_of_two(spec.weight[1]),
     }
-    constants = operand_constants("small", small, first) | operand_constants("large", large, second)
-    constants |= {
-        "SIZE_SMALL": tuple(small.shape[1:]),
-        "SIZE_LARGE": tuple(large.shape[1:]),
-        "KERNEL": (*gradient.shape[2:], gradient.stride, gradient.padding),
-        "PRECISION": "tf32" if precision(small.dtype) == "tf32" else "ieee",
-        "WIDE": wide(small, large, first.other, second.other, count=sizes.depth),
-        "SPLITS": partial.shape[0],
-        "PADDED": next_power_of_two(gradient.shape[1]),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-    }
-    return Launch(_wgrad_kernel, programs(tile, sizes) * partial.shape[0], arguments, constants, tile)
+    tensors = _tensors(it, packed, partial)
+    count = programs(tile, sizes) * splits
+    return Launch(_wgrad_kernel, count, tensors, scalars, constants, tile.num_warps, tile.num_stages)
 
 
-def partials(gradient: Gradient, tile: Tile, sm_count: int) -> Tensor:
-    """Allocate the split-K partials of a launch."""
-    c_small, c_large, k_h, k_w = gradient.shape
-    count = cost_model.splits(problem(gradient), tile, sm_count)
-    return torch.empty(count, k_h * k_w, c_small, c_large, dtype=torch.float32, device=gradient.small.device)
+def _partial(spec: ConvSpec, tile: Tile, sms: int) -> tuple[int, ...]:
+    c_small, c_large, k_h, k_w = spec.weight
+    return cost_model.splits(problem(spec), tile, sms), k_h * k_w, c_small, c_large
+
+
+WGRAD = register(Kernel("wgrad", lambda spec: spec.kind == "wgrad", problem, _tensors, launch, _partial))

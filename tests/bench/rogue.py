@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.train_case import Training
-from bench.training_variants import Loop, adams, reference_loop
+from bench.training import Loop, Training, reference_loop
 from dcgan.training import Result
 
 Runner = Callable[[Tensor], Tensor]
@@ -65,7 +64,7 @@ def hangs(model: nn.Module, example: Tensor, threads: int) -> Runner:
 
 def reference(generator: Any, discriminator: Any, case: Training) -> Loop:
     """Run the reference loop, registered as an external variant."""
-    return reference_loop(generator, discriminator, adams(generator, discriminator))
+    return reference_loop(generator, discriminator)
 
 
 def half_a_gradient(generator: Any, discriminator: Any, case: Training) -> Loop:
@@ -103,7 +102,7 @@ def never_moves(generator: Any, discriminator: Any, case: Training) -> Loop:
 def forgets_its_optimizers(generator: Any, discriminator: Any, case: Training) -> Loop:
     """Expose optimizers other than those it steps."""
     loop = reference(generator, discriminator, case)
-    return dataclasses.replace(loop, adams=adams(generator, discriminator))
+    return dataclasses.replace(loop, adams=reference(generator, discriminator, case).adams)
 
 
 def remembers(generator: Any, discriminator: Any, case: Training) -> Loop:

@@ -1,7 +1,9 @@
 """``python -m bench``: its options, and one end-to-end run."""
 
 import argparse
+import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import forward, records
-from bench.__main__ import main
+from bench import output
+from bench.__main__ import MOVED, main
+from bench.compare import GENERATE
 from bench.providers import PROVIDERS
 from dcgan.models import Generator
 
@@ -67,11 +70,24 @@ def test_a_checkpoint_of_different_sizes_is_rejected(
     assert "is not a state dict" in usage_error(capsys, "generate", "--checkpoint", str(file))
 
 
+@pytest.mark.parametrize("name", MOVED)
+def test_a_moved_command_runs_the_new_module(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", name])
+    ran: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(runpy, "run_module", lambda module, **_: ran.append((module, sys.argv[1:])))
+    assert main([name, "--option", "1"]) == 0
+    assert ran == [(MOVED[name], ["--option", "1"])]
+    assert capsys.readouterr().err == f"python -m bench {name} is now python -m {MOVED[name]}\n"
+    assert importlib.util.find_spec(MOVED[name]) is not None
+
+
 def test_one_case_per_dtype_and_batch() -> None:
     parser = argparse.ArgumentParser()
-    forward.add_arguments(parser, "generate")
+    GENERATE.add_arguments(parser)
     options = ["--batch", "1", "64", "1", "--dtype", "float32", "bfloat16", "--device", "cpu"]
-    cases = forward.make_cases(parser.parse_args(options), "generate")
+    cases = GENERATE.cases(parser.parse_args(options))
     assert [(case.dtype, case.batch) for case in cases] == [
         ("float32", 1),
         ("float32", 64),
@@ -115,7 +131,7 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert done.stdout.count("no GPU here") == 2, "fast-graph and the last line"
         assert done.stdout.rstrip().endswith("cuda: no GPU here")
     assert max(map(len, done.stdout.splitlines())) <= 140
-    rows = records.read(file)
+    rows = output.read(file)
     assert [row["case"]["batch"] for row in rows] == 4 * [3]
     status = {row["provider"]: row["status"] for row in rows}
     assert status == {"eager": "ok", "fast": "ok", "fast-graph": "skipped", "rogue:wrong": "wrong"}

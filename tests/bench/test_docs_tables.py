@@ -6,7 +6,7 @@ import pytest
 
 from bench import __main__ as bench_main
 from bench import docs
-from bench.usage import UsageError
+from bench.options import UsageError
 
 
 def test_the_pages_have_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from native import NEEDED
 
-from bench import cases, ceiling
-from bench.cases import Case, Materials, float64, load_state, relative_error
-from bench.ceiling import Ceiling
-from bench.flops import count
-from bench.stats import summarise
+from bench import cases, machine
+from bench.cases import Case, Materials, count, float64, load_state, relative_error
+from bench.machine import Ceiling
+from bench.timing import summarise
+from bench.worker import load_tensors
 from dcgan.kernels.cpu import library
 from dcgan.models import Discriminator, Generator
+from tests.support.native import NEEDED
 
 
 def test_flops_of_the_reference_generator() -> None:
@@ -64,9 +64,9 @@ def test_the_better_of_two_ceilings() -> None:
 
 @NEEDED
 def test_cpu_ceiling_is_the_fma_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceiling, "SECONDS", 0.02)
+    monkeypatch.setattr(machine, "SECONDS", 0.02)
     used = library.isa()
-    found = ceiling.measure("cpu", "float32")
+    found = machine.measure("cpu", "float32")
     assert found.measure == "float32 FMA peak"
     assert found.flops > 1e9
     assert found.bandwidth > 1e8
@@ -75,9 +75,9 @@ def test_cpu_ceiling_is_the_fma_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cpu_ceiling_without_the_engine_is_the_gemm_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "problem", lambda: "csrc was not built")
-    monkeypatch.setattr(ceiling, "_gemm", lambda device, dtype, n: float(n))
-    monkeypatch.setattr(ceiling, "_copy", lambda device, size: 1.0)
-    assert ceiling.measure("cpu", "float32") == Ceiling(2048.0, 1.0, "float32 GEMM peak")
+    monkeypatch.setattr(machine, "_gemm", lambda device, dtype, n: float(n))
+    monkeypatch.setattr(machine, "_copy", lambda device, size: 1.0)
+    assert machine.measure("cpu", "float32") == Ceiling(2048.0, 1.0, "float32 GEMM peak")
 
 
 @pytest.mark.parametrize(("rate", "measure"), [(3e9, "bfloat16 GEMM peak"), (1e8, "float32 FMA peak")])
@@ -92,10 +92,10 @@ def test_cpu_ceiling_uses_16_bit_gemm_only_if_faster(
         return rate
 
     monkeypatch.setattr(library, "problem", lambda: None)
-    monkeypatch.setattr(ceiling, "fma", lambda threads: 1e9)
-    monkeypatch.setattr(ceiling, "_gemm", gemm)
-    monkeypatch.setattr(ceiling, "_copy", lambda device, size: 1.0)
-    assert ceiling.measure("cpu", "bfloat16").measure == measure
+    monkeypatch.setattr(machine, "fma", lambda threads: 1e9)
+    monkeypatch.setattr(machine, "_gemm", gemm)
+    monkeypatch.setattr(machine, "_copy", lambda device, size: 1.0)
+    assert machine.measure("cpu", "bfloat16").measure == measure
     assert sizes == ([256] if rate < 1e9 else [256, 1024, 2048])
 
 
@@ -110,7 +110,7 @@ def test_errors_of_nonfinite_or_misshapen_outputs_are_infinite() -> None:
 def test_a_case_is_discriminating(command: str) -> None:
     """Outputs vary, differ by input and depend on the running statistics; the RNG seed fixes the case."""
     case = Case(command, 8, "float32", "cpu", 1, {"features": 8})
-    materials, again = Materials.of(case), Materials.of(case)
+    materials, again = case.materials(), case.materials()
     first, second = materials.expected
     assert first.std() > 0.02
     assert relative_error(second, first) > 0.1
@@ -126,7 +126,7 @@ def test_a_case_uses_the_checkpoint_weights(tmp_path: Path) -> None:
     file = tmp_path / "g.pt"
     torch.save(network.state_dict(), file)
     case = Case("generate", 2, "float32", "cpu", 1, network.sizes(), checkpoint=str(file))
-    materials = Materials.of(case)
+    materials = case.materials()
     with torch.no_grad():
         assert relative_error(network(materials.inputs[0]), materials.expected[0]) < 1e-6
 
@@ -134,7 +134,7 @@ def test_a_case_uses_the_checkpoint_weights(tmp_path: Path) -> None:
 def test_tolerance_follows_eager_only_if_eager_exceeds_it() -> None:
     assert cases.allowed(5e-6, 1e-6, 4e-6) == 5e-6
     assert cases.allowed(5e-6, 1e-6, 2e-4) == pytest.approx(2e-3)
-    assert Materials.of(Case("generate", 1, "float32", "cpu", 1, {"features": 2})).tolerance == 1e-5
+    assert Case("generate", 1, "float32", "cpu", 1, {"features": 2}).materials().tolerance == 1e-5
 
 
 def test_tolerance_in_the_tail_of_the_sigmoid(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_tolerance_in_the_tail_of_the_sigmoid(tmp_path: Path) -> None:
         last *= -60 / network.main[:-1](case.inputs()[0]).mean()
     file = tmp_path / "d.pt"
     torch.save(network.state_dict(), file)
-    materials = Materials.of(dataclasses.replace(case, checkpoint=str(file)))
+    materials = dataclasses.replace(case, checkpoint=str(file)).materials()
     with torch.no_grad():
         error = relative_error(network(materials.inputs[0]), materials.expected[0])
     assert case.tolerance < error < materials.tolerance < 0.1
@@ -156,16 +156,16 @@ def test_tolerance_in_the_tail_of_the_sigmoid(tmp_path: Path) -> None:
 
 def test_materials_save_and_load(tmp_path: Path) -> None:
     case = Case("generate", 2, "bfloat16", "cpu", 1, {"features": 2, "image_size": 32})
-    materials = Materials.of(case)
-    materials.save(tmp_path / "case.pt")
-    loaded = Materials.load(tmp_path / "case.pt")
+    materials = case.materials()
+    torch.save(tuple(materials), tmp_path / "case.pt")
+    loaded = Materials(*load_tensors(str(tmp_path / "case.pt")))
     assert loaded.inputs[0].dtype == torch.bfloat16
     assert torch.equal(loaded.expected[1], materials.expected[1])
     assert loaded.state.keys() == materials.state.keys()
 
 
 def test_materials_of_a_smaller_batch() -> None:
-    materials = Materials.of(Case("generate", 5, "float32", "cpu", 1, {"features": 2, "image_size": 32}))
+    materials = Case("generate", 5, "float32", "cpu", 1, {"features": 2, "image_size": 32}).materials()
     first = materials.first(2)
     assert [len(x) for x in (*first.inputs, *first.expected)] == [2, 2, 2, 2]
     assert torch.equal(first.expected[1], materials.expected[1][:2])
@@ -182,5 +182,5 @@ def test_float64_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_loading_an_invalid_checkpoint_fails(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("no checkpoint")
-    with pytest.raises(ValueError, match=r"x\.pt is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"x\.pt is not a loadable checkpoint"):
         load_state(tmp_path / "x.pt")

@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from float64_reference import Problem, expected_outputs, gradients, leaves
 from rich.console import Console
 from torch import Tensor
 
-from bench import kernels, warm
+from bench import kernels
 from bench.__main__ import main
-from bench.budget import Budget
-from bench.ceiling import Ceiling
 from bench.kernels import Entry, Stage
-from bench.layers import gradient_layer, product_layer
-from bench.stats import Spread, summarise
-from dcgan import models
-from dcgan.kernels import gpu
-from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import aten, lowering, tiles
+from bench.machine import Ceiling
+from bench.timing import Budget, Spread, summarise
+from dcgan.kernels.gpu import aten, executor, tiles, tuning
+from dcgan.kernels.gpu.launcher import Product
+from dcgan.kernels.gpu.tools.layers import Layer, Shape, discriminator, generator, training
+from dcgan.kernels.spec import Backward, Call, specify
+from tests.support.float64_reference import Problem, expected_outputs, gradients, leaves
 
 RATE = Ceiling(1e12, 1e11, "a stand-in")
 
@@ -43,8 +41,8 @@ def detached(call: Call) -> Call:
     return Call(*[v.detach() if isinstance(v, Tensor) else v for v in call])
 
 
-def operations(problem: Problem) -> tuple[list[Any], list[tuple[Tensor, ...]]]:
-    """Return the forward, dgrad and wgrad operations of a call, and their expected results."""
+def operations(problem: Problem) -> tuple[list[Product], list[tuple[Tensor, ...]]]:
+    """Return the forward, dgrad and wgrad products of a call, and their expected results."""
     call = problem.call(requires_grad=True)
     outputs = expected_outputs(call, problem.transposed)
     given = problem.cotangents(call)
@@ -57,11 +55,11 @@ def operations(problem: Problem) -> tuple[list[Any], list[tuple[Tensor, ...]]]:
         (True, True, True, False, False),
     )  # fmt: skip
     transposed = problem.transposed
-    forward = lowering.forward(call, transposed, gpu.output(call, transposed))
-    adjoint = lowering.adjoint(back, transposed, torch.empty_like(call.x))
+    forward = executor.fprop(specify(call, transposed), call, torch.empty_like(y))
+    adjoint = executor.dgrad(back, transposed, torch.empty_like(call.x))
     sums = (expected["shift"], expected["scale"]) if problem.prologue else ()
     return (
-        [forward, adjoint, lowering.weight_gradient(back, transposed)],
+        [forward, adjoint, executor.wgrad(back, transposed)],
         [(y, mean, var) if call.stats else (y,), (expected["x"], *sums), (expected["weight"],)],
     )
 
@@ -91,16 +89,15 @@ def test_convolution_only_matches_eager(problem: Problem) -> None:
     forward, adjoint, gradient = operations(problem)[0]
     call = detached(problem.call())
     convolve = torch.conv_transpose2d if problem.transposed else torch.conv2d
-    it, (x,) = kernels.materialized(product_layer("", "forward", forward))
-    y = kernels.convolution_only(it, (x,))
+    (x,) = kernels.operands(forward)
+    y = aten.convolve(kernels.channels_last_weight(forward), x)
     torch.testing.assert_close(y, convolve(x, call.weight, None, call.stride, call.padding))
-    du = aten.apply_prologue(adjoint.x, adjoint.prologue, adjoint.slope)
+    du = aten.apply_prologue(adjoint.spec.x, adjoint.x, adjoint.spec.slope)
     leaf, weight = x.clone().requires_grad_(), call.weight.clone().requires_grad_()
     dx, dw = torch.autograd.grad(convolve(leaf, weight, None, call.stride, call.padding), (leaf, weight), du)
-    it, (operand,) = kernels.materialized(product_layer("", "dgrad", adjoint))
-    torch.testing.assert_close(kernels.convolution_only(it, (operand,)), dx)
-    it, both = kernels.materialized(gradient_layer("", gradient, call.weight))
-    torch.testing.assert_close(kernels.convolution_only(it, both), dw)
+    it = kernels.channels_last_weight(adjoint)
+    torch.testing.assert_close(aten.convolve(it, *kernels.operands(it)), dx)
+    torch.testing.assert_close(aten.convolve(gradient, *kernels.operands(gradient)), dw)
 
 
 def test_error_of_nonfinite_results_is_infinite() -> None:
@@ -112,8 +109,7 @@ def test_error_of_nonfinite_results_is_infinite() -> None:
 # --- the stage ---------------------------------------------------------------------------------------------
 
 
-def networks() -> dict[str, Any]:
-    return {"G": models.Generator(6, 1, 4, 32), "D": models.Discriminator(1, 4, 32)}
+NETWORKS: dict[str, list[Shape]] = {"G": generator(1, 6, 4, 32), "D": discriminator(1, 4, 32)}
 
 
 def run_once(calls: Sequence[Callable[[], Any]]) -> Spread:
@@ -125,11 +121,11 @@ def run_once(calls: Sequence[Callable[[], Any]]) -> Spread:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.ceiling.measure", lambda device, dtype: RATE)
+    monkeypatch.setattr("bench.machine.measure", lambda device, dtype: RATE)
 
 
 def stage(out: Path, budget: Budget | None = None) -> Stage:
-    return Stage(out, budget or Budget(10), "cpu", run_once, networks, sets=2)
+    return Stage(out, budget or Budget(10), "cpu", run_once, NETWORKS, sets=2)
 
 
 def test_existing_results_are_not_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +147,7 @@ def test_existing_results_are_not_measured_again(tmp_path: Path, capsys: pytest.
     def never(calls: Sequence[Callable[[], Any]]) -> Spread:
         raise AssertionError("measured again")
 
-    second = Stage(tmp_path, Budget(10), "cpu", never, networks, sets=2)
+    second = Stage(tmp_path, Budget(10), "cpu", never, NETWORKS, sets=2)
     assert second.run([2], ["bfloat16"], ["cudnn", "eager"]) == 0
     assert len((tmp_path / kernels.FILE).read_text().splitlines()) == len(rows)
 
@@ -171,14 +167,12 @@ def test_exhausted_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convolution_only = kernels.convolution_only
-    monkeypatch.setattr(
-        kernels,
-        "convolution_only",
-        lambda it, operands: (
-            convolution_only(it, operands) * (1.1 if operands[0].dtype != torch.double else 1)
-        ),
-    )
+    convolve = aten.convolve
+
+    def wrong(it: Product, *operands: Tensor) -> Tensor:
+        return convolve(it, *operands) * (1.1 if operands[0].dtype != torch.double else 1)
+
+    monkeypatch.setattr(aten, "convolve", wrong)
     stage(tmp_path).run([2], ["bfloat16"], ["cudnn"])
     rows = [json.loads(line) for line in (tmp_path / kernels.FILE).read_text().splitlines()]
     assert {row["status"] for row in rows} == {"wrong"}
@@ -196,22 +190,20 @@ def test_results_of_another_version_are_measured_again(tmp_path: Path) -> None:
 
 def test_precompilation(tmp_path: Path) -> None:
     """Each problem of the requested layers is compiled once, with the tile predicted to be selected."""
-    submitted: list[tuple[warm.LayerSpec, tiles.Tile]] = []
+    submitted: list[tuple[Layer, tiles.Tile]] = []
 
     class Compilers:
-        def submit(self, spec: warm.LayerSpec, tile: tiles.Tile, sms: int) -> Any:
-            submitted.append((spec, tile))
+        def submit(self, layer: Layer, tile: tiles.Tile, sms: int) -> Any:
+            submitted.append((layer, tile))
             return types.SimpleNamespace(exception=lambda: None)
 
     compilers: Any = Compilers()
-    stage(tmp_path)._precompile(compilers, "D", 64, "bfloat16", ["64→128 @32→16"])
-    every_layer = warm.all_layers("D", 1, 64, "bfloat16", "meta")
-    compiled = [every_layer[spec.position] for spec, _ in submitted]
-    assert [(layer.name, layer.phase) for layer in compiled] == [
-        ("64→128 @32→16", phase) for phase in ("forward", "dgrad", "wgrad", "wgrad")
-    ]
+    steps = [x for x in training(discriminator(), 64, "bfloat16") if x.name == "64→128 @32→16"]
+    stage(tmp_path)._precompile(compilers, steps)
+    compiled = [layer for layer, _ in submitted]
+    assert [layer.phase for layer in compiled] == ["forward", "dgrad", "wgrad", "wgrad"]
     assert len({layer.problem.key() for layer in compiled}) == len(compiled)
-    assert [tile for _, tile in submitted] == [tiles.estimate(layer.problem, 132) for layer in compiled]
+    assert [tile for _, tile in submitted] == [tuning.estimate(layer.problem, 132) for layer in compiled]
 
 
 def result(us: float, **more: Any) -> dict[str, Any]:

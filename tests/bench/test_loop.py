@@ -39,7 +39,7 @@ def test_prints_and_writes(
         return dict.fromkeys(FIGURES, 100.0) | {"ratio": ratio, "run_images_s": 1000.0 * batch}
 
     monkeypatch.setattr(loop, "measure", measure)
-    monkeypatch.setattr(loop.forward, "find_device", lambda name, dtypes: device)
+    monkeypatch.setattr(loop.options, "find_device", lambda name, dtypes: device)
     monkeypatch.setattr(loop, "resolve", torch.device)
     path = tmp_path / "loop.jsonl"
     assert main(["loop", "--batch", "8", "64", "--json", str(path)]) == status

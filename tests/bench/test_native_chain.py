@@ -4,14 +4,13 @@ import itertools
 
 import pytest
 import torch
-from native import NEEDED
 
-from bench import native
-from bench.blocks import blocks
+from bench.blocks import Chain, blocks, require_engine
 from bench.cases import Case, float64, relative_error
-from bench.usage import UsageError
+from bench.options import UsageError
 from dcgan import fast
 from dcgan.kernels.cpu import algorithm_selection, library
+from tests.support.native import NEEDED
 
 SIZES = {"features": 6, "image_size": 32}
 CASES = [
@@ -62,7 +61,7 @@ def test_blocks_of_a_network_in_training_update_no_statistics() -> None:
 def test_the_chosen_algorithms_match_the_drop_in(case: Case) -> None:
     network = case.network().requires_grad_(False)
     x = case.inputs()[0]
-    chain = native.Chain([block.stage for block in blocks(network)], x.shape, threads=case.threads)
+    chain = Chain([block.stage for block in blocks(network)], x.shape, threads=case.threads)
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
@@ -81,7 +80,7 @@ def test_every_algorithm_of_every_block(case: Case) -> None:
         for block in blocks(case.network()):
             expected = float64(block.modules, x)
             results = {
-                algorithm: native.Chain([block.stage], x.shape, [algorithm])(x)
+                algorithm: Chain([block.stage], x.shape, [algorithm])(x)
                 for algorithm in algorithm_selection.candidates(block.geometry)
             }
             assert results
@@ -94,7 +93,7 @@ def test_every_algorithm_of_every_block(case: Case) -> None:
 @NEEDED
 def test_sizes_are_available_without_running() -> None:
     stages = [block.stage for block in blocks(Case("generate", 1, "float32", "cpu", 1).skeleton().eval())]
-    chain = native.Chain(stages, (64, 100, 1, 1), ["dense", "f4", "f2", "direct", "narrow"])
+    chain = Chain(stages, (64, 100, 1, 1), ["dense", "f4", "f2", "direct", "narrow"])
     assert chain.algorithms == ("dense", "f4", "f2", "direct", "narrow")
     weights = [100 * 512 * 16, 512 * 256 * 100, 256 * 128 * 36, 128 * 64 * 16, 64 * 16]
     assert chain.packed_bytes >= 4 * sum(weights)
@@ -105,4 +104,4 @@ def test_sizes_are_available_without_running() -> None:
 def test_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "problem", lambda: "csrc was not built: no compiler")
     with pytest.raises(UsageError, match="no compiler"):
-        native.required()
+        require_engine()

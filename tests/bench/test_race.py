@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from native import NEEDED
 
 from bench import providers, race, worker
 from bench.cases import Case, Materials, Prepared
 from dcgan import fast
 from dcgan.kernels import ops
+from tests.support.native import NEEDED
 
 TINY = Case("generate", 2, "float32", "cpu", 1, {"features": 2, "image_size": 32, "latent_dim": 8})
 QUICK = race.Settings(seconds=0.02, rounds=2)
@@ -25,7 +25,7 @@ def rogues(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outcomes(*names: str, settings: race.Settings = QUICK) -> dict[str, race.Outcome]:
-    found = race.race(TINY, providers.find_all(names), settings, log=lambda line: None)
+    found = race.race([(TINY, one) for one in providers.find_all(names)], settings, lambda line: None)
     assert [o.provider.name for o in found] == list(names)
     return {o.provider.name: o for o in found}
 
@@ -112,7 +112,7 @@ def test_unsupported_dtype_makes_a_provider_unavailable() -> None:
 def test_several_cases_in_one_contest() -> None:
     """Each case uses separate materials."""
     cases = [dataclasses.replace(TINY, batch=batch) for batch in (1, 3)]
-    whole = Materials.of(cases[1])
+    whole = cases[1].materials()
     requested: list[int] = []
 
     def materials(case: Case) -> Materials:
@@ -121,7 +121,7 @@ def test_several_cases_in_one_contest() -> None:
 
     entries = [(case, providers.PROVIDERS["eager"]) for case in cases]
     log: list[str] = []
-    found = race.race_entries(entries, materials, QUICK, log.append)
+    found = race.race(entries, QUICK, log.append, materials)
     assert [outcome.status for outcome in found] == ["ok", "ok"]
     assert requested == [1, 3]
     assert log[0] == f"{cases[0].title}: eager: building and checking"
@@ -168,7 +168,7 @@ def race_fakes(monkeypatch: pytest.MonkeyPatch, settings: race.Settings, *names:
     monkeypatch.setattr(FakeProcess, "events", [])
     eager = providers.PROVIDERS["eager"]
     listed = [dataclasses.replace(eager, name=name, searches=name.startswith("s")) for name in names]
-    return race.race(TINY, listed, settings, lambda line: None)
+    return race.race([(TINY, one) for one in listed], settings, lambda line: None)
 
 
 def test_parallel_builds(monkeypatch: pytest.MonkeyPatch) -> None:

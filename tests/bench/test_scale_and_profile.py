@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 import pytest
-from native import NEEDED
 
-from bench import layer_times, records, scale
+from bench import blocks, output, scale
 from bench.__main__ import main
 from bench.cases import Case
-from bench.ceiling import Ceiling
+from bench.machine import Ceiling
+from tests.support.native import NEEDED
 
 pytestmark = NEEDED
 
@@ -43,7 +43,7 @@ def test_scale_end_to_end(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "scale.jsonl"
-    monkeypatch.setattr(scale, "measure_ceiling", lambda case: Ceiling(2e9, 3e9, "a GEMM peak"))
+    monkeypatch.setattr(scale, "measure_ceiling", lambda *_: Ceiling(2e9, 3e9, "a GEMM peak"))
     options = ["--network", "discriminate", "--batch", "3", "1", "--threads", "1", *TINY, "--json", str(file)]
     assert main(["scale", *options]) == 0
     out = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_scale_end_to_end(
     points = [line for line in lines if line and line[0] in ("1", "3")]
     assert [(line[0], line[3]) for line in points] == [("1", "1.00×"), ("3", "1.00×")]
     assert "workspace: " in out
-    rows = records.read(file)
+    rows = output.read(file)
     assert [(row["kind"], row["case"]["batch"]) for row in rows] == [("scale", 1), ("scale", 3)]
     assert all(row["error"] < row["tolerance"] for row in rows)
     assert all(row["workspace_bytes"] > 0 for row in rows)
@@ -70,11 +70,11 @@ def test_profile_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert main(["profile", *options]) == 0
     out = capsys.readouterr().out
     assert out.startswith("generate · features 4 · image_size 32 · batch 2 · float32 · cpu, 1 thread")
-    names = ["100→16 @1→4", "16→8 @4→8", "8→4 @8→16", "4→1 @16→32", layer_times.TOGETHER, layer_times.WHOLE]
+    names = ["100→16 @1→4", "16→8 @4→8", "8→4 @8→16", "4→1 @16→32", blocks.TOGETHER, blocks.WHOLE]
     at = [out.index(name) for name in names]
     assert at == sorted(at)
-    rows = records.read(file)
-    assert [row["layer"] for row in rows] == [name for name in names if name != layer_times.TOGETHER]
+    rows = output.read(file)
+    assert [row["layer"] for row in rows] == [name for name in names if name != blocks.TOGETHER]
     assert rows[0]["algorithm"] == "dense"
     assert rows[-1]["flops"] == sum(row["flops"] for row in rows[:-1])
     assert sum(row["share"] for row in rows[:-1]) == pytest.approx(1)
@@ -84,11 +84,11 @@ def test_plot_rejects_unsupported_and_mixed_results(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.jsonl"
-    records.append(file, [records.common("profile")])
+    output.append(file, [output.common("profile")])
     with pytest.raises(SystemExit):
         main(["plot", str(file)])
-    assert "cannot plot profile results, only those of race, scale, ladder" in capsys.readouterr().err
-    records.append(file, [records.common("scale")])
+    assert "cannot plot profile results, only those of race, scale, " in capsys.readouterr().err
+    output.append(file, [output.common("scale")])
     with pytest.raises(SystemExit):
         main(["plot", str(file)])
     assert "cannot plot the results of several commands together: profile, scale" in capsys.readouterr().err

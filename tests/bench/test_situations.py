@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from native import NEEDED
 
 from bench import situations
 from bench.__main__ import main
-from bench.situations import EDITS, Measured, Situation
-from bench.stats import Spread
-from bench.usage import UsageError
+from bench.options import UsageError
+from bench.situations import EDITS, Situation
+from tests.support.native import NEEDED
 
 pytestmark = NEEDED
 
@@ -27,12 +26,8 @@ def test_edited_networks_match(network: str, training: bool, edit: str) -> None:
     eager, ours, x = situations.networks(situation)
     assert eager.training is training
     assert situations.error(eager, ours, x, contextlib.nullcontext) < situations.TOLERANCES[torch.float32]
-    expected, actual = (situations.MODES[situation.mode].run(model, x) for model in (eager, ours))
+    expected, actual = (situations.MODES[situation.mode][0](model, x) for model in (eager, ours))
     assert float((actual - expected).norm() / expected.norm()) < 1e-4
-
-
-def spread(median: float) -> Spread:
-    return Spread(median, median, median, 9)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +42,7 @@ def spread(median: float) -> Spread:
 )
 def test_verdicts(fast: float, error: float, verdict: str) -> None:
     situation = Situation("G", "float32", "inference")
-    assert Measured(situation, spread(1.0), spread(fast), error, 1e-4).verdict == verdict
+    assert situations.verdict(situation, {"ratio": 1 / fast, "error": error}) == verdict
 
 
 def test_situations_cover_every_dtype_mode_and_edit() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import timing, worker
+from bench import machine, timing
 
 INPUTS = [torch.zeros(1), torch.ones(1)]
 
@@ -81,6 +81,13 @@ def test_graph_times_are_per_call(device: Device) -> None:
     assert times["graph"] == [pytest.approx(0.25e-3)] * timing.MIN_CALLS
 
 
+def test_a_graph_of_several_calls_is_replayed(device: Device) -> None:
+    spread = timing.replay(2 * [lambda: device.run(INPUTS[0])], cold=False)
+    assert spread.median == pytest.approx(timing.GRAPH_CALLS * 0.25e-3 / 2)
+    assert timing.MIN_REPLAYS <= spread.count <= timing.MAX_REPLAYS
+    assert device.calls.index("replay") == 2 * timing.WARM_UP + 2, "warm-up and capture come first"
+
+
 def test_large_batches_are_not_captured(device: Device) -> None:
     large = [torch.zeros(timing.GRAPH_BATCH + 1)]
     assert "graph" not in timing.CudaSampler(device.run, large, capture=True).burst(1e-9)
@@ -101,7 +108,7 @@ def test_set_precision_sets_old_and_new_tf32_flags(monkeypatch: pytest.MonkeyPat
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     try:
-        worker.set_precision("cuda", dtype)
+        machine.set_precision("cuda", dtype)
         on = dtype == "tf32"
         assert torch.backends.cuda.matmul.allow_tf32 == on
         assert torch.backends.cudnn.allow_tf32 == on

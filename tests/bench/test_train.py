@@ -9,18 +9,24 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench import expected_results, phases, plot, records, table, train, train_worker
+from bench import compare, output, plot, train, training
 from bench.__main__ import main
-from bench.ceiling import Ceiling
-from bench.expected_results import Materials, update_error
-from bench.phases import Part, Profile
+from bench.machine import Ceiling
 from bench.providers import PROVIDERS
 from bench.race import Outcome
-from bench.records import Report
-from bench.stats import Spread
-from bench.train_case import MIN_TOLERANCE, Batch, Training
-from bench.training_variants import VARIANTS, adams, reference_loop
-from bench.worker import Prepared
+from bench.timing import Spread
+from bench.train import Part, Profile
+from bench.training import (
+    MIN_TOLERANCE,
+    VARIANTS,
+    Batch,
+    Materials,
+    Training,
+    TrainWorker,
+    reference_loop,
+    update_error,
+)
+from bench.worker import Prepared, load_tensors
 from dcgan.models import Discriminator, Generator
 from dcgan.training import TrainStep
 
@@ -34,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("train") / "case.pt"
-    Materials.of(TINY).save(path)
+    torch.save(tuple(TINY.materials()), path)
     return path
 
 
@@ -47,7 +53,7 @@ def rogues(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checked(name: str, materials: Path) -> Prepared:
     """Run a worker's check in this process, without measuring memory."""
-    worker = train_worker.TrainWorker()
+    worker = TrainWorker()
     worker._reset_peak = lambda: None  # type: ignore[method-assign]
     return worker.prepare(TINY, name, str(materials))
 
@@ -111,11 +117,11 @@ def test_step_results_match_autograd() -> None:
     """D's gradient is that of D's phase, and the steps leave the parameters unchanged."""
     generator, discriminator = (network.double() for network in TINY.networks())
     real, noise = (t.double() for t in TINY.batches()[1])
-    loop = reference_loop(generator, discriminator, adams(generator, discriminator))
+    loop = reference_loop(generator, discriminator)
     before = copy.deepcopy(dict(discriminator.named_parameters()))
-    _, result = expected_results.step_results(loop, [Batch(*(t.double() for t in b)) for b in TINY.batches()])
+    _, result = training.step_results(loop, [Batch(*(t.double() for t in b)) for b in TINY.batches()])
     assert all(torch.equal(p, before[n]) for n, p in discriminator.named_parameters())
-    assert loop.adams[0].param_groups[0]["lr"] == expected_results.LR
+    assert loop.adams[0].param_groups[0]["lr"] == training.LR
 
     loss = torch.nn.BCELoss()
     on_real, fake = discriminator(real), generator(noise)
@@ -126,7 +132,7 @@ def test_step_results_match_autograd() -> None:
         (generator, discriminator), (loss_g, loss_d), result.gradients, strict=True
     ):
         gradients = torch.autograd.grad(of, list(network.parameters()), retain_graph=True)
-        expected = expected_results.flat(gradients)
+        expected = training.flat(gradients)
         assert (found - expected).norm() < 1e-12 * expected.norm()
     assert result.figures == pytest.approx(
         [loss_d.item(), loss_g.item(), *map(float, (on_real.detach().mean(), on_fake.detach().mean()))]
@@ -134,7 +140,7 @@ def test_step_results_match_autograd() -> None:
 
 
 def test_materials_save_and_load(materials: Path) -> None:
-    loaded = Materials.load(materials)
+    loaded = Materials(*load_tensors(str(materials)))
     assert loaded.tolerance >= MIN_TOLERANCE
     assert [len(result.gradients) for result in loaded.step_results] == [2, 2]
     assert all(g.dtype == torch.float64 for result in loaded.step_results for g in result.gradients)
@@ -146,10 +152,10 @@ def test_materials_save_and_load(materials: Path) -> None:
 
 def test_16_bit_tolerance_follows_eager() -> None:
     case = Training("train", 4, "bfloat16", "cpu", 1, SIZES)
-    found = Materials.of(case)
+    found = case.materials()
     assert 1e-2 < found.tolerance < 1
     networks = case.networks()
-    error, figure, _ = expected_results.step_results(VARIANTS["fast"].build(*networks, case), case.batches())[
+    error, figure, _ = training.step_results(VARIANTS["fast"].build(*networks, case), case.batches())[
         0
     ].errors(found.step_results[0])
     assert 1e-3 < error < found.tolerance
@@ -159,7 +165,7 @@ def test_16_bit_tolerance_follows_eager() -> None:
 
 def test_a_step_without_optimizer_steps_is_detected() -> None:
     generator, discriminator = TINY.networks()
-    loop = reference_loop(generator, discriminator, adams(generator, discriminator))
+    loop = reference_loop(generator, discriminator)
 
     def step(real: Tensor, noise: Tensor) -> object:
         return None
@@ -185,7 +191,7 @@ def outcome(name: str, seconds: float, peak: int) -> Outcome:
 
 def printed(renderable: object) -> list[str]:
     out = io.StringIO()
-    Console(file=out, width=table.PIPED_WIDTH).print(renderable)
+    Console(file=out, width=output.PIPED_WIDTH).print(renderable)
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
@@ -193,16 +199,18 @@ def test_race_table() -> None:
     case = Training("train", 64, "float32", "cpu", 2)
     absent = Outcome(VARIANTS["reduce-overhead"], "skipped", "no GPU here")
     baselines = [outcome("eager", 1.28, 1000_000_000), outcome("channels_last", 1.0, 900_000_000)]
-    report = Report(case, case.work(), CEILING, [*baselines, absent, outcome("train-step", 0.4, 600_000_000)])
-    rows = [line.split() for line in printed(train.race_table(report)) if line.strip()]
+    ours = outcome("train-step", 0.4, 600_000_000)
+    found = output.race_rows(case, case.work(), CEILING, [*baselines, absent, ours])
+    rows = [line.split() for line in printed(output.race_table(case.title, found)) if line.strip()]
     assert rows[0][:4] == ["train", "·", "batch", "64"]
     assert rows[3] == ["train-step", "160", "0%", "9", "390", "2.50×", "195%", "600", "60%", "6.0e-04"]
     assert rows[5] == ["eager", "50.0", "0%", "9", "122", "0.78×", "61%", "1,000", "100%", "6.0e-04"]
     assert rows[6][0] == "reduce-overhead"
     assert rows[6][-3:] == ["no", "GPU", "here"]
-    assert train.ceiling_lines(report)[-1].endswith("2e-03 is allowed")
-    without = Report(case, case.work(), CEILING, [outcome("fast", 1, 1)])
-    assert train.memory_share(without, without.outcomes[0]) is None
+    assert output.ceiling_lines(found[0])[-1].endswith("2e-03 is allowed")
+    without = output.race_rows(case, case.work(), CEILING, [outcome("fast", 1, 1)])
+    (row,) = [line.split() for line in printed(output.race_table(case.title, without)) if "fast" in line]
+    assert row[-2:] == ["–", "6.0e-04"]
 
 
 def test_profile_table_and_rows() -> None:
@@ -216,7 +224,7 @@ def test_profile_table_and_rows() -> None:
     assert ["D", "wgrad", "1→2", "@8→4", "native", "3", "200", "40%", "10.0", "50.0", "25%"] in lines
     assert ["everything", "else", "150", "30%"] in lines
     assert ["total", "500", "100%", "20.0", "40.0", "20%"] in lines
-    rows = train.profile_rows(TINY, "fast", profile, CEILING, None)
+    rows = train.profile_rows(TINY, "fast", profile, CEILING)
     assert sum(row["share"] for row in rows) == pytest.approx(1)
 
 
@@ -225,8 +233,8 @@ def test_profile_covers_every_product(name: str) -> None:
     """The number of calls and FLOPs match those counted from the layers."""
     generator, discriminator = TINY.networks()
     loop = VARIANTS[name].build(generator, discriminator, TINY)
-    profile = phases.measure(loop, TINY.batches(), rounds=1, device="cpu")
-    calls = {phase: sum(p.calls for p in profile.parts if p.phase == phase) for phase in phases.PHASES}
+    profile = train.profile(loop, TINY.batches(), rounds=1, device="cpu")
+    calls = {phase: sum(p.calls for p in profile.parts if p.phase == phase) for phase in train.PHASES}
     wgrads = 3 if name == "fast" else 2  # backwards of D that compute wgrad
     layers = 4
     assert calls == {
@@ -244,9 +252,9 @@ def test_profile_covers_every_product(name: str) -> None:
 
 
 def test_profiling_a_step_without_our_operators_fails() -> None:
-    generator, discriminator = TINY.networks()
+    loop = VARIANTS["eager"].build(*TINY.networks(), TINY)
     with pytest.raises(ValueError, match="no call of a fused operator"):
-        phases.record(VARIANTS["eager"].build(generator, discriminator, TINY), TINY.batches()[0])
+        train.profile(loop, TINY.batches(), rounds=1, device="cpu")
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -257,7 +265,7 @@ def test_end_to_end(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "train.jsonl"
-    monkeypatch.setattr(train, "measure_ceiling", lambda case: CEILING)
+    monkeypatch.setattr(compare, "measure_ceiling", lambda *_: CEILING)
     monkeypatch.setenv("DCGAN_ENGINE", "native")  # by default, so small a network falls back to PyTorch
     sizes = ["--features", "4", "--image-size", "32", "--latent-dim", "8", "--batch", "4", "--threads", "1"]
     providers = ["--providers", "fast", "reduce-overhead", "rogue:half_a_gradient"]
@@ -281,7 +289,7 @@ def test_end_to_end(
         < out.index("G fprop")
         < out.index("everything else")
     )
-    rows = records.read(file)
+    rows = output.read(file)
     timed = {row["provider"]: row for row in rows if "status" in row}
     assert {name: row["status"] for name, row in timed.items()} == {
         "fast": "ok",
@@ -291,7 +299,7 @@ def test_end_to_end(
     assert {row["kind"] for row in rows} == {"train"}
     assert timed["fast"]["times"]["warm"]["count"] >= 2
     assert 0 < timed["fast"]["peak_bytes"] < 1 << 30
-    assert {row["phase"] for row in rows if "phase" in row} == {*phases.PHASES, "optimizers", "other"}
+    assert {row["phase"] for row in rows if "phase" in row} == {*train.PHASES, "optimizers", "other"}
 
     pytest.importorskip("matplotlib")
     (batches,) = plot.arrange(rows).values()
@@ -308,7 +316,7 @@ def test_profile_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         profiled.append(name)
         raise train.WorkerFailed("no memory")
 
-    monkeypatch.setattr(train, "measure_ceiling", lambda case: CEILING)
+    monkeypatch.setattr(compare, "measure_ceiling", lambda *_: CEILING)
     monkeypatch.setattr(train, "measure_profile", fail)
     assert main(["train", "--profile", "--features", "4", "--batch", "2", "--device", "cpu"]) == 1
     assert profiled == ["fast", "train-step"]

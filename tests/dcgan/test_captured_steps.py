@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from steps import (
+from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel
+
+from dcgan.kernels import ops, weight_cache
+from dcgan.training import Result, TrainStep
+from dcgan.training.captured_step import MAX_SHAPES, WARM_UP, reset_accumulation_streams
+from tests.support.steps import (
     LOSSES,
     Pair,
     SimulatedGraphBackend,
@@ -21,12 +27,6 @@ from steps import (
     simulated_step,
     state_of,
 )
-from torch import Tensor, nn, optim
-from torch.optim.swa_utils import AveragedModel
-
-from dcgan.kernels import ops, weight_cache
-from dcgan.training import Result, TrainStep
-from dcgan.training.captured_step import MAX_SHAPES, WARM_UP, reset_accumulation_streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import train_runs
 from torch import nn
 
 from dcgan import checkpoint as checkpoints
 from dcgan.checkpoint import Checkpoint, CheckpointError, Folder
 from dcgan.errors import RunError
 from dcgan.networks import Architecture
+from tests.support import train_runs
 
 
 def make_checkpoint(step: int = 0, score: float | None = None) -> Checkpoint:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from dcgan import demo, fast, files, images
+from dcgan import demo, fast, files, generation
 from dcgan.models import Discriminator, Generator
 
 TINY = ["--epochs", "1", "--features", "4", "--batch-size", "300", "--device", "cpu"]
@@ -131,7 +131,7 @@ def test_replacing_keeps_the_old_file_on_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_save_grid_pixels(channels: int, tmp_path: Path) -> None:
     values = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, channels, 1, 2)
-    images.save_grid(values, tmp_path / "grid.png", columns=2, scale=3)
+    generation.save_grid(values, tmp_path / "grid.png", columns=2, scale=3)
     grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
     assert grid.shape == (2 * 5 + 2, 2 * 8 + 2)
     assert (grid[2:5, 2:8] == 0).all()

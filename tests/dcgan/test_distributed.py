@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import train_runs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -25,6 +24,7 @@ from dcgan.kernels import ops
 from dcgan.models import weights_init
 from dcgan.training import TrainStep
 from dcgan.training.feed import Feed, Share
+from tests.support import train_runs
 
 SIZES = {"features": 4, "image_size": 32}
 LATENT, BATCH, STEPS = 6, 8, 2

@@ -10,7 +10,6 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from networks import randomise
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from dcgan import checkpoint, export, fast, models, pretrained
 from dcgan.cli.app import app
 from dcgan.errors import InputError, RunError
 from dcgan.networks import Architecture
+from tests.support.networks import randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -292,7 +292,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         (["g.pth"], ["--to"]),
         (["g.pth", "--to", "tflite"], ["--to", "'safetensors', 'onnx', 'torch-export'"]),
         (["g.pth", "--to", "onnx", "--batch", "0"], ["--batch", "integer of at least 1", "'0'"]),
-        (["g.pth", "--to", "safetensors", "--batch", "2"], ["--batch means nothing to --to safetensors"]),
+        (["g.pth", "--to", "safetensors", "--batch", "2"], ["--batch does not apply to --to safetensors"]),
         (["g.pth", "--to", "onnx", "--network", "both"], ["--network", "'generator', 'discriminator'"]),
         (["g.pth", "--to", "onnx", "--network", "discriminator"], ["weights of a Generator, not of a Disc"]),
         (["g.pth", "--to", "onnx", "--which", "best"], ["which must be last for a single file"]),

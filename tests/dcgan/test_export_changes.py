@@ -11,12 +11,12 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from networks import drop_in, norms, reference, set_on_norms, with_bias
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from dcgan import export, fast, models, pretrained
 from dcgan.errors import InputError, RunError
+from tests.support.networks import drop_in, norms, reference, replace, replace_norms, set_on_norms, with_bias
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,25 +52,10 @@ def assert_computes(run: Callable[[Tensor], Tensor], model: Any) -> None:
 # --- changes ------------------------------------------------------------------------------------------------
 
 
-def replace(index: int, make: Callable[[Any], nn.Module]) -> Change:
-    def change(model: Any) -> None:
-        model.main[index] = make(model.main[index])
-
-    return change
-
-
 def other_slope(model: Any) -> None:
     for i, module in enumerate(model.main):
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
             model.main[i] = nn.LeakyReLU(0.5)
-
-
-def replace_norms(make: Callable[[int], nn.Module]) -> Change:
-    def change(model: Any) -> None:
-        for i, norm in norms(model):
-            model.main[i] = make(norm.num_features)
-
-    return change
 
 
 Find = Callable[[Any], nn.Module]

@@ -9,21 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from networks import randomise
 from torch import Tensor, nn
 
 from dcgan import export, models
 from dcgan.errors import RunError
+from tests.support.networks import randomise
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.usefixtures("_no_grad")]
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 
 FEATURES, SIZE = 8, 32
-
-
-@pytest.fixture
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def as_constructed(model: Any) -> None:

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from networks import (
+from torch import Tensor, nn
+
+from dcgan import fast, models
+from dcgan.kernels import ops
+from tests.support.networks import (
     EXACT,
+    MODES,
+    NETWORKS,
     assert_agree,
     assert_equal_results,
     drop_in,
@@ -19,15 +25,9 @@ from networks import (
     results,
     sample,
 )
-from tolerance import relative, unit
-from torch import Tensor, nn
-
-from dcgan import fast, models
-from dcgan.kernels import ops
+from tests.support.tolerance import relative, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "reference_engine")
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
-MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 # --- the same results --------------------------------------------------------------------------------------

@@ -6,13 +6,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import EXACT, assert_equal_results, drop_in, norms, reference, sample, set_on_norms
-from tolerance import relative
 from torch import Tensor, nn
 
+from tests.support.networks import (
+    EXACT,
+    MODES,
+    NETWORKS,
+    assert_equal_results,
+    drop_in,
+    norms,
+    reference,
+    sample,
+    set_on_norms,
+)
+from tests.support.tolerance import relative
+
 pytestmark = pytest.mark.usefixtures("one_thread", "reference_engine")
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
-MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 # --- autograd ----------------------------------------------------------------------------------------------

@@ -10,21 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from networks import drop_in, randomise, reference, results, sample
-from tolerance import relative, unit
 from torch import Tensor, nn
 
 from dcgan import fast
 from dcgan.kernels import weight_cache
 from dcgan.models import weights_init
+from tests.support import changes
+from tests.support.networks import NETWORKS, drop_in, fast_network, randomise, reference, results, sample
+from tests.support.tolerance import relative, unit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_cache, "_entries", {})
+pytestmark = pytest.mark.usefixtures("one_thread", "empty_weight_cache")
 
 
 @torch.no_grad()
@@ -46,59 +41,13 @@ def uncached(model: Any, x: Tensor) -> Tensor:
     return run(copy.deepcopy(model), x)
 
 
-def network(kind: str) -> Any:
-    return drop_in(reference(kind, dtype=torch.float32)).eval()
-
-
 # --- all kinds of weight changes ---------------------------------------------------------------------------
-
-
-def step(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        make(model.parameters()).step()
-
-    return change
-
-
-def training_step(model: Any) -> None:
-    results(model.train(), sample(model))
-    torch.optim.Adam(model.parameters(), lr=0.1, fused=True).step()
-    model.eval()
-
-
-def load(model: Any) -> None:
-    other = copy.deepcopy(model)
-    randomise(other)
-    model.load_state_dict(other.state_dict())
 
 
 def load_by_the_parent(model: Any) -> None:
     other = nn.ModuleDict({"net": copy.deepcopy(model)})
     randomise(other)
     nn.ModuleDict({"net": model}).load_state_dict(other.state_dict())
-
-
-def load_one_layer(model: Any) -> None:
-    model.main[0].load_state_dict({"weight": torch.randn_like(model.main[0].weight)})
-
-
-def load_assigning(model: Any) -> None:
-    other = copy.deepcopy(model)
-    randomise(other)
-    model.load_state_dict(other.state_dict(), assign=True)
-
-
-def copy_under_no_grad(model: Any) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p))
-
-
-def assign_data(model: Any) -> None:
-    for p in model.parameters():
-        p.data = torch.randn_like(p)
 
 
 def initialize_and_refresh(model: Any) -> None:
@@ -108,32 +57,9 @@ def initialize_and_refresh(model: Any) -> None:
     model.refresh()
 
 
-def edit_data_between_modes(model: Any) -> None:
-    """Edits that bypass the version counter, so that only train() and eval() can notice."""
-    model.train()
-    for p in model.parameters():
-        p.data.copy_(torch.randn_like(p))
-    model.eval()
-
-
 def edit_data_and_eval_again(model: Any) -> None:
     model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
     model.eval()
-
-
-def replace_parameter(model: Any) -> None:
-    model.main[0].weight = nn.Parameter(torch.randn_like(model.main[0].weight))
-
-
-def replace_layer(model: Any) -> None:
-    old = model.main[0]
-    model.main[0] = type(old)(old.in_channels, old.out_channels, 4, old.stride, old.padding, bias=False)
-
-
-def to_float64_and_back(model: Any) -> None:
-    model.to(torch.float64)
-    model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
-    model.to(torch.float32)
 
 
 def edit_a_norm(model: Any) -> None:
@@ -142,24 +68,27 @@ def edit_a_norm(model: Any) -> None:
     norm.weight.data.mul_(-2)
 
 
+SHARED = (
+    "Adam",
+    "Adam fused",
+    "SGD fused",
+    "AdamW foreach",
+    "a training step",
+    "load_state_dict",
+    "load_state_dict of a layer",
+    "load_state_dict assign",
+    "copy_",
+    "data =",
+    "data edited in training",
+    "parameter replaced",
+    "layer replaced",
+    "to float64, edited, and back",
+)
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "Adam": step(lambda p: torch.optim.Adam(p, lr=0.1)),
-    "Adam fused": step(lambda p: torch.optim.Adam(p, lr=0.1, fused=True)),
-    "SGD fused": step(lambda p: torch.optim.SGD(p, lr=0.1, fused=True)),
-    "AdamW foreach": step(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
-    "a training step": training_step,
-    "load_state_dict": load,
+    **{name: changes.CHANGES[name] for name in SHARED},
     "load_state_dict of a parent": load_by_the_parent,
-    "load_state_dict of a layer": load_one_layer,
-    "load_state_dict assign": load_assigning,
-    "copy_": copy_under_no_grad,
-    "data =": assign_data,
     "weights_init, refresh": initialize_and_refresh,
-    "data edited in training": edit_data_between_modes,
     "data edited, eval()": edit_data_and_eval_again,
-    "parameter replaced": replace_parameter,
-    "layer replaced": replace_layer,
-    "to float64, edited, and back": to_float64_and_back,
     "running statistics and affine": edit_a_norm,
 }
 
@@ -168,7 +97,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_never_stale(kind: str, name: str) -> None:
     """The very next forward matches that of a network without a cache."""
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     for _ in range(3):
         previous = run(model, x)
@@ -181,7 +110,7 @@ def test_never_stale(kind: str, name: str) -> None:
 
 def test_data_edited_in_eval() -> None:
     """Neither a version counter nor a hook reports this edit."""
-    model = network("G")
+    model = fast_network("G")
     z = sample(model)
     stale = run(model, z)
     model.main[0].weight.data.copy_(torch.randn_like(model.main[0].weight))
@@ -203,7 +132,7 @@ def test_data_edited_in_eval() -> None:
 )
 def test_the_epoch_advances_immediately(change: Callable[[Any], None]) -> None:
     """It must not wait for the next forward, which a replayed graph does not run."""
-    model = network("G")
+    model = fast_network("G")
     run(model, sample(model))
     epoch = weight_cache.epoch()
     change(model)
@@ -215,13 +144,13 @@ def test_the_epoch_advances_immediately(change: Callable[[Any], None]) -> None:
 
 @NETWORKS
 def test_nothing_is_cached_in_training(kind: str) -> None:
-    model = network(kind).train()
+    model = fast_network(kind).train()
     run(model, sample(model))
     assert not weight_cache._entries
 
 
 def test_train_clears_the_cache() -> None:
-    model = network("G")
+    model = fast_network("G")
     run(model, sample(model))
     assert cached() == 4
     model.train()
@@ -229,7 +158,7 @@ def test_train_clears_the_cache() -> None:
 
 
 def test_train_and_to_of_a_parent_module() -> None:
-    model = network("G")
+    model = fast_network("G")
     parent = nn.ModuleDict({"g": model})
     run(model, sample(model))
     parent.train()
@@ -243,7 +172,7 @@ def test_train_and_to_of_a_parent_module() -> None:
 
 @NETWORKS
 def test_freed_with_the_network(kind: str) -> None:
-    model = network(kind)
+    model = fast_network(kind)
     run(model, sample(model))
     assert cached() == 4
     del model
@@ -253,7 +182,7 @@ def test_freed_with_the_network(kind: str) -> None:
 
 def test_many_short_lived_networks() -> None:
     for _ in range(10):
-        model = network("G")
+        model = fast_network("G")
         run(model, sample(model))
     del model
     gc.collect()
@@ -271,7 +200,7 @@ def test_two_drop_ins_around_one_network() -> None:
     assert torch.equal(run(second, z), uncached(first, z))
     del first
     gc.collect()
-    copy_under_no_grad(second)
+    CHANGES["copy_"](second)
     assert torch.equal(run(second, z), uncached(second, z))
 
 
@@ -290,7 +219,7 @@ def test_the_reference_network_trains_while_a_drop_in_serves() -> None:
 
 
 def test_copies_and_loaded_networks_have_their_own_cache() -> None:
-    model = network("G")
+    model = fast_network("G")
     z = sample(model)
     before = run(model, z)
     stream = io.BytesIO()
@@ -298,7 +227,7 @@ def test_copies_and_loaded_networks_have_their_own_cache() -> None:
     stream.seek(0)
     for clone in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
         assert torch.equal(run(clone, z), before)
-        copy_under_no_grad(clone)
+        CHANGES["copy_"](clone)
         assert torch.equal(run(clone, z), uncached(clone, z))
         assert torch.equal(run(model, z), before)
 
@@ -306,7 +235,7 @@ def test_copies_and_loaded_networks_have_their_own_cache() -> None:
 @NETWORKS
 def test_the_cache_is_not_used_with_gradients(kind: str) -> None:
     """In eval mode with gradients, the cast is part of the graph: float32 weights get float32 gradients."""
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     run(model, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -318,7 +247,7 @@ def test_the_cache_is_not_used_with_gradients(kind: str) -> None:
 
 
 def test_casts_cached_in_inference_mode_serve_a_differentiated_call() -> None:
-    model = network("G").requires_grad_(False)
+    model = fast_network("G").requires_grad_(False)
     z = sample(model)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(z)
@@ -343,7 +272,7 @@ def test_autocast_is_as_accurate_as_eager(kind: str, training: bool) -> None:
 
 def test_a_parametrized_weight_is_evaluated_only_by_its_layer() -> None:
     """Nothing else may read it, since each read of a spectral norm in training updates it."""
-    model = network("D")
+    model = fast_network("D")
     nn.utils.parametrizations.spectral_norm(model.main[2])
     reads = 0
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_equal_results, drop_in, reference, results, sample
-from tolerance import relative
 from torch import Tensor
 
 from dcgan import fast
 from dcgan.kernels import ops, weight_cache
+from tests.support.networks import MODES, NETWORKS, assert_equal_results, drop_in, reference, results, sample
+from tests.support.tolerance import relative
 
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
-MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 ROUNDING = 1e-11  # in float64: Inductor fuses and reorders operations
 
 

@@ -7,27 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from networks import EXACT, assert_agree, drop_in, norms, reference, sample, set_on_norms, with_bias
-from tolerance import relative
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from dcgan import fast, models
+from tests.support.networks import (
+    EXACT,
+    MODES,
+    NETWORKS,
+    assert_agree,
+    drop_in,
+    norms,
+    reference,
+    replace,
+    replace_norms,
+    sample,
+    set_on_norms,
+    with_bias,
+)
+from tests.support.tolerance import relative
 
 pytestmark = pytest.mark.usefixtures("one_thread", "reference_engine")
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
-MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 # --- changed modules ---------------------------------------------------------------------------------------
-
-
-def replace_norms(make: Callable[[int], nn.Module]) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        for i, norm in norms(model):
-            model.main[i] = make(norm.num_features)
-
-    return change
 
 
 def replace_activations(*activations: nn.Module) -> Callable[[Any], None]:
@@ -37,13 +40,6 @@ def replace_activations(*activations: nn.Module) -> Callable[[Any], None]:
         hidden = [i for i, m in enumerate(model.main) if isinstance(m, nn.ReLU | nn.LeakyReLU)]
         for n, i in enumerate(hidden):
             model.main[i] = copy.deepcopy(activations[n % len(activations)])
-
-    return change
-
-
-def replace(index: int, make: Callable[[Any], nn.Module]) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        model.main[index] = make(model.main[index])
 
     return change
 

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import native
 import pytest
 import torch
-from native import NETWORK, allowed, eager64, engines, forced
-from networks import drop_in, norms, reference, sample
-from tolerance import relative, unit
 from torch import Tensor, nn
 
 from dcgan import fast, models
 from dcgan.kernels import ops, weight_cache
+from tests.support import native
+from tests.support.native import NETWORK, allowed, eager64, engines, forced
+from tests.support.networks import NETWORKS, drop_in, fast_network, norms, sample
+from tests.support.tolerance import relative, unit
 
-pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
+pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread", "no_grad")]
 NATIVE = ["native"] * 4
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def network(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
-    return drop_in(reference(kind, dtype=dtype, **sizes)).eval()
 
 
 # --- accuracy ----------------------------------------------------------------------------------------------
@@ -41,7 +30,7 @@ def network(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_whole_network(kind: str, channels: int, image_size: int, batch: int) -> None:
     """The selected algorithms are accurate in NaN-initialized memory; strides match eager."""
-    model = network(kind, channels=channels, image_size=image_size, features=3)
+    model = fast_network(kind, channels=channels, image_size=image_size, features=3)
     x = sample(model, batch)
     with native.fresh_memory_is_nan():
         assert engines(model, x) == ["native"] * (image_size.bit_length() - 2)
@@ -66,7 +55,7 @@ def test_the_default_generator(algorithm: str) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_16_bit_network(kind: str, dtype: torch.dtype, channels: int) -> None:
     """With 16-bit weights and inputs, the native engine rounds only the result; eager rounds every layer."""
-    model = network(kind, dtype, channels=channels)
+    model = fast_network(kind, dtype, channels=channels)
     x = sample(model)
     assert engines(model, x) == NATIVE
     assert [row.engine for row in fast.explain(model, x)] == NATIVE
@@ -82,7 +71,7 @@ def test_a_16_bit_network(kind: str, dtype: torch.dtype, channels: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(kind: str, dtype: torch.dtype) -> None:
     """Autocast rounds weights and input, which the expected result includes."""
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     rounded = copy.deepcopy(model)
     for m in rounded.main:
@@ -99,7 +88,7 @@ def test_under_autocast(kind: str, dtype: torch.dtype) -> None:
 
 @NETWORKS
 def test_inputs_with_any_strides(kind: str) -> None:
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     views: list[Tensor] = [
         x.expand(2, *x.shape)[1],
@@ -118,7 +107,7 @@ def test_inputs_with_any_strides(kind: str) -> None:
 
 @NETWORKS
 def test_a_channels_last_model(kind: str) -> None:
-    model = network(kind).to(memory_format=torch.channels_last)
+    model = fast_network(kind).to(memory_format=torch.channels_last)
     x = sample(model)
     assert relative(model(x), eager64(model, x)) <= NETWORK
     eager = models.Generator.forward if kind == "G" else models.Discriminator.forward
@@ -137,7 +126,7 @@ def test_a_latent_dim_beyond_the_native_limit() -> None:
 
 @NETWORKS
 def test_explain_in_eval(kind: str) -> None:
-    model = network(kind)
+    model = fast_network(kind)
     rows = fast.explain(model, sample(model))
     op = "conv_transpose2d_fused" if kind == "G" else "conv2d_fused"
     assert [row.modules for row in rows] == (
@@ -149,7 +138,7 @@ def test_explain_in_eval(kind: str) -> None:
 
 @NETWORKS
 def test_explain_in_training(kind: str) -> None:
-    model = network(kind).train()
+    model = fast_network(kind).train()
     rows = fast.explain(model, sample(model))
     if kind == "D":
         rows.pop(0)  # its engine depends on whether the batch pays for packing in one call
@@ -158,7 +147,7 @@ def test_explain_in_training(kind: str) -> None:
 
 @NETWORKS
 def test_explain_in_float64(kind: str) -> None:
-    model = network(kind, torch.float64)
+    model = fast_network(kind, torch.float64)
     rows = fast.explain(model, sample(model))
     assert {row[2:] for row in rows} == {("eager", "native: the kernels do not support float64")}
 
@@ -200,7 +189,7 @@ OTHERS: dict[str, tuple[str, Callable[[Any], None], tuple[str, str], str]] = {
 def test_an_unsupported_geometry(name: str) -> None:
     """The layer is left to another engine, which explain reports; the other layers remain native."""
     kind, change, instead, reason = OTHERS[name]
-    model = network(kind)
+    model = fast_network(kind)
     change(model)
     x = sample(model)
     rows = fast.explain(model, x)
@@ -217,7 +206,7 @@ def test_an_unsupported_geometry(name: str) -> None:
 
 
 def test_a_layer_with_output_padding_is_eager() -> None:
-    model = network("G")
+    model = fast_network("G")
     five_by_five(model)
     z = sample(model)
     rows = {row.modules: row for row in fast.explain(model, z)}
@@ -228,7 +217,7 @@ def test_a_layer_with_output_padding_is_eager() -> None:
 @NETWORKS
 def test_uncached_weights(kind: str) -> None:
     """A small op is left to the reference, unless the weights are cached or the native engine is forced."""
-    model = network(kind)
+    model = fast_network(kind)
     op = ops.conv_transpose2d_fused if kind == "G" else ops.conv2d_fused
     conv = model.main[3 if kind == "G" else 2]
     x = torch.randn(1, conv.in_channels, 4, 4)
@@ -255,7 +244,7 @@ def test_uncached_weights_with_a_large_batch() -> None:
 
 @NETWORKS
 def test_forced_engines(kind: str) -> None:
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     with ops.use_engine("reference"):
         assert engines(model, x) == ["reference"] * 4
@@ -295,7 +284,7 @@ except RuntimeError as error:
 @NETWORKS
 def test_eval_mode_with_gradients(kind: str) -> None:
     """With gradients, also those of a folded BatchNorm, the native engine runs layer by layer."""
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     expected = model(x)
     with torch.enable_grad(), ops.recording() as choices:
@@ -317,7 +306,7 @@ def test_eval_mode_with_gradients(kind: str) -> None:
 @NETWORKS
 def test_a_network_without_trainable_parameters(kind: str) -> None:
     """In grad mode with nothing to differentiate, the chain runs through the dispatcher, bitwise equal."""
-    model = network(kind).requires_grad_(False)
+    model = fast_network(kind).requires_grad_(False)
     x = sample(model)
     expected = model(x)
     with torch.enable_grad():
@@ -333,7 +322,7 @@ def test_a_network_without_trainable_parameters(kind: str) -> None:
 @NETWORKS
 def test_compiled(kind: str) -> None:
     """The graph has a single operator; the compiled network's weights are cached too."""
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     expected = model(x)
     torch._dynamo.reset()
@@ -349,7 +338,7 @@ def test_compiled(kind: str) -> None:
 
 @NETWORKS
 def test_exported(kind: str) -> None:
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     exported = torch.export.export(model, (x,))
     assert relative(exported.module()(x), eager64(model, x)) <= NETWORK
@@ -359,7 +348,7 @@ def test_exported(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_traced() -> None:
     """torch.jit.trace records the network or raises; it must not record an empty tensor."""
-    model = network("G")
+    model = fast_network("G")
     z = sample(model)
     try:
         traced = torch.jit.trace(model, z, check_trace=False)
@@ -371,7 +360,7 @@ def test_traced() -> None:
 
 @NETWORKS
 def test_under_another_default_dtype_and_device(kind: str) -> None:
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model)
     expected = model(x)
     torch.set_default_dtype(torch.float64)
@@ -412,7 +401,7 @@ class Wrapped(Tensor):
 @pytest.mark.parametrize("name", ["weight", "gamma", "running_var"])
 def test_a_tensor_without_storage(kind: str, name: str) -> None:
     """Such a weight or norm vector has no address for the native engine: the reference runs the layer."""
-    model = network(kind, features=8)
+    model = fast_network(kind, features=8)
     x = sample(model, 64)
     expected = eager64(model, x)
     _, norm = norms(model)[0]
@@ -427,7 +416,7 @@ def test_a_tensor_without_storage(kind: str, name: str) -> None:
 
 def test_norms_with_unusual_settings() -> None:
     """nn.BatchNorm2d's formula holds without an affine map, with another eps and with zero variance."""
-    model = network("G")
+    model = fast_network("G")
     (_, first), (i, second), *_ = norms(model)
     first.eps = 0.3
     first.running_var.zero_()
@@ -440,7 +429,7 @@ def test_norms_with_unusual_settings() -> None:
 
 @NETWORKS
 def test_nan_and_infinity_propagate_as_in_eager(kind: str) -> None:
-    model = network(kind)
+    model = fast_network(kind)
     x = sample(model, 6)
     expected = model(x)
     for i, value in enumerate((float("nan"), float("inf"), float("-inf"))):

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from native import NEEDED
-from networks import reference, sample
-from tolerance import relative
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules import module as nn_module
 
 from dcgan import fast
 from dcgan.models import LEAKY_SLOPE
+from tests.support.native import NEEDED
+from tests.support.networks import reference, sample
+from tests.support.tolerance import relative
 
 pytestmark = [NEEDED, pytest.mark.usefixtures("one_thread")]
 

@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native import NEEDED
-from networks import drop_in, reference, sample
-from tolerance import relative
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcgan import fast, models
 from dcgan.kernels import chain, coverage, ops
 from dcgan.kernels.cpu import products
+from tests.support.native import NEEDED
+from tests.support.networks import MODES, NETWORKS, drop_in, reference, sample
+from tests.support.tolerance import relative
 
 pytestmark = [NEEDED, pytest.mark.usefixtures("one_thread")]
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
-MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 # --- tracing and export ------------------------------------------------------------------------------------
@@ -274,9 +272,9 @@ def test_only_requested_gradients_are_computed(kind: str, monkeypatch: pytest.Mo
     needs: list[tuple[bool, ...]] = []
     backward = products.backward
 
-    def watched(call: Any, *arguments: Any) -> Any:
+    def watched(spec: Any, call: Any) -> Any:
         needs.append(tuple(call.needs))
-        return backward(call, *arguments)
+        return backward(spec, call)
 
     monkeypatch.setattr(products, "backward", watched)
     (gradient,) = torch.autograd.grad(other(x).square().sum(), x)

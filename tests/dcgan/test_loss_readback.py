@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import train_runs
 
 from dcgan.checkpoint import Folder
 from dcgan.data import Images
@@ -18,6 +17,7 @@ from dcgan.training.reference_step import Result
 from dcgan.training.run import Run, follow
 from dcgan.training.settings import Settings
 from dcgan.training.stop import Stop
+from tests.support import train_runs
 
 CPU = torch.device("cpu")
 

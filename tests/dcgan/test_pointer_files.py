@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import train_runs
 from typer.testing import CliRunner
 
 from dcgan import checkpoint as checkpoints
@@ -23,6 +22,7 @@ from dcgan.data import cache
 from dcgan.errors import RunError
 from dcgan.networks import Architecture
 from kernels.cpu import buffers
+from tests.support import train_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import randomise
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,6 +20,7 @@ from dcgan import checkpoint, fast, models, pretrained
 from dcgan.checkpoint import CheckpointError
 from dcgan.errors import InputError
 from dcgan.networks import Architecture
+from tests.support.networks import randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

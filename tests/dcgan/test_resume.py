@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-import train_runs
 
 from dcgan import checkpoint as checkpoints
 from dcgan import files
 from dcgan.errors import InputError
 from dcgan.networks import Architecture
+from tests.support import train_runs
 
 KINDS: dict[str, dict[str, Any]] = {
     "dcgan": {"ema": 0.9, "sample_interval": 3},

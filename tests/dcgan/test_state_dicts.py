@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import randomise
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dcgan import pretrained
 from dcgan.checkpoint import CheckpointError
 from dcgan.networks import Architecture
+from tests.support.networks import randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_runs
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,6 +21,7 @@ from dcgan.cli.app import app
 from dcgan.models import Discriminator, Generator
 from dcgan.training.report import read_metrics
 from dcgan.training.settings import Settings, read_file
+from tests.support import train_runs
 
 TINY = [
     "--dataset=fake",
@@ -173,9 +173,12 @@ def test_initial_weights_from_model_files(tmp_path: Path) -> None:
         (["--dataset", "imagenet"], ["imagenet", "mnist", "folder", "digits"]),
         (["--image-size", "48"], ["48", "32, 64, 128, 256"]),
         (["--batch-size", "45"], ["batch_size", "44", "45"]),
-        (["--batch-size", "0"], ["at least 1", "0"]),
-        (["--batch-size", "many"], ["an integer", "many"]),
-        (["--lr", "nan"], ["lr", "positive", "nan"]),
+        (["--batch-size", "0"], ["'--batch-size' / '--batchSize': must be an integer of at least 1, got 0"]),
+        (["--niter", "many"], ["'--epochs' / '--niter': must be an integer of at least 1, got 'many'"]),
+        (["--epochs", "3.0"], ["'--epochs' / '--niter': must be an integer of at least 1, got '3.0'"]),
+        (["--lr", "nan"], ["'--lr': must be a positive number, got nan"]),
+        (["--nc", "2"], ["'--channels' / '--nc': must be 1 or 3, got 2"]),
+        (["--classes", ","], ["classes", "at least one class"]),
         (["--model", "vae"], ["vae", "dcgan", "mlp"]),
         (["--model", "mlp", "--engine", "native"], ["mlp", "native", "auto or reference"]),
         (["--engine", "triton"], ["--engine: engine 'triton' is forced, but does not cover"]),
@@ -346,27 +349,15 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_are_kept(tmp_path: Path
 def test_help_lists_every_setting() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for flag in (
-        "--dataset",
-        "--dataroot",
-        "--workers",
-        "--batch-size",
-        "--batchSize",
-        "--image-size",
-        "--nz",
-    ):
-        assert flag in result.output
-    for flag in (
-        "--ngf",
-        "--ndf",
-        "--niter",
-        "--manualSeed",
-        "--outf",
-        "--loss",
-        "--label-smoothing",
-        "--ema",
-    ):
-        assert flag in result.output
+    text = " ".join(result.output.replace("│", " ").split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description is not None
+        assert " ".join(field.description.split()[:5]) in text
+    for flag in ("--batchSize", "--imageSize", "--nc", "--niter", "--manualSeed", "--outf", "--no-compile"):
+        assert flag in text
+    for default in ("[default: (mnist)]", "[default: (128)]", "[default: (0.0002)]", "[default: runs/train]"):
+        assert default in text
 
 
 def test_metrics_are_json_lines(tmp_path: Path) -> None:

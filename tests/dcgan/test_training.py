@@ -8,14 +8,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from reference_loop import reference_step
 from torch import Tensor, nn, optim
 
 from dcgan.data import Batches
 from dcgan.models import Discriminator, Generator, MLPDiscriminator, MLPGenerator, weights_init
 from dcgan.training import Config, Result, Step, optimizers, train, train_step
-
-LOSSES = ("non-saturating", "minimax")
+from tests.support.reference_loop import reference_step
+from tests.support.steps import LOSSES
 
 
 def dcgan_pair(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:

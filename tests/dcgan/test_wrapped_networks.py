@@ -9,14 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from reference_loop import reference_step
-from steps import Pair, SimulatedGraphBackend, Wrapper, adams, assert_states_close, batch_of, pair, sgds
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 from dcgan.training import TrainStep
 from dcgan.training.captured_step import WARM_UP
+from tests.support.reference_loop import reference_step
+from tests.support.steps import (
+    Pair,
+    SimulatedGraphBackend,
+    Wrapper,
+    adams,
+    assert_states_close,
+    batch_of,
+    pair,
+    sgds,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench.cases import DTYPES
+from dcgan.kernels.gpu.tools.layers import DTYPES
 
 
 @pytest.fixture(params=DTYPES)

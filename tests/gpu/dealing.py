@@ -7,7 +7,7 @@ longest, by creating its file in DIR, which only one process can do.
 
 Each outcome is appended to a file in DIR as soon as it is known, so a process that is killed or crashes
 leaves its results. A process that can no longer use its GPU after a failure (a failed capture, an illegal
-access) returns the rest of its group and exits; the parent process then starts another.
+access) exits; the parent process then returns the rest of its group and starts another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.stages.deal import UNUSABLE, Deal
+from tests.gpu.stages.suite import UNUSABLE, Deal
 
 COSTS = {
     "test_gpu.py::test_every_tile": 10.0,
@@ -42,22 +42,12 @@ SHARED = ("layer", "which", "dtype", "mode", "caller", "precision")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("dealing")
-    group.addoption(
-        "--deal", type=Path, metavar="DIR", help="share the tests with other processes through DIR"
-    )
-    group.addoption(
-        "--end",
-        type=float,
-        default=float("inf"),
-        help="start no test expected to end after this time (time.monotonic() seconds)",
-    )
-    group.addoption(
-        "--grace",
-        type=float,
-        default=0.0,
-        help="start no test in the last GRACE seconds before --end (default: 0)",
-    )
+    add = parser.getgroup("dealing").addoption
+    add("--deal", type=Path, metavar="DIR", help="share the tests with other processes through DIR")
+    end = "start no test expected to end after this time (time.monotonic() seconds)"
+    add("--end", type=float, default=float("inf"), help=end)
+    grace = "start no test in the last GRACE seconds before --end (default: 0)"
+    add("--grace", type=float, default=0.0, help=grace)
 
 
 @pytest.hookimpl(trylast=True)  # after the conftest that sets PyTorch's threads
@@ -73,12 +63,16 @@ def is_checked(item: pytest.Item) -> bool:
     return item.get_closest_marker("check") is not None
 
 
+def parameter(item: pytest.Item, name: str) -> str:
+    """Return a parameter of the test as text; 'None' if it has none of this name."""
+    return str(item.callspec.params.get(name) if hasattr(item, "callspec") else None)
+
+
 def group(item: pytest.Item) -> tuple[object, ...]:
     """Return a key that is equal for tests that compile the same kernels."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    name = "" if "layer" in parameters else item.name.partition("[")[0]
+    name = "" if parameter(item, "layer") != "None" else item.name.partition("[")[0]
     prefix = (is_checked(item), is_exhaustive(item), item.path.name, name)
-    return (*prefix, *(str(parameters.get(shared)) for shared in SHARED))
+    return (*prefix, *(parameter(item, shared) for shared in SHARED))
 
 
 def is_exhaustive(item: pytest.Item) -> bool:
@@ -89,34 +83,25 @@ def is_exhaustive(item: pytest.Item) -> bool:
 def cost(item: pytest.Item) -> float:
     """Return the approximate seconds that the test takes."""
     if item.path.name == "test_gpu_tiles.py":
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        seconds = TILE_COSTS.get(str(parameters.get("layer")), DEFAULT_COST)
-        return seconds * TILE_COST_FACTORS.get(str(parameters.get("precision")), 1.0)
+        seconds = TILE_COSTS.get(parameter(item, "layer"), DEFAULT_COST)
+        return seconds * TILE_COST_FACTORS.get(parameter(item, "precision"), 1.0)
     return next((seconds for part, seconds in COSTS.items() if part in item.nodeid), DEFAULT_COST)
 
 
 def groups(items: list[pytest.Item]) -> list[list[pytest.Item]]:
     """Group the tests, in the order to claim them; the same in every process."""
-    found: dict[tuple[object, ...], list[pytest.Item]] = {}
+    found: dict[tuple[object, ...], list[list[pytest.Item]]] = {}
     for item in items:
-        found.setdefault(group(item), []).append(item)
-    pieces = [piece for tests in found.values() for piece in split_group(tests)]
+        pieces = found.setdefault(group(item), [[]])
+        if pieces[-1] and sum(map(cost, [*pieces[-1], item])) > MAX_GROUP_SECONDS:
+            pieces.append([])
+        pieces[-1].append(item)
 
     def rank(tests: list[pytest.Item]) -> tuple[bool, bool, float]:
         later = not is_checked(tests[0])
         return later, later and is_exhaustive(tests[0]), -sum(map(cost, tests))
 
-    return sorted(pieces, key=rank)
-
-
-def split_group(tests: list[pytest.Item]) -> list[list[pytest.Item]]:
-    """Split a group that takes too long into several."""
-    pieces: list[list[pytest.Item]] = [[]]
-    for item in tests:
-        if pieces[-1] and sum(map(cost, [*pieces[-1], item])) > MAX_GROUP_SECONDS:
-            pieces.append([])
-        pieces[-1].append(item)
-    return pieces
+    return sorted((piece for pieces in found.values() for piece in pieces), key=rank)
 
 
 def usable() -> bool:
@@ -162,7 +147,6 @@ class Dealt:
         self._deal.publish([item.nodeid for tests in dealt for item in tests])
         for number, tests in enumerate(dealt):
             if self._deal.claim(number) and not self._run(tests):
-                self._deal.release(number)
                 self._usable = False
                 break
         return True

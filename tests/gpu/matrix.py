@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
-from real import LAYERS
 
-from bench.cases import DTYPES
+from dcgan.kernels.gpu.tools.layers import DTYPES
+from tests.gpu.full_size import LAYERS
 
 FULL = 64  # fills whole tiles
 RAGGED = (1, 7)  # leave the last or only row tile almost empty

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matrix
 import pytest
 import torch
-from real import NETWORK, ROLES, TOLERANCE, call_of, error, in_float64, networks, reference_copy
 from torch import Tensor, nn
 
-from bench.cases import DTYPES
 from dcgan import fast, models
 from dcgan.kernels import gpu, ops, weight_cache
-from dcgan.kernels.gpu import lowering, tiles
+from dcgan.kernels.gpu import executor, tiles, tuning
+from dcgan.kernels.gpu.tools.layers import DTYPES
+from dcgan.kernels.spec import specify
 from dcgan.training import TrainStep
 from dcgan.training.captured_step import WARM_UP
+from tests.gpu import matrix
+from tests.gpu.full_size import (
+    NETWORK,
+    ROLES,
+    TOLERANCE,
+    call_of,
+    error,
+    in_float64,
+    networks,
+    reference_copy,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -38,11 +48,14 @@ def test_every_tile(layer: str, precision: str) -> None:
     """Each tile writes every element correctly, which detects a loop that is miscompiled for one size."""
     call, transposed = call_of(layer, 5, DTYPES[precision])
     exact = in_float64(call, transposed)
-    y = gpu.output(call, transposed)
-    product = lowering.forward(call, transposed, y)
-    kernel = gpu.kernel_for(product)
+    spec = specify(call, transposed)
+    y = torch.empty_strided(spec.shape, spec.y.stride, dtype=spec.dtype, device=spec.device)
+    product = executor.fprop(spec, call, y)
+    kernel = gpu.kernel_for(product.spec)
+    assert kernel is not None
+    assert kernel.pack is not None
     packed = kernel.pack(call.weight)
-    problem = kernel.problem(product)
+    problem = kernel.problem(product.spec)
     for tile in tiles.candidates(problem.kernel, problem.precision):
         y.fill_(float("nan"))
         kernel.launch(product, packed, None, tiles.fit(tile, problem))()
@@ -289,13 +302,13 @@ def test_autocast() -> None:
 def test_autotuning_is_cached_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DCGAN_CACHE", str(tmp_path))
     monkeypatch.setenv("DCGAN_AUTOTUNE", "1")
-    tiles._tuned.cache_clear()
+    tuning._tuned.cache_clear()
     call, transposed = call_of("G3", 3, torch.bfloat16)
     y = ops.conv_transpose2d_fused(*call)[0]
     assert error(y, in_float64(call, transposed)) <= TOLERANCE["bfloat16"]
     (path,) = tmp_path.rglob("*.json")
     assert len(tiles.read(path)) == 1
-    tiles._tuned.cache_clear()
+    tuning._tuned.cache_clear()
 
 
 @torch.no_grad()

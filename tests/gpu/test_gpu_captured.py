@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from real import NETWORK, networks, samples
 from torch import Tensor, nn
 
 from dcgan import fast
+from tests.gpu.full_size import NETWORK, networks, samples
 
 pytestmark = pytest.mark.gpu
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("PIL", reason="images are read with Pillow, which is not installed")
+pytest.importorskip("pydantic", reason="settings are checked with pydantic, which is not installed")
 
 from dcgan.checkpoint import Checkpoint, Folder
 from dcgan.data import Images

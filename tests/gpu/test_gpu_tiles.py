@@ -7,18 +7,18 @@ registers before an asynchronous matrix instruction has read them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import integers
 import pytest
-import real
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench import shortlist
-from bench.cases import DTYPES
-from bench.layers import Layer
-from dcgan.kernels.gpu import cost_model, tiles
+from dcgan.kernels.gpu import cost_model, tiles, tuning
+from dcgan.kernels.gpu.tools.layers import DTYPES
+from dcgan.kernels.gpu.tools.predict import candidates
+from tests.gpu import full_size
+from tests.support import integers
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ MAIN_PRECISION = "bfloat16"
 
 
 def capability() -> int:
-    if real.DEVICE != "cuda":
+    if full_size.DEVICE != "cuda":
         return 90
     return 90 if torch.cuda.get_device_capability()[0] >= 9 else 80
 
@@ -54,19 +54,19 @@ def tuned(problem: tiles.Problem, out: Path | None) -> Iterator[tiles.Tile]:
                 yield tiles.fit(tile, problem)
 
 
-def listed(layer: Layer, out: Path | None) -> list[tiles.Tile]:
+def listed(problem: tiles.Problem, out: Path | None) -> list[tiles.Tile]:
     """Return every candidate and every tuned tile, with fused and with standalone prologues."""
-    problem, limit = layer.problem, tiles.SHARED_LIMIT[capability()]
+    limit = tiles.SHARED_LIMIT[capability()]
     more = [
         variant
         for tile in tuned(problem, out)
-        for variant in (tile._replace(fused=True), tile._replace(fused=False))
-        if variant.fused or set(cost_model.prologues(problem)) != {"none"}
+        for variant in (replace(tile, fused=True), replace(tile, fused=False))
+        if variant.fused or problem.has_prologue
     ]
     fitting = [
         tile for tile in more if tiles.allowed(problem, tile) and cost_model.fits(problem, tile, limit)
     ]
-    return list(dict.fromkeys([*shortlist.candidates(layer, limit), *fitting]))
+    return list(dict.fromkeys([*candidates(problem, limit), *fitting]))
 
 
 # float16 compiles to the same code as bfloat16 apart from the type, with the same tiles. Prologues that are
@@ -86,13 +86,13 @@ def test_every_tile(layer: str, precision: str, out: Path | None) -> None:
     Tiles with wrong results are written to refused.json in the stage's folder, to be copied to
     ``kernels/gpu/configs``.
     """
-    sms = tiles.sm_count(torch.device(real.DEVICE))
+    sms = tuning.sm_count(torch.device(full_size.DEVICE))
     wrong: dict[str, str] = {}
-    for case in integers.cases(layer, integers.SHAPES[layer], DTYPES[precision], real.DEVICE):
-        problem = case.layer.problem
-        if case.layer.phase == "eval" and precision != MAIN_PRECISION:
+    for case in integers.cases(integers.SHAPES[layer], DTYPES[precision], full_size.DEVICE):
+        problem = case.problem
+        if case.phase == "eval" and precision != MAIN_PRECISION:
             continue  # no prologue, and the code of the epilogue is the same in every precision
-        found = listed(case.layer, out)
+        found = listed(problem, out)
         assert found
         for tile in found:
             differences = (integers.difference(case, tile, sms) for _ in range(REPEATS))
@@ -101,7 +101,7 @@ def test_every_tile(layer: str, precision: str, out: Path | None) -> None:
             except OutOfResources:  # needs more than estimated, so it is never chosen
                 continue
             if difference:
-                wrong[tiles.refused_name(problem, tile)] = f"{case.layer.phase} {tuple(tile)}: {difference}"
+                wrong[tiles.refused_name(problem, tile)] = f"{case.phase} {tile}: {difference}"
     if wrong and out is not None:
         tiles.refuse(out / tiles.REFUSED, *wrong)
     assert not wrong, "\n".join(wrong.values())

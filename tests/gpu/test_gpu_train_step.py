@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from real import DEVICE, reference_copy
-from reference_loop import reference_step
-from steps import Wrapper
 from torch import Tensor, optim
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,6 +18,9 @@ from dcgan import fast, models
 from dcgan.kernels import ops
 from dcgan.training import Config, Result, TrainStep, optimizers
 from dcgan.training.captured_step import WARM_UP
+from tests.gpu.full_size import DEVICE, reference_copy
+from tests.support.reference_loop import reference_step
+from tests.support.steps import Wrapper, sgds
 
 pytestmark = pytest.mark.gpu
 
@@ -47,10 +47,6 @@ def batch_of(networks: Pair, size: int) -> tuple[Tensor, Tensor]:
         torch.randn(size, 1, pixels, pixels, device=DEVICE).tanh(),
         torch.randn(size, LATENT, 1, 1, device=DEVICE),
     )
-
-
-def sgds(networks: Pair, lr: float = 0.05) -> list[optim.SGD]:
-    return [optim.SGD(network.parameters(), lr=lr) for network in networks]
 
 
 def adams(networks: Pair) -> tuple[optim.Adam, optim.Adam]:
@@ -82,7 +78,7 @@ def test_gradients_match_the_reference_recipe(capture: bool, loss: str) -> None:
     """At zero learning rate: at most twice the error of eager's worse layout, and losses to 1e-4."""
     networks = pair(features=64, image_size=64)
     real, noise = batch_of(networks, 16)
-    step = TrainStep(*networks, *sgds(networks, 0.0), capture=capture, loss=loss)
+    step = TrainStep(*networks, *sgds(networks), capture=capture, loss=loss)
     for _ in range(WARM_UP + 2):
         result = step(real, noise)
 
@@ -91,7 +87,7 @@ def test_gradients_match_the_reference_recipe(capture: bool, loss: str) -> None:
         discriminator_gradients: list[Tensor] = []
         losses = reference_step(
             *plain,
-            *sgds(plain, 0.0),
+            *sgds(plain),
             real.to(dtype, memory_format=layout),
             noise.to(dtype),
             minimax=loss == "minimax",
@@ -118,7 +114,7 @@ def test_gradients_match_the_reference_recipe(capture: bool, loss: str) -> None:
 
 def test_triton_runs_the_step_without_computing_unused_gradients() -> None:
     networks = pair()
-    step = TrainStep(*networks, *sgds(networks), capture=False)
+    step = TrainStep(*networks, *sgds(networks, 0.05), capture=False)
     with ops.recording() as choices:
         step(*batch_of(networks, 8))
     assert {choice.engine for choice in choices} == {"triton"}
@@ -150,8 +146,8 @@ def test_captured_is_eager(kind: str, options: dict[str, Any]) -> None:
     """Compared step by step, with one smaller batch; cuDNN may change its summation order between runs."""
     networks = pair(kind)
     others = copy.deepcopy(networks)
-    captured = TrainStep(*networks, *sgds(networks), capture=True, **options)
-    eager = TrainStep(*others, *sgds(others), capture=False, **options)
+    captured = TrainStep(*networks, *sgds(networks, 0.05), capture=True, **options)
+    eager = TrainStep(*others, *sgds(others, 0.05), capture=False, **options)
     for size in SIZES:
         synchronize(networks, others)
         batch = batch_of(networks, size)
@@ -313,8 +309,8 @@ def test_wrapped_networks_are_captured(kind: str, change: Any) -> None:
     networks = tuple(map(change, bare))
     if change is with_spectral_norm:
         others = copy.deepcopy(networks)
-    step = TrainStep(*networks, *sgds(networks), capture=True)
-    eager = TrainStep(*others, *sgds(others), capture=False)
+    step = TrainStep(*networks, *sgds(networks, 0.05), capture=True)
+    eager = TrainStep(*others, *sgds(others, 0.05), capture=False)
     for _ in range(WARM_UP + 3):
         synchronize(bare, others)
         batch = batch_of(bare, 8)
@@ -351,8 +347,8 @@ def test_several_batch_sizes_with_eager_steps_in_between() -> None:
     """Each graph writes its own gradients and results, whichever was captured or replayed last."""
     networks = pair()
     others = copy.deepcopy(networks)
-    captured = TrainStep(*networks, *sgds(networks, 0.0), capture=True)
-    eager = TrainStep(*others, *sgds(others, 0.0), capture=False)
+    captured = TrainStep(*networks, *sgds(networks), capture=True)
+    eager = TrainStep(*others, *sgds(others), capture=False)
     batches = [batch_of(networks, size) for size in (8, 4, 6)]
     for batch in batches:
         for _ in range(WARM_UP + 1):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import matrix
 import pytest
 import torch
-from real import (
+from torch import Tensor, nn
+
+from dcgan.kernels import ops
+from dcgan.kernels.gpu.tools.layers import DTYPES
+from tests.gpu import matrix
+from tests.gpu.full_size import (
     LAYERS,
     ROLES,
     TRAINING,
@@ -19,10 +23,6 @@ from real import (
     samples,
     training_call,
 )
-from torch import Tensor, nn
-
-from bench.cases import DTYPES
-from dcgan.kernels import ops
 
 pytestmark = pytest.mark.gpu
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from float64_reference import column, expected_outputs, gradients, leaves, op
-from tolerance import Cotangents, uncancelled
 from torch import Tensor
 
 from dcgan.kernels import ops
-from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import cost_model, plans, tiles, wgrad
-from dcgan.kernels.reference import accumulator_dtype, activation_backward, empty_gradient, memory_format
+from dcgan.kernels.gpu import cost_model, launcher, tiles, tuning, wgrad
+from dcgan.kernels.reference import accumulator_dtype, activation_backward, memory_format
+from dcgan.kernels.spec import Backward, Call
+from tests.support.engine_results import engine_results, exact_results, results
+from tests.support.float64_reference import column, leaves, op
+from tests.support.tolerance import Cotangents, uncancelled
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAN = float("nan")
@@ -154,7 +157,7 @@ def cotangents(call: Call, transposed: bool, layout: str = "nhwc") -> Cotangents
 
     The latter enter du divided by the number of pixels, so they are scaled up by it to matter.
     """
-    n, c, h, w = ops.empty(call, ops.check(call, transposed))[0].shape
+    n, c, h, w = ops.check(call, transposed).shape
     if layout == "expanded":
         dy = exact(1, c, 1, 1).to(call.x.dtype).expand(n, c, h, w)
     else:
@@ -198,50 +201,7 @@ def far_apart(t: Tensor) -> Tensor:
 # --- results ------------------------------------------------------------------------------------------------
 
 
-def results(
-    call: Call, transposed: bool, grad_outputs: Cotangents, wanted: tuple[str, ...] | None = None
-) -> dict[str, Tensor]:
-    """Return the current engine's outputs and gradients by name; only ``wanted`` inputs require grad."""
-    fresh = call._replace(
-        **{
-            name: t.detach().requires_grad_(wanted is None or name in wanted)
-            for name, t in leaves(call).items()
-        }
-    )
-    outputs = op(transposed)(*fresh)
-    inputs = {name: t for name, t in leaves(fresh).items() if t.requires_grad}
-    named = dict(zip(("y", "mean", "var") if call.stats else ("y",), outputs, strict=False))
-    found = {name: t.detach() for name, t in named.items()}
-    return found | {f"d{name}": t for name, t in gradients(outputs, grad_outputs, inputs).items()}
-
-
-def exact_results(call: Call, transposed: bool, grad_outputs: Cotangents) -> dict[str, Tensor]:
-    """Return the same in float64, by autograd."""
-    wide = call._replace(**{name: t.detach().double().requires_grad_() for name, t in leaves(call).items()})
-    outputs = expected_outputs(wide, transposed)
-    found = {name: t.detach() for name, t in zip(("y", "mean", "var"), outputs, strict=True) if t.numel()}
-    return found | {f"d{name}": t for name, t in gradients(outputs, grad_outputs, leaves(wide)).items()}
-
-
-def triton_results(
-    call: Call, transposed: bool, grad_outputs: Cotangents, wanted: tuple[str, ...] | None = None
-) -> dict[str, Tensor]:
-    """Return the Triton engine's outputs and gradients, after checking which engine ran and their strides."""
-    with ops.use_engine("triton"), ops.recording() as choices:
-        actual = results(call, transposed, grad_outputs, wanted)
-    name = ops.NAMES[transposed]
-    assert choices == [ops.Choice(name, "triton", ""), ops.Choice(f"{name}_backward", "triton", "")]
-    assert actual["y"].stride() == ops.empty(call, ops.check(call, transposed))[0].stride()
-    for name, gradient in actual.items():
-        if name in ("y", "mean", "var"):
-            continue
-        argument = getattr(call, name[1:])
-        assert (gradient.shape, gradient.dtype) == (argument.shape, argument.dtype), name
-        if name == "dx":
-            assert gradient.stride() == empty_gradient(call.x).stride()
-        elif name == "dweight":
-            assert gradient.stride() == call.weight.stride()
-    return actual
+triton_results = functools.partial(engine_results, "triton")
 
 
 # The kernels round a product's operands x̂ and du, and its result, to x's dtype. The reference, whose products
@@ -322,12 +282,17 @@ def check(call: Call, transposed: bool, layout: str = "nhwc") -> dict[str, Tenso
 def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
     """Shrink a tile, keeping its proportions, so that the tests' small shapes cover several tiles."""
     if kernel == "dense_narrow":
-        return tile._replace(block_k=tile.block_k // 16)
-    return tile._replace(
+        return replace(tile, block_k=tile.block_k // 16)
+    return replace(
+        tile,
         block_m=max(16, tile.block_m // 4),
         block_n=max(16, tile.block_n // 4),
         block_k=max(16, tile.block_k // 4),
     )
+
+
+def blocks(tile: tiles.Tile) -> tuple[int, int, int]:
+    return tile.block_m, tile.block_n, tile.block_k
 
 
 def listed(*kernels: str) -> list[Any]:
@@ -338,20 +303,20 @@ def listed(*kernels: str) -> list[Any]:
     """
     found: dict[tuple[str, str, tuple[int, ...]], Any] = {}
     for kernel in kernels:
-        every = [shrunk(tile, kernel)[:3] for p in tiles.PRECISIONS for tile in tiles.candidates(kernel, p)]
+        every = [
+            blocks(shrunk(tile, kernel)) for p in tiles.PRECISIONS for tile in tiles.candidates(kernel, p)
+        ]
         fast = {min(every), max(every)}
         for precision in tiles.PRECISIONS:
             for tile in tiles.candidates(kernel, precision):
                 small = shrunk(tile, kernel)
-                blocks = small[:3]
-                if (kernel, precision, blocks) in found:
+                sizes = blocks(small)
+                if (kernel, precision, sizes) in found:
                     continue
-                marks = [] if blocks in fast else [pytest.mark.slow]
-                fast.discard(blocks)
-                name = f"{kernel}-{precision}-{'x'.join(map(str, blocks))}"
-                found[kernel, precision, blocks] = pytest.param(
-                    kernel, precision, small, id=name, marks=marks
-                )
+                marks = [] if sizes in fast else [pytest.mark.slow]
+                fast.discard(sizes)
+                name = f"{kernel}-{precision}-{'x'.join(map(str, sizes))}"
+                found[kernel, precision, sizes] = pytest.param(kernel, precision, small, id=name, marks=marks)
     return list(found.values())
 
 
@@ -360,12 +325,12 @@ def prologues(products: bool, gradients: bool) -> Iterator[None]:
     """Fuse the prologues of products and of weight gradients, or make them standalone, on the same tiles."""
 
     def choose(problem: tiles.Problem, *_: Any) -> tiles.Tile:
-        tile = tiles.estimate(cost_model.without_prologue(problem), cost_model.SM_COUNT)
+        tile = tuning.estimate(problem.without_prologue(), cost_model.SM_COUNT)
         fused = gradients if problem.kernel.startswith("wgrad") else products
-        return tile._replace(fused=fused or set(cost_model.prologues(problem)) == {"none"})
+        return replace(tile, fused=fused or not problem.has_prologue)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "_plans", {})  # plans record which prologues are standalone
-        patch.setattr(plans, "choose", choose)
+        patch.setattr(launcher, "_plans", {})  # plans record which prologues are standalone
+        patch.setattr(tuning, "choose", choose)
         patch.setattr(wgrad, "cost_model", types.SimpleNamespace(splits=lambda *_: 2))
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import repair
+    from tests.interpreter import repair
 
     repair.bfloat16()
     repair.speed()

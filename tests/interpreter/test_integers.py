@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import integers
 import pytest
 import torch
 
-from bench import layers
-from bench.cases import DTYPES
-from dcgan.kernels.gpu import aten, cost_model, tiles
-from dcgan.kernels.gpu.launch import Product
+from dcgan.kernels.gpu import aten, tiles, tuning
+from dcgan.kernels.gpu.tools import layers
+from dcgan.kernels.gpu.tools.layers import DTYPES
+from tests.support import integers
 
 BATCH = 3
 FACTOR = 16
@@ -19,7 +18,7 @@ FACTOR = 16
 
 def fused_and_standalone(problem: tiles.Problem) -> list[tiles.Tile]:
     """Return the first tile with fused and, if there are prologues, the first with standalone prologues."""
-    found = tiles.variants(problem)
+    found = tuning.variants(problem)
     return [next(tile for tile in found if tile.fused == fused) for fused in {tile.fused for tile in found}]
 
 
@@ -29,38 +28,38 @@ def fused_and_standalone(problem: tiles.Problem) -> list[tiles.Tile]:
 @pytest.mark.parametrize("name", integers.SHAPES)
 def test_results_are_equal(name: str, precision: str) -> None:
     shape = integers.shrunk(integers.SHAPES[name], BATCH, FACTOR)
-    found = list(integers.cases(name, shape, DTYPES[precision], "cpu"))
-    assert [case.layer.phase for case in found] == ["eval", "forward", "dgrad", "wgrad"]
+    found = list(integers.cases(shape, DTYPES[precision], "cpu"))
+    assert [case.phase for case in found] == ["eval", "forward", "dgrad", "wgrad"]
     for case in found:
-        for tile in fused_and_standalone(case.layer.problem):
-            assert integers.difference(case, tile, 4) == "", (case.layer.phase, tile)
+        for tile in fused_and_standalone(case.problem):
+            assert integers.difference(case, tile, 4) == "", (case.phase, tile)
 
 
 @pytest.mark.parametrize("name", ["G2", "D3"])
 def test_one_wrong_operand_is_detected(name: str) -> None:
     """One element of one tensor is off by one, where its prologue does not hide it."""
     shape = integers.shrunk(integers.SHAPES[name], BATCH, FACTOR)
-    for case in integers.cases(name, shape, torch.bfloat16, "cpu"):
-        (tile, *_) = fused_and_standalone(case.layer.problem)
-        it = case.layer.operation
-        x, prologue = (it.x, it.prologue) if isinstance(it, Product) else (it.small, it.small_prologue)
-        at = tuple(aten.apply_prologue(x, prologue, it.slope).gt(0).nonzero()[7].tolist())
+    for case in integers.cases(shape, torch.bfloat16, "cpu"):
+        (tile, *_) = fused_and_standalone(case.problem)
+        spec, pointers = case.product.spec, case.product.x
+        x = pointers.ptr
+        at = tuple(aten.apply_prologue(spec.x, pointers, spec.slope).gt(0).nonzero()[7].tolist())
         x[at] += 1
-        assert "numbers: " in integers.difference(case, tile, 4), case.layer.phase
+        assert "numbers: " in integers.difference(case, tile, 4), case.phase
         x[at] -= 1
 
 
 def test_outputs_that_are_not_written_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """As NaN, whatever the memory held before; including partial sums between two launches."""
     shape = integers.shrunk(integers.SHAPES["G2"], BATCH, FACTOR)
-    for case in integers.cases("G2", shape, torch.bfloat16, "cpu"):
-        (tile, *_) = fused_and_standalone(case.layer.problem)
+    for case in integers.cases(shape, torch.bfloat16, "cpu"):
+        (tile, *_) = fused_and_standalone(case.problem)
         assert integers.difference(case, tile, 4) == ""
         with monkeypatch.context() as patch:
             patch.setattr(layers.Launches, "__call__", lambda self: None)
             assert "numbers: nan for" in integers.difference(case, tile, 4)
-        product = case.layer.launches(tile, 4).product
-        if case.layer.phase == "wgrad":  # a missing split-K partial makes the sum NaN
+        product = layers.launches(case.product, tile, 4).product
+        if case.phase == "wgrad":  # a missing split-K partial makes the sum NaN
             with monkeypatch.context() as patch:
                 patch.setattr(type(product), "__call__", _without(product.kernel, type(product).__call__))
                 assert "numbers: nan for" in integers.difference(case, tile, 4)
@@ -73,14 +72,14 @@ def _without(kernel: Any, call: Any) -> Any:
 def test_the_cases_cover_every_kernel_prologue_and_epilogue() -> None:
     """At the sizes used on a GPU: several waves of programs, partially filled row tiles, many K steps."""
     kernels, prologues, epilogues = set(), set(), set()
-    for name, shape in integers.SHAPES.items():
+    for shape in integers.SHAPES.values():
         small = integers.shrunk(shape, BATCH, FACTOR)
-        for case in integers.cases(name, small, torch.bfloat16, "cpu"):
-            problem = case.layer.problem
+        for case in integers.cases(small, torch.bfloat16, "cpu"):
+            problem = case.problem
             kernels.add(problem.kernel)
-            prologues |= set(cost_model.prologues(problem))
-            if isinstance(case.layer.operation, Product):
-                epilogues.add(problem.fusion.split("+")[1])
+            prologues |= set(problem.prologues)
+            if case.phase != "wgrad":
+                epilogues.add(problem.epilogue)
         pixels = shape.size * 2 if shape.transposed and shape.size > 1 else shape.size // 2
         assert integers.divides(shape.batch * max(pixels, 1) ** 2) or not shape.stats
         assert shape.batch % 2, "the last row tile must be partially filled"

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import repair
 import torch
-from cases import DTYPES, SHAPES, far_apart, listed, operands, surrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import uncancelled, unit
 from torch import Tensor
 
 from dcgan.kernels import gpu, ops
-from dcgan.kernels.call import Call
-from dcgan.kernels.gpu import lowering, tiles
+from dcgan.kernels.gpu import executor, tiles, tuning
 from dcgan.kernels.reference import ACTIVATIONS, accumulator_dtype
+from dcgan.kernels.spec import Call
+from tests.interpreter import repair
+from tests.interpreter.cases import DTYPES, SHAPES, far_apart, listed, operands, surrounded
+from tests.support.float64_reference import op
+from tests.support.tolerance import uncancelled, unit
 
 ONE_OF_EACH = ("up", "up_narrow_1", "down", "down_narrow_3", "dense_up", "dense_narrow_1")
 
@@ -34,7 +35,7 @@ def expected(call: Call, transposed: bool) -> Tensor:
         out_shift=None if call.out_shift is None else call.out_shift.double(),
     )
     with ops.use_engine("reference"):
-        return (ops.conv_transpose2d_fused if transposed else ops.conv2d_fused)(*wide)[0]
+        return op(transposed)(*wide)[0]
 
 
 def assert_close(y: Tensor, call: Call, transposed: bool) -> None:
@@ -48,7 +49,7 @@ def assert_close(y: Tensor, call: Call, transposed: bool) -> None:
 
 def check(call: Call, transposed: bool) -> None:
     with ops.use_engine("triton"):
-        y, mean, var = (ops.conv_transpose2d_fused if transposed else ops.conv2d_fused)(*call)
+        y, mean, var = op(transposed)(*call)
     assert y.dtype == call.x.dtype
     assert y.stride() == expected(call, transposed).stride()
     assert mean.shape == var.shape == (0,)
@@ -113,9 +114,9 @@ def test_every_tile(kernel: str, precision: str, tile: tiles.Tile) -> None:
     dtype = torch.float16 if precision == "16bit" else torch.float32
     call = operands(shape, dtype)
     call = call._replace(out_scale=torch.randn(shape[3]), out_act="leaky_relu")
-    y = gpu.output(call, shape[0]).fill_(float("nan"))
-    product = lowering.forward(call, shape[0], y)
-    chosen = gpu.kernel_for(product)
+    spec = ops.check(call, shape[0])
+    y = ops.empty(spec)[0].fill_(float("nan"))
+    product, chosen = executor.fprop(spec, call, y), gpu.kernel_for(spec)
     chosen.launch(product, chosen.pack(call.weight), None, tile)()
     assert_close(y, call, shape[0])
 
@@ -131,15 +132,15 @@ def test_nothing_out_of_bounds_is_read_or_written(shape: tuple) -> None:
         out_scale=surrounded(torch.randn(c_out)),
         out_shift=surrounded(torch.randn(c_out)),
     )
-    chosen = gpu.kernel_for(lowering.forward(call, transposed, gpu.output(call, transposed)))
+    spec = ops.check(call, transposed)
+    chosen = gpu.kernel_for(spec)
     packed = chosen.pack(call.weight)
     packed = torch.cat([torch.full((64,), float("nan")), packed.flatten(), torch.full((64,), float("nan"))])
     packed = packed[64:-64].view(chosen.pack(call.weight).shape)
-    shape_y = gpu.output(call, transposed).shape
-    framed = torch.full([size + 4 for size in shape_y], 7.0)
+    framed = torch.full([size + 4 for size in spec.shape], 7.0)
     y = framed[2:-2, 2:-2, 2:-2, 2:-2].fill_(float("nan"))
-    product = lowering.forward(call, transposed, y)
-    tile = tiles.estimate(chosen.problem(product), 132)
+    product = executor.fprop(spec._replace(y=spec.y._replace(stride=y.stride())), call, y)
+    tile = tuning.estimate(chosen.problem(product.spec), 132)
     chosen.launch(product, packed, None, tile)()
     assert_close(y, call, transposed)
     y.fill_(7.0)

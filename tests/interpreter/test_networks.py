@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 
-import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import relative
 from torch import Tensor
 
 from dcgan import fast, models
 from dcgan.kernels import ops
+from tests.support import networks
+from tests.support.tolerance import relative
 
 
 def randomized(network: torch.nn.Module) -> torch.nn.Module:

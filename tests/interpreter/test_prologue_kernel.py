@@ -6,7 +6,13 @@ import itertools
 
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+from dcgan.kernels.gpu import prologue_kernel
+from dcgan.kernels.gpu.launcher import Launch, Pointers
+from dcgan.kernels.reference import ACTIVATIONS, activate, activation_backward, normalise
+from dcgan.kernels.spec import Call, ConvSpec, Operand, specify
+from tests.interpreter.cases import (
     DTYPES,
     NAN,
     SHAPES,
@@ -19,13 +25,7 @@ from cases import (
     training_call,
     triton_results,
 )
-from float64_reference import column, pairwise
-from torch import Tensor
-
-from dcgan.kernels.call import Call
-from dcgan.kernels.gpu import prologue_kernel
-from dcgan.kernels.gpu.launch import Launch, Prologue
-from dcgan.kernels.reference import ACTIVATIONS, activate, activation_backward, normalise
+from tests.support.float64_reference import column, pairwise
 
 SOME = [  # every kernel, every kind of prologue, du shared by dgrad and wgrad or not
     ("up_few", "affine_relu", "statistics"),
@@ -53,9 +53,9 @@ def standalone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     kinds: list[str] = []
     launch = prologue_kernel.launch
 
-    def recorded(x: Tensor, prologue: Prologue, slope: float, out: Tensor) -> Launch:
-        kinds.append(prologue.kind)
-        return launch(x, prologue, slope, out)
+    def recorded(spec: ConvSpec, operand: Operand, tensors: Pointers, out: Tensor) -> Launch:
+        kinds.append(operand.function)
+        return launch(spec, operand, tensors, out)
 
     monkeypatch.setattr(prologue_kernel, "launch", recorded)
     return kinds
@@ -97,25 +97,17 @@ def test_fused_and_standalone_prologues_give_the_same_bits(
     assert sorted(standalone) == expected_standalone(call)
 
 
-def reference(prologue: Prologue, x: Tensor, slope: float) -> Tensor:
+def reference(operand: Operand, tensors: Pointers, slope: float) -> Tensor:
     """Return prologue(x) in float64."""
-    center, scale, shift, other = (
-        None if t is None else t.double()
-        for t in (prologue.center, prologue.scale, prologue.shift, prologue.other)
-    )
-    x, count = x.double(), x.numel() // x.shape[1]
-    if prologue.kind == "act":
-        return activate(x, prologue.act, slope)
-    if prologue.kind == "gradient":
-        assert other is not None
-        g = activation_backward(x, other, prologue.act, slope)
+    x, other, center, scale, shift = (None if t is None else t.double() for t in tensors)
+    count = x.numel() // x.shape[1]
+    if operand.function == "act":
+        return activate(x, operand.act, slope)
+    if operand.function == "gradient":
+        g = activation_backward(x, other, operand.act, slope)
         return g if scale is None else g * column(scale)
-    assert center is not None
-    assert scale is not None
-    assert shift is not None
-    if prologue.kind == "affine":
-        return activate(normalise(x, center, scale, shift), prologue.act, slope)
-    assert other is not None
+    if operand.function == "affine":
+        return activate(normalise(x, center, scale, shift), operand.act, slope)
     return x + column(shift) / count + 2 * column(scale) / count * (other - column(center))
 
 
@@ -132,16 +124,22 @@ def test_standalone_prologue_kernel(kind: str, act: str, dtype: torch.dtype) -> 
     for n, c, h, w in ((2, 20, 15, 7), (1, 70, 3, 2), (3, 1, 40, 10), (1, 1, 1, 1)):
         x, other = (surrounded(exact(n, c, h, w).to(dtype)) for _ in range(2))
         center, scale, shift = (surrounded(exact(c)) for _ in range(3))
-        prologue = {
-            "act": Prologue("act", act),
-            "affine": Prologue("affine", act, center, scale, shift),
-            "gradient": Prologue("gradient", act, other=other),
-            "scaled gradient": Prologue("gradient", act, None, scale, None, other),
-            "statistics": Prologue("statistics", "none", center, scale, shift, other),
+        tensors = {
+            "act": Pointers(x),
+            "affine": Pointers(x, None, center, scale, shift),
+            "gradient": Pointers(x, other),
+            "scaled gradient": Pointers(x, other, None, scale),
+            "statistics": Pointers(x, other, center, scale, shift),
         }[kind]
-        out = surrounded(prologue_kernel.output(x).fill_(NAN), 7.0)
-        prologue_kernel.launch(x, prologue, 0.1, out)()
-        expected = reference(prologue, x, 0.1)
+        other_stride = None if tensors.other is None else other.stride()
+        operand = Operand(
+            (c, h, w), x.stride(), kind.removeprefix("scaled "), act, tensors.scale is not None,
+            tensors.shift is not None, other_stride,
+        )  # fmt: skip
+        spec = specify(Call(x, torch.zeros(c, 1, 4, 4, dtype=dtype), slope=0.1), True)
+        out = surrounded(torch.full_like(x, NAN, memory_format=torch.channels_last), 7.0)
+        prologue_kernel.launch(spec, operand, tensors, out)()
+        expected = reference(operand, tensors, 0.1)
         rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
         # Sums of a few terms of order one in float32, then one rounding to the dtype.
         torch.testing.assert_close(out.double(), expected, rtol=rounding + 1e-6, atol=2e-6)
@@ -151,5 +149,8 @@ def test_standalone_prologue_kernel(kind: str, act: str, dtype: torch.dtype) -> 
 
 
 def test_the_output_is_channels_last() -> None:
-    x = torch.empty(2, 3, 4, 5)
-    assert prologue_kernel.output(x).is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 4, 5)
+    spec = specify(Call(x, torch.zeros(3, 1, 4, 4), in_act="relu"), True)
+    operand, out = prologue_kernel.materialize(spec, spec.x, Pointers(x))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert operand == Operand((3, 4, 5), out.stride())

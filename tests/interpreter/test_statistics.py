@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SHAPES, Shape, check, exact_results, training_call
-from float64_reference import op
 from torch import Tensor
 
 from dcgan.kernels import ops
-from dcgan.kernels.call import Call
+from dcgan.kernels.spec import Call
+from tests.interpreter.cases import SHAPES, Shape, check, training_call
+from tests.support.engine_results import exact_results
+from tests.support.float64_reference import op
 
 WITH_STATISTICS = [
     "up",

@@ -7,9 +7,16 @@ bounds or not written makes a result NaN, and a write out of bounds changes the 
 from __future__ import annotations
 
 import pytest
-import repair
 import torch
-from cases import (
+from torch import Tensor
+
+from dcgan.kernels import gpu, ops
+from dcgan.kernels.gpu import executor, reduce, tiles, wgrad
+from dcgan.kernels.gpu.launcher import Product
+from dcgan.kernels.reference import empty_gradient
+from dcgan.kernels.spec import Backward, Call
+from tests.interpreter import repair
+from tests.interpreter.cases import (
     NAN,
     SHAPES,
     Cotangents,
@@ -22,15 +29,8 @@ from cases import (
     surrounded,
     training_call,
 )
-from float64_reference import leaves
-from tolerance import relative
-from torch import Tensor
-
-from dcgan.kernels import gpu
-from dcgan.kernels.call import Backward, Call
-from dcgan.kernels.gpu import lowering, reduce, tiles, wgrad
-from dcgan.kernels.gpu.launch import Product
-from dcgan.kernels.reference import empty_gradient
+from tests.support.float64_reference import leaves
+from tests.support.tolerance import relative
 
 SENTINEL = 7.0
 PRECISION = {"16bit": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
@@ -87,15 +87,19 @@ def written(t: Tensor) -> Tensor:
 
 def run_product(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor | None, int, int]:
     """Launch a product; returns (partial sums or None, rows, rows of the partial sums per row tile)."""
-    chosen = gpu.kernel_for(product)
+    spec = product.spec
+    chosen = gpu.kernel_for(spec)
+    assert chosen is not None
+    assert chosen.pack is not None
     assert chosen.name.startswith(kernel)
-    rows, group = chosen.problem(product).rows, chosen.partial_rows_per_row_tile(product)
+    rows, group = chosen.problem(spec).rows, chosen.rows_per_tile(spec)
     packed = chosen.pack(product.weight)
     packed = surrounded(packed.flatten()).view(packed.shape)
-    if not product.epilogue.sums:
+    shape = chosen.partial(spec, tile, 132)
+    if shape is None:
         chosen.launch(product, packed, None, tile)()
         return None, rows, group
-    partial = contiguous_output(2, -(-rows // tile.block_m) * group, product.y.shape[1])
+    partial = contiguous_output(*shape)
     chosen.launch(product, packed, partial, tile)()
     found = written(partial)
     assert not found.isnan().any()
@@ -105,12 +109,15 @@ def run_product(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor
 def forward_results(
     call: Call, transposed: bool, kernel: str, tile: tiles.Tile, y: Tensor | None = None
 ) -> dict[str, Tensor]:
-    y = strided_output(gpu.output(call, transposed)) if y is None else y
-    partial, rows, group = run_product(lowering.forward(call, transposed, y), kernel, tile)
+    spec = ops.check(call, transposed)
+    y = strided_output(ops.empty(spec)[0]) if y is None else y
+    # The layout of y is the tensor's here, not that of a newly allocated one.
+    spec = spec._replace(y=spec.y._replace(stride=y.stride()))
+    partial, rows, group = run_product(executor.fprop(spec, call, y), kernel, tile)
     if partial is None:
         return {"y": y}
     mean, var = contiguous_output(y.shape[1]), contiguous_output(y.shape[1])
-    reduce.statistics(partial, mean, var, rows, group, tile.block_m)()
+    reduce.statistics_launch(partial, mean, var, rows, group, tile.block_m)()
     return {"y": y, "mean": written(mean), "var": written(var)}
 
 
@@ -118,24 +125,24 @@ def adjoint_results(
     it: Backward, transposed: bool, kernel: str, tile: tiles.Tile, dx: Tensor | None = None
 ) -> dict[str, Tensor]:
     dx = strided_output(empty_gradient(it.x)) if dx is None else dx
-    partial, _, _ = run_product(lowering.adjoint(it, transposed, dx), kernel, tile)
+    partial, _, _ = run_product(executor.dgrad(it, transposed, dx), kernel, tile)
     if partial is None:
         return {"dx": dx}
     assert it.scale is not None
     dcenter, dscale, dshift = (contiguous_output(it.x.shape[1]) for _ in range(3))
-    reduce.sums(partial, it.scale, dcenter, dscale, dshift)()
+    reduce.sums_launch(partial, it.scale, dcenter, dscale, dshift)()
     return {"dx": dx, "dcenter": written(dcenter), "dscale": written(dscale), "dshift": written(dshift)}
 
 
 def weight_results(it: Backward, transposed: bool, tile: tiles.Tile, splits: int) -> dict[str, Tensor]:
-    gradient = lowering.weight_gradient(it, transposed)
-    c_small, c_large, k_h, k_w = gradient.shape
+    gradient = executor.wgrad(it, transposed)
+    c_small, c_large, k_h, k_w = gradient.spec.weight
     partial = contiguous_output(splits, k_h * k_w, c_small, c_large)
-    wgrad.launch(gradient, partial, tile)()
+    wgrad.launch(gradient, None, partial, tile)()
     found = written(partial)
     assert not found.isnan().any()
     dweight = strided_output(it.weight)
-    reduce.split_k(surrounded(found.flatten()).view(found.shape), dweight)()
+    reduce.split_k_launch(surrounded(found.flatten()).view(found.shape), dweight)()
     return {"dweight": written(dweight)}
 
 
@@ -194,14 +201,15 @@ def test_any_number_of_splits(kernel: str, splits: int) -> None:
 @pytest.mark.parametrize("kernel", FORWARD)
 def test_outputs_beyond_int32(kernel: str) -> None:
     """y of the forward, and dx of dgrad, whose epilogue also reads x beyond int32."""
-    tile = tiles.Tile(16, 32, 128 if kernel == "dense_narrow" else 32, 4, 1)
+    sizes = {"dense_narrow": (1, 1, 128), "up_narrow": (16, 16, 32), "down_narrow": (16, 32, 16)}
+    tile = tiles.Tile(*sizes.get(kernel, (16, 32, 32)), 4, 1)
     name, before, after = FORWARD[kernel]
     shape = SHAPES[name]._replace(n=2)
     call, grad_outputs, _ = surrounded_by_nan(
         training_call(shape, before, after, torch.float16), shape.transposed
     )
     with repair.overflow_checked():
-        y = far_apart(torch.full_like(gpu.output(call, shape.transposed), NAN))
+        y = far_apart(torch.full_like(ops.empty(ops.check(call, shape.transposed))[0], NAN))
         actual = forward_results(call, shape.transposed, kernel, tile, y)
     assert_accurate(actual, call, shape.transposed, grad_outputs)
 
@@ -244,7 +252,7 @@ def test_statistics_are_merged(rows: int, block_m: int, group: int, channels: in
         partial[1, t] = (part - part.mean(1, keepdim=True)).square().sum(1)
     partial = surrounded(partial.flatten()).view(2, count * group, channels)
     mean, var = contiguous_output(channels), contiguous_output(channels)
-    reduce.statistics(partial, mean, var, rows, group, block_m)()
+    reduce.statistics_launch(partial, mean, var, rows, group, block_m)()
     exact = values.reshape(-1, channels)
     # 17 sums per lane and a tree over 128. The tiles' means are float32 numbers of 1000 standard deviations,
     # accurate to 6e-5 of one: the variance is off by at most twice that, E[y²] - E[y]² would be by 6e-2.
@@ -257,7 +265,7 @@ def test_sums_are_reduced(count: int, channels: int) -> None:
     partial, scale = torch.randn(2, count, channels), torch.randn(channels)
     framed = surrounded(partial.flatten()).view(partial.shape)
     dcenter, dscale, dshift = (contiguous_output(channels) for _ in range(3))
-    reduce.sums(framed, surrounded(scale), dcenter, dscale, dshift)()
+    reduce.sums_launch(framed, surrounded(scale), dcenter, dscale, dshift)()
     shift, scaled = partial.double().sum(1)
     error = 1e-6 * partial.abs().sum(1).max().item()
     torch.testing.assert_close(written(dshift).double(), shift, rtol=0, atol=error)
@@ -276,7 +284,7 @@ def test_split_k_partials_are_reduced(
     c_small, c_large, k_h, k_w = size
     partial = torch.randn(splits, k_h * k_w, c_small, c_large)
     dweight = strided_output(torch.empty(size, dtype=dtype))
-    reduce.split_k(surrounded(partial.flatten()).view(partial.shape), dweight)()
+    reduce.split_k_launch(surrounded(partial.flatten()).view(partial.shape), dweight)()
     exact = partial.double().sum(0).view(k_h, k_w, c_small, c_large).permute(2, 3, 0, 1)
     bound = 1e-6 + (0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
     assert relative(written(dweight), exact) <= bound

@@ -7,20 +7,20 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from torch import Tensor
+
+from dcgan.kernels.spec import Call
+from tests.interpreter.cases import (
     SHAPES,
     Cotangents,
     Shape,
     assert_accurate,
     cotangents,
-    exact_results,
     training_call,
     triton_results,
 )
-from float64_reference import pairwise
-from torch import Tensor
-
-from dcgan.kernels.call import Call
+from tests.support.engine_results import exact_results
+from tests.support.float64_reference import pairwise
 
 NAN, INF = float("nan"), float("inf")
 GEOMETRIES = {  # the window of the smaller map's middle pixel contains no padding

@@ -6,9 +6,13 @@ import itertools
 from typing import Any
 
 import pytest
-import repair
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcgan.kernels import ops
+from tests.interpreter import repair
+from tests.interpreter.cases import (
     DTYPES,
     PROLOGUES,
     SHAPES,
@@ -19,16 +23,12 @@ from cases import (
     cotangents,
     far_apart,
     prologues,
-    results,
     training_call,
     triton_results,
 )
-from float64_reference import leaves, op, pairwise
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from dcgan.kernels import ops
+from tests.support.engine_results import results
+from tests.support.float64_reference import leaves, op, pairwise
+from tests.support.native_training import strided
 
 LAYOUTS = ("nhwc", "nchw", "expanded")
 
@@ -141,19 +141,13 @@ def test_gradients_of_sums(name: str) -> None:
     call = training_call(shape, "affine_relu", "statistics")
     c, count = shape.c_out, 40.0
     grad_outputs = (
-        torch.ones(()).expand(ops.check(call, shape.transposed)),
+        torch.ones(()).expand(ops.check(call, shape.transposed).shape),
         torch.tensor(count).expand(c),
         torch.tensor(-count).expand(c),
     )
     assert_accurate(
         triton_results(call, shape.transposed, grad_outputs), call, shape.transposed, grad_outputs
     )
-
-
-def strided(t: Tensor) -> Tensor:
-    """Return a copy that is every second element, in each dimension, of a larger tensor of NaN."""
-    memory = torch.full([2 * size for size in t.shape], float("nan"), dtype=t.dtype)
-    return memory[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
 
 
 @pytest.mark.parametrize("after", ["statistics", pytest.param("scale_shift_tanh", marks=pytest.mark.slow)])

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SHAPES, backward_of, cotangents, training_call
 
-from dcgan.kernels import gpu
-from dcgan.kernels.gpu import aten, cost_model, plans, tiles
+from dcgan.kernels import gpu, ops
+from dcgan.kernels.gpu import aten, cost_model, launcher, tiles, tuning
+from tests.interpreter.cases import SHAPES, backward_of, cotangents, training_call
 
 CASES = {  # geometry, prologue, tail
     "up": ("up", "affine_relu", "statistics"),
@@ -24,40 +24,40 @@ CASES = {  # geometry, prologue, tail
 
 
 @pytest.fixture
-def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tiles.Problem, tiles.Trial]]:
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tiles.Problem, tuning.Trial]]:
     """Return the (problem, trial) of every launch planned from now on."""
-    found: list[tuple[tiles.Problem, tiles.Trial]] = []
+    found: list[tuple[tiles.Problem, tuning.Trial]] = []
 
-    def choose(problem: tiles.Problem, device: torch.device, spills: Any, trial: tiles.Trial) -> tiles.Tile:
+    def choose(problem: tiles.Problem, device: torch.device, spills: Any, trial: tuning.Trial) -> tiles.Tile:
         found.append((problem, trial))
-        return tiles.estimate(cost_model.without_prologue(problem), cost_model.SM_COUNT)
+        return tuning.estimate(problem.without_prologue(), cost_model.SM_COUNT)
 
-    monkeypatch.setattr(plans, "_plans", {})
-    monkeypatch.setattr(plans, "choose", choose)
+    monkeypatch.setattr(launcher, "_plans", {})
+    monkeypatch.setattr(tuning, "choose", choose)
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_trial_compares_results_with_the_reference(
-    trials: list[tuple[tiles.Problem, tiles.Trial]], case: str, dtype: torch.dtype
+    trials: list[tuple[tiles.Problem, tuning.Trial]], case: str, dtype: torch.dtype
 ) -> None:
     """For forward, dgrad and wgrad, with fused and with standalone prologues."""
     name, before, after = CASES[case]
     transposed = SHAPES[name].transposed
     call = training_call(SHAPES[name], before, after, dtype)
     back = backward_of(call, transposed, cotangents(call, transposed))
-    gpu.forward(call, transposed)
+    gpu.forward(ops.check(call, transposed), call)
     gpu.backward(back, transposed)
     assert len(trials) == 3
     for problem, trial in trials:
         expected = trial.expected()
-        allowed = tiles.TOLERANCE[problem.precision]
+        allowed = tuning.TOLERANCE[problem.precision]
         fused, standalone = (
-            next((tile for tile in tiles.variants(problem) if tile.fused == choice), None)
+            next((tile for tile in tuning.variants(problem) if tile.fused == choice), None)
             for choice in (True, False)
         )
-        assert (standalone is None) == (set(cost_model.prologues(problem)) == {"none"})
+        assert (standalone is None) == (not problem.has_prologue)
         for tile in (fused, standalone):
             if tile is not None:
                 got = trial.results(tile)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dcgan import fast
 from dcgan.kernels import ops
-from dcgan.kernels.call import Backward
 from dcgan.kernels.reference import empty_gradient
-
-BOTH = pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
-
-
-def operator(transposed: bool) -> Any:
-    return getattr(torch.ops.dcgan, f"{ops.NAMES[transposed]}_backward").default
+from dcgan.kernels.spec import Backward
+from tests.support.float64_reference import BOTH, op
+from tests.support.native_training import backward_operator
 
 
 def arguments(transposed: bool, stats: bool, prologue: bool, needs: tuple[bool, ...]) -> Backward:
@@ -48,7 +42,7 @@ def arguments(transposed: bool, stats: bool, prologue: bool, needs: tuple[bool, 
 def test_opcheck(transposed: bool, stats: bool, prologue: bool, needs: tuple[bool, ...]) -> None:
     needs = (*needs[:4], needs[4] and not stats)  # out_shift and statistics exclude each other
     call = arguments(transposed, stats, prologue, needs)
-    torch.library.opcheck(operator(transposed), tuple(call))
+    torch.library.opcheck(backward_operator(transposed), tuple(call))
 
 
 @BOTH
@@ -59,7 +53,7 @@ def test_gradients_have_the_strides_of_their_tensors(transposed: bool, nhwc: boo
     call = call._replace(
         x=call.x.contiguous(memory_format=layout), weight=call.weight.contiguous(memory_format=layout)
     )
-    dx, dweight, *vectors = operator(transposed)(*call)
+    dx, dweight, *vectors = backward_operator(transposed)(*call)
     assert dx.stride() == call.x.stride() == empty_gradient(call.x).stride()
     assert dweight.stride() == call.weight.stride()
     assert [v.numel() for v in vectors] == [3, 3, 3, 0, 0]
@@ -68,7 +62,7 @@ def test_gradients_have_the_strides_of_their_tensors(transposed: bool, nhwc: boo
 @BOTH
 def test_gradients_not_needed_are_empty(transposed: bool) -> None:
     call = arguments(transposed, False, False, (False, True, False, False, False))
-    dx, dweight, *vectors = operator(transposed)(*call)
+    dx, dweight, *vectors = backward_operator(transposed)(*call)
     assert dx.shape == (0,)
     assert dweight.shape == call.weight.shape
     assert all(v.shape == (0,) for v in vectors)
@@ -79,8 +73,7 @@ def test_the_engine_of_the_backward_is_recorded(transposed: bool) -> None:
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
     weight = torch.randn(3, 3, 4, 4)
     with ops.use_engine("reference"), ops.recording() as choices:
-        op = ops.conv_transpose2d_fused if transposed else ops.conv2d_fused
-        op(x, weight, stats=True)[0].sum().backward()
+        op(transposed)(x, weight, stats=True)[0].sum().backward()
     name = ops.NAMES[transposed]
     assert [choice.op for choice in choices] == [name, f"{name}_backward"]
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import native
 import pytest
 import torch
-from chains import (
+from torch import Tensor
+
+from dcgan.kernels import chain, ops
+from dcgan.kernels.chain import conv_chain
+from tests.support import native
+from tests.support.chains import (
     KINDS,
     OP,
     VECTORS,
@@ -19,19 +23,10 @@ from chains import (
     small_chain,
     stage,
 )
-from native import LAYER, allowed
-from tolerance import relative
-from torch import Tensor
+from tests.support.native import LAYER, allowed
+from tests.support.tolerance import relative
 
-from dcgan.kernels import chain, ops, weight_cache
-from dcgan.kernels.chain import conv_chain
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _empty_weight_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_cache, "_entries", {})
+pytestmark = pytest.mark.usefixtures("one_thread", "empty_weight_cache")
 
 
 @KINDS

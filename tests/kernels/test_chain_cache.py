@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import native
 import pytest
 import torch
-from chains import KINDS, VECTORS, expected_output, freeze_weights, small_chain
-from native import LAYER
-from tolerance import relative
 from torch import Tensor
 
 from dcgan.kernels import chain, ops, weight_cache
 from dcgan.kernels.chain import conv_chain
+from tests.support import native
+from tests.support.chains import KINDS, VECTORS, expected_output, freeze_weights, small_chain
+from tests.support.native import LAYER
+from tests.support.tolerance import relative
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _empty_weight_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_cache, "_entries", {})
-
-
-@pytest.fixture
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "empty_weight_cache")
 
 
 @native.NEEDED

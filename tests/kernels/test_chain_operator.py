@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import native
 import pytest
 import torch
-from chains import KINDS, OP, arguments, expected_output, leaves, run_separately, small_chain, to_float64
-from float64_reference import Problem
-from native import LAYER
-from tolerance import relative, unit
 from torch import Tensor
 
-from dcgan.kernels import chain, ops, weight_cache
-from dcgan.kernels.call import Stage
+from dcgan.kernels import chain, ops
 from dcgan.kernels.chain import conv_chain
+from dcgan.kernels.spec import Stage
+from tests.support import native
+from tests.support.chains import (
+    KINDS,
+    OP,
+    arguments,
+    expected_output,
+    leaves,
+    run_separately,
+    small_chain,
+    to_float64,
+)
+from tests.support.float64_reference import Problem
+from tests.support.native import LAYER
+from tests.support.tolerance import relative, unit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _empty_weight_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_cache, "_entries", {})
+pytestmark = pytest.mark.usefixtures("one_thread", "empty_weight_cache")
 
 
 @native.NEEDED

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from float64_reference import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dcgan.kernels import ops, reference
+from dcgan.kernels.reference import ACTIVATIONS
+from tests.support.float64_reference import (
     GRADIENTS,
     Problem,
     column,
@@ -18,13 +24,7 @@ from float64_reference import (
     op,
     pairwise,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tolerance import Bounds, assert_within, relative, unit
-from torch import Tensor, nn
-
-from dcgan.kernels import ops, reference
-from dcgan.kernels.reference import ACTIVATIONS
+from tests.support.tolerance import Bounds, assert_within, relative, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

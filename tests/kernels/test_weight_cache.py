@@ -16,6 +16,8 @@ from torch._subclasses import FakeTensorMode
 from dcgan.kernels import weight_cache
 from dcgan.models import weights_init
 
+pytestmark = pytest.mark.usefixtures("empty_weight_cache")
+
 
 class Owner(nn.Module):
     """An owner of one convolution, whose cached result is its negated weight."""
@@ -40,11 +42,6 @@ class Owner(nn.Module):
         """Freeze again, as every forward in eval does; the result must match the present values."""
         self.freeze()
         assert torch.equal(self.derived(), -self.conv.weight)
-
-
-@pytest.fixture(autouse=True)
-def _empty_weight_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_cache, "_entries", {})
 
 
 @pytest.fixture

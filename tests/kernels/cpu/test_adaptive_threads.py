@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-import native
 import pytest
 import torch
 from torch import Tensor
 
-from dcgan.kernels import ops
 from dcgan.kernels.cpu import adaptive_threads, library
+from tests.support import native
+from tests.support.float64_reference import op
 
 pytestmark = native.NEEDED
 
@@ -125,11 +125,10 @@ def layer(transposed: bool) -> Callable[[], list[Tensor]]:
     x = torch.randn(16, 64, 16, 16)
     weight = torch.randn(64, 64, 4, 4) / 30
     vectors = [torch.randn(64) for _ in range(3)]
-    op = ops.conv_transpose2d_fused if transposed else ops.conv2d_fused
 
     def run() -> list[Tensor]:
         given = [t.detach().clone().requires_grad_() for t in (x, weight, *vectors)]
-        y, mean, var = op(*given, in_act="relu", stats=True)
+        y, mean, var = op(transposed)(*given, in_act="relu", stats=True)
         (y.square().sum() + mean.sum() + var.square().sum()).backward()
         return [y, mean, var, *(t.grad for t in given if t.grad is not None)]
 

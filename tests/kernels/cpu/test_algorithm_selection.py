@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 
-import native
 import pytest
-from float64_reference import Problem
 
-from dcgan.kernels.call import output_shape
 from dcgan.kernels.cpu import algorithm_selection, library
 from dcgan.kernels.cpu.algorithm_selection import Geometry
+from dcgan.kernels.spec import specify
+from tests.support import native
+from tests.support.float64_reference import Problem
 
 GEOMETRIES = [
     Geometry(transposed, c_in, c_out, side, side + wider, kernel, stride, padding)
@@ -51,7 +51,7 @@ def test_output_sizes_match_the_ops() -> None:
         problem = Problem(g.transposed, 1, 1, 1, (g.height, g.width), (g.kernel, g.kernel))
         if g.height <= 65 and problem.with_(stride=g.stride, padding=g.padding).fits:
             call = problem.with_(stride=g.stride, padding=g.padding).call()
-            assert g.output == output_shape(call, g.transposed)[2:]
+            assert g.output == specify(call, g.transposed).shape[2:]
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])

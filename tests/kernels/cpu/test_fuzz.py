@@ -2,55 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import native
 import pytest
 import torch
-from chains import expected_output
-from float64_reference import Problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import LAYER, SPATIAL, THREADS, assert_correct, forced, instruction_set, laid_out, layouts
 from torch import Tensor
 
 from dcgan.kernels import chain, ops
-from dcgan.kernels.call import Stage
 from dcgan.kernels.reference import ACTIVATIONS
+from dcgan.kernels.spec import Stage
+from tests.support import native
+from tests.support.chains import expected_output
+from tests.support.float64_reference import Problem
+from tests.support.native import (
+    CHANNELS,
+    LAYER,
+    SIDES,
+    SPATIAL,
+    assert_correct,
+    forced,
+    geometries,
+    instruction_set,
+    laid_out,
+    layouts,
+)
 
-pytestmark = native.NEEDED
+pytestmark = [native.NEEDED, pytest.mark.usefixtures("nan_in_new_memory", "threads_restored")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIDES = st.integers(1, 9)
-CHANNELS = st.one_of(st.integers(1, 5), st.integers(1, 40))
 SEEDS = st.integers(0, 2**31)
-
-
-@pytest.fixture(autouse=True)
-def _nan_and_threads() -> Iterator[None]:
-    with native.fresh_memory_is_nan():
-        yield
-    torch.set_num_threads(THREADS)
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    transposed = draw(st.booleans())
-    if draw(st.booleans()):
-        size, kernel = (draw(SIDES) + (not transposed), draw(SIDES) + (not transposed)), (4, 4)
-        stride, padding = 2, 1
-    else:
-        k = draw(st.integers(1, 6))
-        size, kernel = (1, 1) if transposed else (k, k), (k, k)
-        stride, padding = draw(st.integers(1, 3)), 0
     return Problem(
-        transposed,
-        draw(st.integers(1, 5)),
-        draw(CHANNELS),
-        draw(CHANNELS),
-        size,
-        kernel,
-        stride,
-        padding,
+        *draw(geometries()),
         out_scale=draw(st.booleans()),
         out_shift=draw(st.booleans()),
         out_act=draw(st.sampled_from(ACTIVATIONS)),

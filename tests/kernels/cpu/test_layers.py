@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
-import native
 import pytest
 import torch
-from float64_reference import Problem, pairwise
-from native import ISAS, SPATIAL, assert_correct, forced, instruction_set
 from torch import Tensor
 
 from dcgan.kernels import ops
 from dcgan.kernels.reference import ACTIVATIONS
+from tests.support import native
+from tests.support.float64_reference import Problem, pairwise
+from tests.support.native import ISAS, SPATIAL, assert_correct, forced, instruction_set
 
-pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
+pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread", "nan_in_new_memory")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _nan() -> Iterator[None]:
-    with native.fresh_memory_is_nan():
-        yield
 
 
 # Channels on both sides of every vector and panel width; maps of one pixel, of odd sizes, and others.

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import native
 import pytest
 import torch
-from float64_reference import Problem, leaves, op
-from native import SPATIAL, assert_correct, forced, small
 from torch import Tensor
 
 from dcgan.kernels import ops
+from tests.support import native
+from tests.support.float64_reference import BOTH, Problem, leaves, op
+from tests.support.native import ALGORITHMS, SPATIAL, assert_correct, forced, small
+from tests.support.native_training import strided
 
-pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
-BOTH = pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
-ALGORITHMS = pytest.mark.parametrize("algorithm", [*SPATIAL, "dense"])
-
-
-@pytest.fixture(autouse=True)
-def _nan() -> Iterator[None]:
-    with native.fresh_memory_is_nan():
-        yield
+pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread", "nan_in_new_memory")]
 
 
 def slice_of(t: Tensor) -> Tensor:
@@ -29,13 +22,6 @@ def slice_of(t: Tensor) -> Tensor:
     big = torch.full([s + 3 for s in t.shape], float("nan"), dtype=t.dtype)
     big[inner] = t
     return big[inner]
-
-
-def step_of(t: Tensor) -> Tensor:
-    every = tuple(slice(None, None, 2) for _ in t.shape)
-    big = torch.full([2 * s for s in t.shape], float("nan"), dtype=t.dtype)
-    big[every] = t
-    return big[every]
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -71,7 +57,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": channels_last,
     "slice": slice_of,
-    "step": step_of,
+    "step": strided,
     "channel slice": channel_slice,
     "1 past a line": offset(1),
     "7 past a line": offset(7),

@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import native
 import pytest
 import torch
 
 from dcgan.kernels import ops
 from dcgan.kernels.cpu import library
+from tests.support import native
 
 ROOT = Path(__file__).parents[3]
 CALL = ops.Call(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import native
 import pytest
 import torch
-from float64_reference import Problem, op
-from native import SPATIAL, forced, small
 from torch import Tensor
 
 from dcgan.kernels import ops
 from dcgan.kernels.reference import ACTIVATIONS
+from tests.support import native
+from tests.support.float64_reference import BOTH, Problem, op
+from tests.support.native import ALGORITHMS, forced, small
 
-pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread")]
-BOTH = pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
-ALGORITHMS = pytest.mark.parametrize("algorithm", [*SPATIAL, "dense"])
+pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread", "nan_in_new_memory")]
 NONFINITE = (float("nan"), float("inf"), float("-inf"))
-
-
-@pytest.fixture(autouse=True)
-def _nan() -> Iterator[None]:
-    with native.fresh_memory_is_nan():
-        yield
 
 
 def native_and_reference(call: ops.Call, problem: Problem, algorithm: str) -> tuple[Tensor, Tensor]:

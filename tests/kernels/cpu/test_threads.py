@@ -7,33 +7,23 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import native
 import pytest
 import torch
-from native import THREADS
-from networks import drop_in, reference, sample
 from torch import Tensor
 
 from dcgan.kernels import chain, ops
-from dcgan.kernels.call import Stage
+from dcgan.kernels.spec import Stage
+from tests.support import native
+from tests.support.networks import NETWORKS, fast_network, sample
 
-pytestmark = native.NEEDED
-NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    """Disable gradients (a per-thread setting), and restore the number of threads."""
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(THREADS)
+pytestmark = [native.NEEDED, pytest.mark.usefixtures("no_grad", "threads_restored")]
 
 
 def network(kind: str, features: int = 8) -> torch.nn.Module:
-    return drop_in(reference(kind, image_size=64, dtype=torch.float32, features=features)).eval()  # type: ignore[no-any-return]
+    return fast_network(kind, image_size=64, features=features)  # type: ignore[no-any-return]
 
 
 # --- thread counts -----------------------------------------------------------------------------------------

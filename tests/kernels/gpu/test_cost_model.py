@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-import torch
 
-from bench.cases import DTYPES
-from bench.layers import layers, training
-from bench.machine_code import SM_COUNTS, networks
-from dcgan.kernels.gpu import cost_model, tiles
+from dcgan.kernels.gpu import cost_model, tiles, tuning
 from dcgan.kernels.gpu.tiles import Problem, Tile
+from dcgan.kernels.gpu.tools.layers import SM_COUNTS, evaluation, networks, training
 
 BATCHES = (1, 3, 16, 64, 200, 1024, 4096)
 UP = Problem("up", "16bit", 64 * 16, 256, 2048, 512, 4, "affine+statistics", (64 * 16 * 512,))
@@ -22,34 +20,26 @@ NARROW = Problem("dense_narrow", "16bit", 64, 1, 8192, 512, 1, "affine+affine", 
 
 def problems(dtype: str, *batches: int, channels: int = 1) -> list[Problem]:
     """Return the problems of both networks, in eval and in training."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    try:
-        found = [
-            layer.problem
-            for batch in batches
-            for network in networks(channels)
-            for layer in (
-                *layers(network, batch, DTYPES[dtype]),
-                *training(network, batch, DTYPES[dtype], input_gradient=True),
-            )
-        ]
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    found = [
+        layer.problem
+        for batch in batches
+        for shapes in networks(channels).values()
+        for layer in (*evaluation(shapes, batch, dtype), *training(shapes, batch, dtype, input_gradient=True))
+    ]
     return list(dict.fromkeys(found))
 
 
 def fitting(problem: Problem, arch: int = 90) -> Iterator[tuple[Problem, Tile]]:
     """Yield every tile that fits in shared memory, with the problem that its product then solves."""
-    for tile in tiles.variants(problem):
+    for tile in tuning.variants(problem):
         if cost_model.fits(problem, tile, tiles.SHARED_LIMIT[arch]):
-            yield problem if tile.fused else cost_model.without_prologue(problem), tile
+            yield problem if tile.fused else problem.without_prologue(), tile
 
 
 def chosen(problem: Problem, arch: int) -> tuple[Problem, Tile, int]:
     """Return (the product's problem, the tile, the split-K count) for the estimated tile."""
-    tile = tiles.estimate(problem, SM_COUNTS[arch], tiles.SHARED_LIMIT[arch])
-    solved = problem if tile.fused else cost_model.without_prologue(problem)
+    tile = tuning.estimate(problem, SM_COUNTS[arch], tiles.SHARED_LIMIT[arch])
+    solved = problem if tile.fused else problem.without_prologue()
     wgrad = problem.kernel.startswith("wgrad")
     return solved, tile, cost_model.splits(solved, tile, SM_COUNTS[arch]) if wgrad else 1
 
@@ -63,7 +53,7 @@ def test_more_work_never_takes_less_time(problem: Problem, dimension: str) -> No
         for factor in (1, 1.3, 2, 2.9, 4, 8, 16, 64):
             size = int(getattr(problem, dimension) * factor)
             elements = tuple(int(n * factor) for n in problem.elements)
-            grown = problem._replace(**{dimension: size}, elements=elements)
+            grown = replace(problem, **{dimension: size}, elements=elements)
             seconds.append(cost_model.predict(grown, tile).seconds)
         assert seconds == sorted(seconds)
         assert seconds[-1] > 1.5 * seconds[0]
@@ -92,7 +82,7 @@ def test_no_tile_at_all_beats_its_roofline(dtype: str) -> None:
 def test_no_split_is_empty(arch: int) -> None:
     """The kernel assigns ⌈steps / splits⌉ steps to each split."""
     found = [p for p in problems("bfloat16", *BATCHES) if p.kernel.startswith("wgrad")]
-    found += [WGRAD._replace(depth=depth) for depth in (1, 63, 65, 64 * 7, 64 * 13 + 1, 64 * 101)]
+    found += [replace(WGRAD, depth=depth) for depth in (1, 63, 65, 64 * 7, 64 * 13 + 1, 64 * 101)]
     for problem in found:
         for solved, tile in fitting(problem, arch):
             splits = cost_model.splits(solved, tile, SM_COUNTS[arch])
@@ -127,14 +117,14 @@ def test_a_default_tile_fits(dtype: str, arch: int) -> None:
         solved, tile, _ = chosen(problem, arch)
         assert cost_model.estimate_resources(solved, tile).shared <= tiles.SHARED_LIMIT[arch]
         assert tile == tiles.fit(tile, problem)
-        assert tile._replace(fused=True) in {
+        assert replace(tile, fused=True) in {
             tiles.fit(t, problem) for t in tiles.candidates(problem.kernel, problem.precision)
         }
 
 
 def test_a_tile_that_exceeds_shared_memory_is_skipped() -> None:
     """Even if it would be the fastest of the listed tiles."""
-    large = UP._replace(rows=2**20, fusion="none+statistics")
+    large = replace(UP, rows=2**20, fusion="none+statistics")
     greedy, modest = Tile(128, 128, 64, 8, 8), Tile(64, 64, 64, 4, 2)
     assert cost_model.predict(large, greedy).seconds < cost_model.predict(large, modest).seconds
     assert cost_model.ranked(large, (greedy, modest), 132) == (modest,)
@@ -144,7 +134,7 @@ def test_a_tile_that_exceeds_shared_memory_is_skipped() -> None:
 def test_no_tile_is_skipped_because_of_its_estimated_registers(dtype: str) -> None:
     """Only the compiler knows registers: the ranking includes the largest tile for every product it fits."""
     for problem in problems(dtype, 1024):
-        found = cost_model.ranked(problem, tiles.variants(problem), 132)
+        found = cost_model.ranked(problem, tuning.variants(problem), 132)
         assert {tile for _, tile in fitting(problem)} == set(found)
         times = [cost_model.seconds(problem, tile, 132) for tile in found]
         assert times == sorted(times)
@@ -157,10 +147,10 @@ def test_a_standalone_prologue_is_chosen_exactly_where_it_is_predicted_faster(dt
     """The tile is then the one estimated for the product without its prologue."""
     counts = {True: 0, False: 0}
     for problem in problems(dtype, *BATCHES):
-        if set(cost_model.prologues(problem)) == {"none"}:
-            assert tiles.estimate(problem, 132).fused
+        if not problem.has_prologue:
+            assert tuning.estimate(problem, 132).fused
             continue
-        plain = cost_model.without_prologue(problem)
+        plain = problem.without_prologue()
         fused, standalone = (
             min(
                 cost_model.product_seconds(solved, tile, 132)
@@ -170,13 +160,13 @@ def test_a_standalone_prologue_is_chosen_exactly_where_it_is_predicted_faster(dt
             for choice in (True, False)
         )
         standalone += cost_model.standalone_prologue_seconds(problem)
-        tile = tiles.estimate(problem, 132)
+        tile = tuning.estimate(problem, 132)
         counts[tile.fused] += 1
         if tile.fused:
             assert cost_model.product_seconds(problem, tile, 132) == fused <= standalone
         else:
             assert standalone < fused
-            assert tile == tiles.estimate(plain, 132)._replace(fused=False)
+            assert tile == replace(tuning.estimate(plain, 132), fused=False)
     assert all(counts.values())
 
 
@@ -185,22 +175,22 @@ def test_wide_products_in_training_have_standalone_prologues() -> None:
     found = [
         problem
         for problem in problems("bfloat16", 64, 1024)
-        if problem.kernel in ("up", "down") and set(cost_model.prologues(problem)) != {"none"}
+        if problem.kernel in ("up", "down") and problem.has_prologue
     ]
     assert len(found) >= 16
-    assert not any(tiles.estimate(problem, 132).fused for problem in found)
+    assert not any(tuning.estimate(problem, 132).fused for problem in found)
 
 
 def test_the_estimate_is_deterministic_and_cached() -> None:
     found = problems("bfloat16", 64, 1024)
-    first = [tiles.estimate(problem, 132) for problem in found]
+    first = [tuning.estimate(problem, 132) for problem in found]
     cost_model.ranked.cache_clear()
     cost_model.splits.cache_clear()
     start = time.perf_counter()
-    again = [tiles.estimate(problem, 132) for problem in found]
+    again = [tuning.estimate(problem, 132) for problem in found]
     fresh = time.perf_counter() - start
     assert again == first
     assert fresh < 0.1 * len(found)  # once per shape and process, a few milliseconds each
     hits = cost_model.ranked.cache_info().hits
-    assert [tiles.estimate(problem, 132) for problem in reversed(found)] == first[::-1]
+    assert [tuning.estimate(problem, 132) for problem in reversed(found)] == first[::-1]
     assert cost_model.ranked.cache_info().hits == hits + len(found)

@@ -8,43 +8,45 @@ from typing import Any
 import pytest
 import torch
 
-from bench import shortlist
-from bench.cases import DTYPES
-from bench.layers import Launches, Layer, layers, product_layer, training
-from bench.machine_code import SM_COUNTS, networks, tiles_of
-from dcgan import models
-from dcgan.kernels.gpu import offline, tiles
-from dcgan.kernels.gpu.launch import INT32_MAX, Epilogue, Launch, Product
-
-
-@pytest.fixture(autouse=True)
-def _restore_precision() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+from dcgan.kernels.gpu import offline, tiles, tuning
+from dcgan.kernels.gpu.launcher import INT32_MAX, Launch
+from dcgan.kernels.gpu.tools.inspect import tiles_of
+from dcgan.kernels.gpu.tools.layers import (
+    DTYPES,
+    SM_COUNTS,
+    Launches,
+    Layer,
+    discriminator,
+    evaluation,
+    generator,
+    networks,
+    training,
+)
+from dcgan.kernels.gpu.tools.predict import default_tile
+from dcgan.kernels.spec import Operand
 
 
 def cases(channels: int, dtype: str) -> list[Layer]:
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    return [layer for network in networks(channels) for layer in layers(network, 64, DTYPES[dtype])]
+    return [layer for shapes in networks(channels).values() for layer in evaluation(shapes, 64, dtype)]
 
 
-def check(layer: Layer, tile: tiles.Tile, arch: int) -> None:
+def check(layer: Layer, arch: int) -> None:
+    """Check the default tile."""
+    tile = default_tile(layer, SM_COUNTS[arch], arch)
     launch = layer.launches(tile, SM_COUNTS[arch]).product
     assert offline.faults(launch, offline.inspect(launch, arch), arch) == [], (layer.name, tile)
 
 
 def training_cases(channels: int, dtype: str, batch: int = 64) -> list[Layer]:
     """Return the forward, dgrad and wgrad of every layer of both networks."""
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     return [
         layer
-        for network in networks(channels)
-        for layer in training(network, batch, DTYPES[dtype], input_gradient=True)
+        for shapes in networks(channels).values()
+        for layer in training(shapes, batch, dtype, input_gradient=True)
     ]
 
 
-SIZES = ("SIZE", "STRIDE", "X_STRIDE", "X_OTHER_STRIDE", "OUT_STRIDE", "C")
+SIZES = ("SIZE", "STRIDE", "X", "OUT_STRIDE", "C")
 
 
 def code_key(launch: Launch, without: tuple[str, ...] = ()) -> Hashable:
@@ -55,13 +57,23 @@ def code_key(launch: Launch, without: tuple[str, ...] = ()) -> Hashable:
             return value.dtype
         return "float" if isinstance(value, float) else (value <= INT32_MAX, value % 16 == 0)
 
+    arguments = [*launch.flat_tensors(), *launch.scalars.items()]
     constants = {name: value for name, value in launch.constants.items() if name not in without}
+    functions = tuple((v.function, v.act) for v in launch.constants.values() if isinstance(v, Operand))
     return (
         launch.kernel.__name__,
-        tuple((name, kind(value)) for name, value in launch.arguments.items()),
+        tuple((name, kind(value)) for name, value in arguments),
         tuple(sorted(constants.items())),
-        (launch.tile.num_warps, launch.tile.num_stages),
+        functions,
+        (launch.num_warps, launch.num_stages),
     )
+
+
+def blocks(launch: Launch) -> Hashable:
+    """Return a launch's tile."""
+    constants = launch.constants["SPEC"]._asdict() if "SPEC" in launch.constants else launch.constants
+    sizes = tuple(value for name, value in constants.items() if name.lower().startswith("block"))
+    return *sizes, launch.num_warps, launch.num_stages
 
 
 def check_all(found: Iterable[tuple[str, Launch]], arch: int, may_spill: bool = False) -> None:
@@ -73,7 +85,7 @@ def check_all(found: Iterable[tuple[str, Launch]], arch: int, may_spill: bool = 
         if may_spill:
             report = report._replace(spills=0, stack=0)
         return [
-            f"{launch.kernel.__name__} of {name} {tuple(launch.tile)}: {fault}"
+            f"{launch.kernel.__name__} of {name} {blocks(launch)}: {fault}"
             for fault in offline.faults(launch, report, arch)
         ]
 
@@ -103,7 +115,7 @@ def named_launches(layer: Layer, launches: Launches) -> Iterator[tuple[str, Laun
 def test_default_tiles(dtype: str, arch: int) -> None:
     """bfloat16 is tested with epilogues below, tf32 and sm_80 with one tile per kernel in training."""
     for layer in cases(1, dtype):
-        check(layer, shortlist.default(layer, SM_COUNTS[arch], arch), arch)
+        check(layer, arch)
 
 
 @pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
@@ -111,13 +123,8 @@ def test_default_tiles(dtype: str, arch: int) -> None:
 def test_default_tiles_with_their_epilogue(dtype: str, arch: int) -> None:
     """Scale, shift and the activation that needs the most registers cause no spills."""
     for layer in cases(1, dtype):
-        product = layer.operation
-        assert isinstance(product, Product)
-        vector = torch.empty(product.y.shape[1], device="meta")
-        epilogue = Epilogue("affine", "tanh", None, vector, vector)
-        product = product._replace(epilogue=epilogue)
-        with_epilogue = product_layer(layer.name, layer.phase, product)
-        check(with_epilogue, shortlist.default(with_epilogue, SM_COUNTS[arch], arch), arch)
+        epilogue = layer.spec.y._replace(act="tanh", scaled=True, shifted=True)
+        check(layer._replace(spec=layer.spec._replace(y=epilogue)), arch)
 
 
 PRECISIONS = ("float32", "tf32", "bfloat16")  # float16 compiles to the same code as bfloat16
@@ -126,7 +133,8 @@ Distinct = dict[Hashable, tuple[str, Launch]]
 
 def family(layer: Layer, channels: int) -> Hashable:
     """Return a key of layers whose code differs in sizes alone; image layers also differ by channels."""
-    return layer.phase, layer.kernel, channels if "narrow" in layer.kernel else None
+    name = layer.kernel_name
+    return layer.phase, name, channels if "narrow" in name else None
 
 
 @pytest.mark.slow
@@ -138,14 +146,15 @@ def test_every_tile(dtype: str, arch: int) -> None:
     for channels in (1, 3):
         for layer in cases(channels, dtype):
             for tile in tiles.candidates(layer.problem.kernel, layer.problem.precision):
-                launch = layer.launches(tiles.fit(tile, layer.problem), SM_COUNTS[arch]).product
-                distinct.setdefault((family(layer, channels), launch.tile), (described(layer), launch))
+                fitted = tiles.fit(tile, layer.problem)
+                launch = layer.launches(fitted, SM_COUNTS[arch]).product
+                distinct.setdefault((family(layer, channels), fitted), (described(layer), launch))
     check_all(distinct.values(), arch)
 
 
 def test_a_spilling_tile_is_a_fault() -> None:
     """The check can fail: this tile is far too large for its warps."""
-    layer = next(x for x in cases(1, "bfloat16") if x.kernel == "up")
+    layer = next(x for x in cases(1, "bfloat16") if x.kernel_name == "up")
     launch = layer.launches(tiles.Tile(256, 256, 64, 4, 2), 132).product
     faults = offline.faults(launch, offline.inspect(launch, 90), 90)
     assert any("spills" in fault for fault in faults)
@@ -155,7 +164,7 @@ def test_default_tiles_in_training() -> None:
     """Prologue and reduction kernels are compiled for one size: their code differs in constants alone."""
     distinct: dict[Hashable, tuple[str, Launch]] = {}
     for layer in training_cases(1, "bfloat16"):
-        tile = shortlist.default(layer, SM_COUNTS[90], 90)
+        tile = default_tile(layer, SM_COUNTS[90], 90)
         launches = layer.launches(tile, SM_COUNTS[90])
         for name, launch in named_launches(layer, launches):
             key = code_key(launch, () if launch is launches.product else SIZES)
@@ -176,10 +185,10 @@ def test_a_tile_of_each_kernel_in_training(dtype: str, arch: int) -> None:
     """With a fused prologue wherever the kernel has one."""
     chosen: dict[str, Layer] = {}
     for layer in training_cases(1, dtype):
-        before = chosen.get(layer.kernel)
+        before = chosen.get(layer.kernel_name)
         plain = before is not None and before.problem.fusion.startswith("none")
         if before is None or (plain and not layer.problem.fusion.startswith("none")):
-            chosen[layer.kernel] = layer
+            chosen[layer.kernel_name] = layer
     assert len(chosen) == 9
     found = []
     for layer in chosen.values():
@@ -191,7 +200,7 @@ def test_a_tile_of_each_kernel_in_training(dtype: str, arch: int) -> None:
             return not tile.fused or offline.spills(product(tile), arch)
 
         limit = tiles.SHARED_LIMIT[arch]
-        tile = tiles.estimate(layer.problem, SM_COUNTS[arch], limit, rejected)
+        tile = tuning.estimate(layer.problem, SM_COUNTS[arch], limit, rejected)
         found.append((described(layer), product(tile)))
     check_all(found, arch)
 
@@ -211,8 +220,7 @@ def test_every_tile_in_training(dtype: str, arch: int) -> None:
                 launches = layer.launches(tile, SM_COUNTS[arch])
                 for name, launch in named_launches(layer, launches):
                     of = family(layer, channels) if launch is launches.product else None
-                    blocks = launch.tile._replace(fused=True)
-                    distinct.setdefault((launch.kernel.__name__, of, blocks), (name, launch))
+                    distinct.setdefault((launch.kernel.__name__, of, blocks(launch)), (name, launch))
     check_all(distinct.values(), arch, may_spill=True)
 
 
@@ -233,7 +241,7 @@ def test_every_default_tile_in_training(dtype: str, arch: int) -> None:
 
 def test_narrow_accesses_of_a_prologue_kernel_are_a_fault() -> None:
     """As reported for channels that are not contiguous."""
-    layer = next(x for x in training_cases(1, "bfloat16") if x.phase == "dgrad" and x.kernel == "down")
+    layer = next(x for x in training_cases(1, "bfloat16") if x.phase == "dgrad" and x.kernel_name == "down")
     (launch,) = layer.launches(tiles.Tile(128, 64, 64, 4, 4, fused=False), 132).prologues
     report = offline.inspect(launch, 90)
     assert offline.faults(launch, report, 90) == []
@@ -247,10 +255,9 @@ def test_narrow_accesses_of_a_prologue_kernel_are_a_fault() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "tf32"])
 def test_channels_not_a_multiple_of_16_bytes(dtype: str) -> None:
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
-        for layer in layers(network, 3, DTYPES[dtype]):
-            check(layer, shortlist.default(layer, 132, 90), 90)
+    for shapes in (generator(3, 30, features=5), discriminator(3, features=5)):
+        for layer in evaluation(shapes, 3, dtype):
+            check(layer, 90)
 
 
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("tf32", marks=pytest.mark.slow)])
@@ -260,14 +267,13 @@ def test_channels_not_a_multiple_of_16_bytes_in_training(dtype: str) -> None:
     For one tile of the head's adjoint, ptxas stops at 56 of 255 registers and spills a single one, so the
     default choice is another tile.
     """
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     chosen = {}
-    for network in (models.Generator(30, 3, features=5), models.Discriminator(3, features=5)):
-        for layer in training(network, 3, DTYPES[dtype], input_gradient=True):
-            chosen[layer.kernel, layer.phase] = layer
+    for shapes in (generator(3, 30, features=5), discriminator(3, features=5)):
+        for layer in training(shapes, 3, dtype, input_gradient=True):
+            chosen[layer.kernel_name, layer.phase] = layer
     check_all(
         (
-            (described(layer), layer.launches(shortlist.default(layer, 132, 90), 132).product)
+            (described(layer), layer.launches(default_tile(layer, 132, 90), 132).product)
             for layer in chosen.values()
         ),
         90,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dcgan.kernels.gpu import cost_model, tiles
+from dcgan.kernels.gpu import cost_model, tiles, tuning
 from dcgan.kernels.gpu.tiles import Problem, Tile
 
 UP = Problem("up", "16bit", rows=64 * 16, columns=256, depth=2048, channels_in=512, copies=4)
@@ -23,26 +24,27 @@ def test_every_kernel_and_precision_has_candidates() -> None:
             listed = tiles.candidates(kernel, precision)
             assert listed
             for tile in listed:
-                sizes = tile[:3] if kernel != "dense_narrow" else tile[2:3]
+                blocks = (tile.block_m, tile.block_n, tile.block_k)
+                sizes = blocks if kernel != "dense_narrow" else blocks[2:]
                 assert all(tiles.next_power_of_two(size) == size and size >= 16 for size in sizes)
 
 
 def test_the_estimate_fills_the_gpu() -> None:
     """For 512→256 at batch 64, 128×128 tiles would be 64 programs for 132 SMs."""
-    tile = tiles.estimate(UP, 132)
+    tile = tuning.estimate(UP, 132)
     assert (tile.block_m, tile.block_n) == (128, 64)
     assert tiles.programs(tile, UP) == 128
 
 
 def test_large_problems_use_large_tiles() -> None:
-    tile = tiles.estimate(UP._replace(rows=4096 * 16), 132)
+    tile = tuning.estimate(replace(UP, rows=4096 * 16), 132)
     assert tile.block_m == 128
     assert tile.block_n >= 128
 
 
 @pytest.mark.parametrize(("channels", "columns"), [(3, 5), (20, 24), (512, 256)])
 def test_tiles_fit_the_problem(channels: int, columns: int) -> None:
-    problem = UP._replace(channels_in=channels, columns=columns)
+    problem = replace(UP, channels_in=channels, columns=columns)
     tile = tiles.fit(Tile(128, 128, 64, 8, 3), problem)
     assert tile.block_n == min(128, max(16, tiles.next_power_of_two(columns)))
     assert tile.block_k == min(64, max(16, tiles.next_power_of_two(channels)))
@@ -51,16 +53,16 @@ def test_tiles_fit_the_problem(channels: int, columns: int) -> None:
 def test_tuned_files_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "gpu.json"
     assert tiles.read(path) == {}
-    tuned = {UP.key(): Tile(64, 64, 32, 4, 5), UP._replace(rows=1).key(): Tile(16, 64, 64, 4, 4)}
+    tuned = {UP.key(): Tile(64, 64, 32, 4, 5), replace(UP, rows=1).key(): Tile(16, 64, 64, 4, 4)}
     tiles.write(path, tuned)
     assert tiles.read(path) == tuned
-    assert json.loads(path.read_text())
+    assert json.loads(path.read_text())[UP.key()] == asdict(tuned[UP.key()])
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_tuned_files_store_whether_prologues_are_fused(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    tuned = {UP.key(): Tile(64, 64, 32, 4, 5, fused=False), UP._replace(rows=1).key(): Tile(16, 64, 64, 4, 4)}
+    tuned = {UP.key(): Tile(64, 64, 32, 4, 5, fused=False), replace(UP, rows=1).key(): Tile(16, 64, 64, 4, 4)}
     tiles.write(path, tuned)
     found = tiles.read(path)
     assert found == tuned
@@ -113,16 +115,16 @@ class FakeLaunch:
         self.references += 1
         return (EXPECTED,)
 
-    def trial(self) -> tiles.Trial:
-        return tiles.Trial(self.ran.append, self.results, self.expected)
+    def trial(self) -> tuning.Trial:
+        return tuning.Trial(self.ran.append, self.results, self.expected)
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeLaunch, Callable[[Tile], float]], tiles.Trial]:
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeLaunch, Callable[[Tile], float]], tuning.Trial]:
     """Return the trial of a launch whose measured time is a function of its tile."""
     import triton
 
-    def of(launching: FakeLaunch, seconds: Callable[[Tile], float]) -> tiles.Trial:
+    def of(launching: FakeLaunch, seconds: Callable[[Tile], float]) -> tuning.Trial:
         def measured(run: Callable[[], object], return_mode: str) -> float:
             run()
             return seconds(launching.ran[-1])
@@ -135,7 +137,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeLaunch, Callable[[Ti
 
 def test_tuning_chooses_the_fastest(timed: Any) -> None:
     launching = FakeLaunch()
-    chosen = tiles.tune(UP, timed(launching, lambda tile: float(tile.block_m * 7 % 5)))
+    chosen = tuning.tune(UP, timed(launching, lambda tile: float(tile.block_m * 7 % 5)))
     ran = launching.ran
     assert chosen == min(ran, key=lambda tile: tile.block_m * 7 % 5)
     assert len(ran) == len(set(ran)) == len(tiles.candidates("up", "16bit"))
@@ -151,7 +153,7 @@ def test_tuning_tries_standalone_prologues_and_skips_tiles_out_of_resources(time
         return 1.0 if tile.fused else 0.5
 
     launching = FakeLaunch()
-    chosen = tiles.tune(UP._replace(fusion="affine+statistics"), timed(launching, seconds))
+    chosen = tuning.tune(replace(UP, fusion="affine+statistics"), timed(launching, seconds))
     assert chosen.block_m == 64
     assert not chosen.fused
     assert any(tile.fused for tile in launching.ran)
@@ -163,7 +165,7 @@ def test_tuning_rejects_a_tile_with_wrong_results(timed: Any, off: float) -> Non
     launching = FakeLaunch(lambda tile: off if tile.block_n == 256 else 2**-10)
     trial = timed(launching, lambda tile: 1 / tile.block_n)
     with pytest.warns(UserWarning, match=r"up/16bit/none\+affine/128/256/64/8/3 gives a wrong result"):
-        chosen = tiles.tune(UP, trial)
+        chosen = tuning.tune(UP, trial)
     assert chosen.block_n == 128
     assert all(tile.block_n < 256 for tile in launching.ran)
 
@@ -175,8 +177,8 @@ def test_tuning_falls_back_to_the_estimate_if_every_tile_is_wrong(
     """For example where the result is nearly zero and drowns in rounding."""
     monkeypatch.setenv("DCGAN_AUTOTUNE", "1")
     trial = timed(FakeLaunch(lambda tile: 1.0), lambda tile: 1.0)
-    assert tiles.tune(UP, trial) is None
-    assert tiles.choose(UP, GPU, lambda tile: False, trial) == ranked(UP)[0]
+    assert tuning.tune(UP, trial) is None
+    assert tuning.choose(UP, GPU, lambda tile: False, trial) == ranked(UP)[0]
     assert h100 == {}
 
 
@@ -188,14 +190,14 @@ def must_not_compile(tile: Tile) -> bool:
 
 
 def test_without_a_gpu_the_choice_is_the_estimate() -> None:
-    assert tiles.choose(UP, torch.device("cpu"), must_not_compile) == tiles.estimate(UP, 132)
+    assert tuning.choose(UP, torch.device("cpu"), must_not_compile) == tuning.estimate(UP, 132)
 
 
-TRAINED = UP._replace(rows=1024 * 16, fusion="affine+statistics", elements=(1024 * 16 * 512,))
+TRAINED = replace(UP, rows=1024 * 16, fusion="affine+statistics", elements=(1024 * 16 * 512,))
 
 
 def ranked(problem: Problem) -> tuple[Tile, ...]:
-    return cost_model.ranked(problem, tiles.variants(problem), 132)
+    return cost_model.ranked(problem, tuning.variants(problem), 132)
 
 
 def test_a_tile_that_spills_is_skipped() -> None:
@@ -207,10 +209,10 @@ def test_a_tile_that_spills_is_skipped() -> None:
         compiled.append(tile)
         return tile in (first, second)
 
-    assert tiles.estimate(UP, 132, spills=spills) == third
+    assert tuning.estimate(UP, 132, spills=spills) == third
     assert compiled == [first, second, third]
-    assert tiles.estimate(UP, 132, spills=lambda tile: False) == first
-    assert tiles.estimate(UP, 132, spills=lambda tile: True) == first, "all spill"
+    assert tuning.estimate(UP, 132, spills=lambda tile: False) == first
+    assert tuning.estimate(UP, 132, spills=lambda tile: True) == first, "all spill"
 
 
 def test_a_tile_that_spills_without_its_prologue_is_not_compiled_with_it() -> None:
@@ -220,7 +222,7 @@ def test_a_tile_that_spills_without_its_prologue_is_not_compiled_with_it() -> No
         compiled.append(tile)
         return (tile.block_m, tile.block_n) == (128, 256)
 
-    chosen = tiles.estimate(TRAINED, 132, spills=spills)
+    chosen = tuning.estimate(TRAINED, 132, spills=spills)
     large = [tile for tile in ranked(TRAINED) if (tile.block_m, tile.block_n) == (128, 256)]
     assert [tile.fused for tile in large] == [False, True]
     assert large[0] in compiled
@@ -235,11 +237,11 @@ def test_a_product_after_a_standalone_prologue_uses_the_tile_chosen_with_it(larg
     def spills(tile: Tile) -> bool:
         return tile.block_n > largest
 
-    for problem in (TRAINED, TRAINED._replace(fusion="statistics+adjoint"), TRAINED._replace(rows=4096)):
-        tile = tiles.estimate(problem, 132, spills=spills)
+    for problem in (TRAINED, replace(TRAINED, fusion="statistics+adjoint"), replace(TRAINED, rows=4096)):
+        tile = tuning.estimate(problem, 132, spills=spills)
         if not tile.fused:
-            after = tiles.estimate(cost_model.without_prologue(problem), 132, spills=spills)
-            assert after == tile._replace(fused=True)
+            after = tuning.estimate(problem.without_prologue(), 132, spills=spills)
+            assert after == replace(tile, fused=True)
 
 
 @pytest.fixture
@@ -247,8 +249,8 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Tile]:
     """Simulate an H100; returns its tuned tiles, initially empty."""
     tuned: dict[str, Tile] = {}
     monkeypatch.setenv("DCGAN_CACHE", str(tmp_path))
-    monkeypatch.setattr(tiles, "_device", lambda index: ("NVIDIA H100", 132, tiles.SHARED_LIMIT[90]))
-    monkeypatch.setattr(tiles, "_tuned", lambda name: tuned)
+    monkeypatch.setattr(tuning, "_device", lambda index: ("NVIDIA H100", 132, tiles.SHARED_LIMIT[90]))
+    monkeypatch.setattr(tuning, "_tuned", lambda name: tuned)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return tuned
 
@@ -258,9 +260,9 @@ GPU = torch.device("cuda", 0)
 
 def test_on_a_gpu_the_choice_is_the_first_that_does_not_spill(h100: dict[str, Tile]) -> None:
     first, second = ranked(UP)[:2]
-    assert tiles.choose(UP, GPU, lambda tile: tile == first) == second
+    assert tuning.choose(UP, GPU, lambda tile: tile == first) == second
     h100[UP.key()] = Tile(64, 32, 64, 4, 4)
-    assert tiles.choose(UP, GPU, must_not_compile) == Tile(64, 32, 64, 4, 4), (
+    assert tuning.choose(UP, GPU, must_not_compile) == Tile(64, 32, 64, 4, 4), (
         "a tuned tile is not compiled to check for spills"
     )
 
@@ -268,10 +270,10 @@ def test_on_a_gpu_the_choice_is_the_first_that_does_not_spill(h100: dict[str, Ti
 def test_tuned_tiles_are_cached(monkeypatch: pytest.MonkeyPatch, h100: dict[str, Tile], timed: Any) -> None:
     monkeypatch.setenv("DCGAN_AUTOTUNE", "1")
     trial = timed(FakeLaunch(), lambda tile: 1 / tile.block_n)
-    chosen = tiles.choose(UP, GPU, must_not_compile, trial)
+    chosen = tuning.choose(UP, GPU, must_not_compile, trial)
     assert chosen.block_n == 256
     assert h100 == tiles.read(tiles.cache_file("NVIDIA H100")) == {UP.key(): chosen}
-    assert tiles.choose(UP, GPU, lambda tile: False, None) == chosen
+    assert tuning.choose(UP, GPU, lambda tile: False, None) == chosen
 
 
 # --- tiles that a version of Triton miscompiles -------------------------------------------------------------
@@ -309,39 +311,36 @@ def test_a_refused_tile_is_named_by_its_product() -> None:
     tile = Tile(128, 256, 64, 8, 3)
     assert tiles.refused_name(TRAINED, tile) == "up/16bit/affine+statistics/128/256/64/8/3"
     assert (
-        tiles.refused_name(TRAINED, tile._replace(fused=False)) == "up/16bit/none+statistics/128/256/64/8/3"
+        tiles.refused_name(TRAINED, replace(tile, fused=False)) == "up/16bit/none+statistics/128/256/64/8/3"
     )
-    assert (
-        tiles.refused_name(cost_model.without_prologue(TRAINED), tile)
-        == "up/16bit/none+statistics/128/256/64/8/3"
-    )
+    assert tiles.refused_name(TRAINED.without_prologue(), tile) == "up/16bit/none+statistics/128/256/64/8/3"
 
 
 def test_a_refused_tile_is_not_estimated(refuse: Any) -> None:
     refuse()
     first, second = ranked(TRAINED)[:2]
-    assert tiles.estimate(TRAINED, 132) == first
+    assert tuning.estimate(TRAINED, 132) == first
     refuse(tiles.refused_name(TRAINED, first), version="0.1")
-    assert tiles.estimate(TRAINED, 132) == first, "refused for another version only"
+    assert tuning.estimate(TRAINED, 132) == first, "refused for another version only"
     refuse(tiles.refused_name(TRAINED, first))
-    assert tiles.estimate(TRAINED, 132) == second
-    assert first not in tiles.variants(TRAINED)
-    plain = cost_model.without_prologue(TRAINED)
-    assert first.fused or first._replace(fused=True) not in tiles.variants(plain)
+    assert tuning.estimate(TRAINED, 132) == second
+    assert first not in tuning.variants(TRAINED)
+    plain = TRAINED.without_prologue()
+    assert first.fused or replace(first, fused=True) not in tuning.variants(plain)
 
 
 def test_a_refused_tile_is_not_used_even_if_tuned(refuse: Any, h100: dict[str, Tile]) -> None:
     tile = Tile(64, 32, 64, 4, 4)
     h100[TRAINED.key()] = tile
     refuse()
-    assert tiles.choose(TRAINED, GPU, must_not_compile) == tile
+    assert tuning.choose(TRAINED, GPU, must_not_compile) == tile
     refuse(tiles.refused_name(TRAINED, tile))
-    assert tiles.choose(TRAINED, GPU, lambda tile: False) == ranked(TRAINED)[0] != tile
+    assert tuning.choose(TRAINED, GPU, lambda tile: False) == ranked(TRAINED)[0] != tile
 
 
 def test_a_refused_tile_is_not_tried_in_tuning(refuse: Any, timed: Any) -> None:
-    best = next(tile for tile in tiles.variants(UP) if tile.block_n == 256)
+    best = next(tile for tile in tuning.variants(UP) if tile.block_n == 256)
     refuse(tiles.refused_name(UP, best))
     launching = FakeLaunch()
-    assert tiles.tune(UP, timed(launching, lambda tile: 1 / tile.block_n)).block_n == 128
+    assert tuning.tune(UP, timed(launching, lambda tile: 1 / tile.block_n)).block_n == 128
     assert best not in launching.ran

@@ -1,0 +1,1 @@
+"""Scripts to read and run from a checkout: ``python examples/NAME.py``."""

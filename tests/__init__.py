@@ -1,0 +1,1 @@
+"""The tests, which mirror the packages; :mod:`tests.support` holds what several of them share."""

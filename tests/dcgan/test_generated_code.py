@@ -1,0 +1,53 @@
+"""Tests of the code that Inductor generates for a simulated H100."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dcgan import fast, models
+from tests.support import generated_code
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fast_networks_launch_five_kernels_and_batchnorm_folding(channels: int) -> None:
+    """One graph has five ops and one [C]-sized kernel per folded BatchNorm; no copies or library calls."""
+    generator = fast.Generator(channels=channels).eval().to(torch.bfloat16)
+    assert generated_code.launches(generator, (64, 100)) == (1, 5, 4, 0, 512)
+    discriminator = fast.Discriminator(channels=channels).eval().to(torch.bfloat16)
+    assert generated_code.launches(discriminator, (64, channels, 64, 64)) == (1, 5, 3, 0, 512)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_training_launches_only_our_ops_and_per_channel_kernels(dtype: torch.dtype) -> None:
+    """Forward and backward are one graph with one op per layer; other kernels process at most [C] elements.
+
+    Each BatchNorm takes at most 3 kernels plus its counter forward, and 2 backward; G has four, D three.
+    """
+    generator = fast.Generator().to(dtype)
+    phases = generated_code.training_launches(generator, (64, 100))
+    for phase, norms, kernels in (("forward", 4, 4), ("backward", 4, 2)):
+        counts = phases[phase]
+        assert (counts.graphs, counts.ops, counts.aten) == (1, 5, 0)
+        assert counts.kernels <= kernels * norms
+        assert counts.largest <= 512
+    discriminator = fast.Discriminator().to(dtype)
+    phases = generated_code.training_launches(discriminator, (64, 1, 64, 64), input_gradient=True)
+    for phase, norms, kernels in (("forward", 3, 4), ("backward", 3, 2)):
+        counts = phases[phase]
+        assert (counts.graphs, counts.ops, counts.aten) == (1, 5, 0)
+        assert counts.kernels <= kernels * norms
+        assert counts.largest <= 512
+
+
+def test_count_covers_the_launches_of_stock_pytorch() -> None:
+    """The reference Generator launches five convolutions and activation-sized kernels between them."""
+    counts = generated_code.launches(models.Generator().eval().to(torch.bfloat16), (64, 100))
+    assert counts.graphs == 1
+    assert counts.ops == 0
+    assert counts.aten == 5
+    assert counts.kernels >= 5
+    assert counts.largest >= 64 * 64 * 32 * 32
+    phases = generated_code.training_launches(models.Generator().to(torch.bfloat16), (64, 100))
+    assert [phases[phase].aten for phase in ("forward", "backward")] == [5, 5]
+    assert phases["backward"].largest >= 64 * 64 * 32 * 32

@@ -1,0 +1,1 @@
+"""Checks on real digits that fast training learns what the reference learns: ``python -m tests.learning``."""
