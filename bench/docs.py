@@ -165,10 +165,17 @@ def situations() -> str:
     return f"{machine(rows)}.\n\n{table(heading, lines)}"
 
 
+def section(file: str, heading: str) -> str:
+    """Return a section of a Markdown file, without its heading."""
+    _, _, rest = (ROOT / "bench/results" / file).read_text().partition(f"## {heading}\n\n")
+    return rest.partition("\n\n")[0].strip()
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "generate": lambda: race("cpu.jsonl"),
     "discriminate": lambda: race("cpu-discriminate.jsonl"),
     "train": lambda: race("train.jsonl"),
     "situations": situations,
+    "predict": lambda: section("predict-h100.md", "Steps"),
 }

@@ -1,9 +1,11 @@
 """Race forward, dgrad and wgrad of each layer against cuDNN, eager and Inductor on a GPU.
 
-``ours`` runs the launches of the phase, with BatchNorm, activations and statistics fused. ``cudnn`` runs the
-convolution alone, channels_last, with algorithm search. ``eager`` runs convolution, BatchNorm and activation:
-forward, or forward and backward in the row ``sum``. ``inductor`` compiles everything that ours computes with
-max-autotune. The row ``pack`` is the cost of packing our weights in every step.
+``ours`` runs the launches of the phase as in a network's training: forward includes the statistics, and dgrad
+includes BatchNorm's backward, whose last kernel computes du of the layer before and the x̂ that wgrad reads.
+``cudnn`` runs the convolution alone, channels_last, with algorithm search. ``eager`` runs convolution,
+BatchNorm and activation: forward, or forward and backward in the row ``sum``. ``inductor`` compiles
+everything that ours computes with max-autotune. The row ``pack`` is one launch that packs the layer's weight
+for fprop and dgrad.
 
 All but eager, which is PyTorch itself, are checked against float64. Times come from CUDA graph replays with
 cold L2. Every result is a line of ``kernels.jsonl``. Results of the same GPU and versions found there are not
@@ -31,12 +33,13 @@ from bench import machine, options, output, timing, worker
 from bench.options import UsageError, positive
 from bench.output import NOTHING, Row, percent
 from bench.timing import Budget, Spread
-from dcgan.kernels.gpu import aten, tiles, tuning
+from dcgan.kernels.gpu import aten, packing, tiles, tuning
 from dcgan.kernels.gpu.launcher import Product
 from dcgan.kernels.gpu.tools import layers
 from dcgan.kernels.gpu.tools.compilers import Compilers
-from dcgan.kernels.gpu.tools.layers import PHASES, Layer, Shape, launches, outputs
-from dcgan.kernels.gpu.tools.predict import predict
+from dcgan.kernels.gpu.tools.layers import EPS, PHASES, Layer, Shape, launches, outputs, stats_of
+from dcgan.kernels.gpu.tools.predict import apply_bytes, predict
+from dcgan.kernels.reference import activate
 
 HELP = "race each layer's kernels against cuDNN and Inductor on a GPU (make gpu)"
 FILE = "kernels.jsonl"
@@ -110,7 +113,7 @@ def eager(network: str, it: Product, backward: bool, input_gradient: bool) -> Ca
     dy = torch.randn_like(it.y.ptr)
     leaky = functools.partial(F.leaky_relu_, negative_slope=spec.slope)
     activations: dict[str, Callable[[Tensor], Tensor]]
-    activations = {"relu": F.relu_, "leaky_relu": leaky, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+    activations = {"relu": F.relu_, "leaky_relu": leaky, "tanh": torch.tanh, "none": lambda y: y}
     convolve = F.conv_transpose2d if spec.transposed else F.conv2d
     leaves = [t for t in (x, weight, *((gamma, beta) if norm else ())) if t.requires_grad]
 
@@ -123,6 +126,49 @@ def eager(network: str, it: Product, backward: bool, input_gradient: bool) -> Ca
         return torch.autograd.grad(y, leaves, dy) if backward else y
 
     return call
+
+
+# --- what ours computes ------------------------------------------------------------------------------------
+
+
+def computed(it: Product) -> tuple[Tensor, ...]:
+    """Return the results of a product and of what follows it, in plain PyTorch.
+
+    They are those of :func:`aten.compute` and, after a dgrad through BatchNorm, the factor and the offset
+    that ``batchnorm.backward`` computes, and du of the layer before and x̂ from ``batchnorm.apply``.
+    """
+    found = aten.compute(it)
+    if it.spec.y.function != "gradient":
+        return found
+    g, first, second = found
+    var = stats_of(it)[1]
+    count = g[:, 0].numel() // it.spec.groups
+    factor, offset = -second.view_as(var) / (var + EPS) / count, -first.view_as(var) / count
+    du, x_hat = applied(it, g, factor, offset)
+    return *found, factor, offset, du.to(g.dtype), x_hat.to(g.dtype)
+
+
+def applied(it: Product, g: Tensor, factor: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Return du = s·(g + offset + (y - mean)·factor) and x̂, unrounded, from vectors [groups, C]."""
+    mean, _, scale, shift = stats_of(it)
+    images = g.shape[0] // len(mean)
+    spread = (v.repeat_interleave(images, 0)[:, :, None, None] for v in (mean, scale, shift, factor, offset))
+    mean, scale, shift, factor, offset = spread
+    y = it.y.other.to(mean.dtype) - mean
+    return scale * (g + offset + y * factor), activate(y * scale + shift, it.spec.y.act, it.spec.slope)
+
+
+def misrounded(it: Product, g: Tensor, factor: Tensor, offset: Tensor, du: Tensor) -> float:
+    """Return the share of elements of a 16-bit du that are not :func:`applied`, rounded to nearest.
+
+    The terms of the mean and the variance may be smaller than a unit of g's dtype. Added to a value that has
+    been rounded before, they vanish or double in all elements alike. ‖error‖/‖du‖ hides that, but the sums
+    over pixels that a weight gradient is do not.
+    """
+    exact, _ = applied(aten.cast(it, torch.float64), *(t.double() for t in (g, factor, offset)))
+    eps, smallest = torch.finfo(du.dtype).eps, torch.finfo(du.dtype).smallest_normal
+    unit = torch.ldexp(torch.full_like(exact, eps), torch.frexp(exact).exponent - 1).clamp(min=eps * smallest)
+    return ((du.double() - exact).abs() > 0.51 * unit).double().mean().item()
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -223,8 +269,7 @@ class Stage:
 
         If a selected tile turns out to spill, the next one is compiled serially.
         """
-        shared = [layer.with_shared_du() for layer in steps if layer.accepts_shared_du]
-        problems = {layer.problem.key(): layer for layer in [*steps, *shared]}
+        problems = {layer.problem.key(): layer for layer in steps}
         chosen = [(layer, self._tile(layer, lambda tile: False)) for layer in problems.values()]
         for future in [compilers.submit(*one, self._sms) for one in chosen]:
             future.exception()  # waits; a failed compilation fails again here and is reported
@@ -257,7 +302,7 @@ class Stage:
                 continue
             entry = Entry(network, layer.name, layer.phase, batch, dtype)
             dgrad = next((own for own in steps if (own.name, own.phase) == (layer.name, "dgrad")), None)
-            yield entry, "ours", functools.partial(self._ours, layer, dgrad, dtype)
+            yield entry, "ours", functools.partial(self._ours, layer, dtype)
             yield entry, "cudnn", functools.partial(self._cudnn, layer, dtype)
             yield entry, "inductor", functools.partial(self._inductor, layer, dtype)
             if layer.phase == "forward":
@@ -272,40 +317,45 @@ class Stage:
             spread = self._measure(calls)
         return {"status": "ok", "us": 1e6 * spread.median, "relative": spread.relative} | more
 
-    def _check_and_time(
-        self, got: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, calls: Sequence[Call]
-    ) -> Row:
-        error = aten.error(got, expected)
+    def _check_and_time(self, error: float, dtype: str, calls: Sequence[Call]) -> Row:
         if not error <= TOLERANCE[dtype]:
             return {"status": "wrong", "error": None if math.isinf(error) else error}
         return self._time(calls, error=error)
 
-    def _ours(self, layer: Layer, dgrad: Layer | None, dtype: str) -> Row:
-        it = layer.product(self._device)
-        got, expected = outputs(it, self._tile(layer), self._sms), _expected(it)
-        # A weight gradient reads du from dgrad's standalone prologue if there is one.
-        shared = layer.accepts_shared_du and dgrad is not None and not self._tile(dgrad).fused
-        timed = layer.with_shared_du() if shared else layer
-        tile = self._tile(timed)
-        prediction, seconds = predict(timed, tile, self._sms)
+    def _ours(self, layer: Layer, dtype: str) -> Row:
+        it, tile = layer.product(self._device), self._tile(layer)
+        prediction, seconds = predict(layer, tile, self._sms)
         details = {
             "tile": list(astuple(tile)),
-            "kernel": timed.kernel_name,
+            "kernel": layer.kernel_name,
             "predicted_us": 1e6 * seconds,
             "flops": prediction.flops,
-            "bytes": prediction.bytes,
+            "bytes": prediction.bytes + apply_bytes(layer),
         }
-        calls = [launches(it, tile, self._sms).__call__ for it in self._sets_of(timed)]
-        return self._check_and_time(got, expected, dtype, calls) | details
+        calls = [launches(one, tile, self._sms).__call__ for one in self._sets_of(layer)]
+        return self._check_and_time(self._error(it, tile), dtype, calls) | details
+
+    def _error(self, it: Product, tile: tiles.Tile) -> float:
+        """Return the error of a product's own results, and of what the launches after it make of them."""
+        expected = _expected(it)
+        got = [t.clone() for t in outputs(it, tile, self._sms)]  # as du will overwrite g
+        made = launches(it, tile, self._sms)
+        made.poison()
+        made()
+        last = expected[len(expected) - len(made.results) :]
+        error = aten.error([*got, *made.results], [*expected[: len(got)], *last])
+        if it.spec.y.function == "gradient" and it.spec.dtype.itemsize == 2:
+            error = max(error, misrounded(it, got[0], *made.results[:3]))
+        return error
 
     def _pack(self, steps: Sequence[Layer]) -> Row:
-        def call(weights: Sequence[Tensor]) -> None:
-            for layer, weight in zip(steps, weights, strict=True):
-                assert layer.kernel.pack is not None
-                layer.kernel.pack(weight)
+        layouts = [layout for layer in steps if (layout := layer.kernel.layout) is not None]
 
-        sets = zip(*(self._sets_of(layer) for layer in steps), strict=True)
-        return self._time([functools.partial(call, [it.weight for it in each]) for each in sets])
+        def call(weight: Tensor) -> list[Tensor]:
+            return packing.pack([(weight, layout) for layout in layouts], weight.dtype)
+
+        weights = [weight for it in self._sets_of(steps[0]) if (weight := it.weight) is not None]
+        return self._time([functools.partial(call, weight) for weight in weights])
 
     def _eager(self, network: str, layer: Layer, backward: bool, input_gradient: bool) -> Row:
         return self._time([eager(network, it, backward, input_gradient) for it in self._sets_of(layer)])
@@ -316,20 +366,20 @@ class Stage:
             wide = [t.double() for t in operands(sets[0])]
             expected = aten.convolve(aten.cast(sets[0], torch.float64), *wide)
         calls = [functools.partial(aten.convolve, channels_last_weight(it), *operands(it)) for it in sets]
-        return self._check_and_time([calls[0]()], [expected], dtype, calls)
+        return self._check_and_time(aten.error([calls[0]()], [expected]), dtype, calls)
 
     def _inductor(self, layer: Layer, dtype: str) -> Row:
         sets = self._sets_of(layer)
         torch._dynamo.reset()  # otherwise Dynamo stops compiling after eight shapes
         options: Any = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True, "dynamic": False}
-        function = torch.compile(aten.compute, **options)
+        function = torch.compile(computed, **options)
         calls = [functools.partial(function, channels_last_weight(it)) for it in sets]
         with torch.no_grad():
             try:
                 got = calls[0]()
             except Exception as failure:  # any failure of Inductor is a result, not an error of ours
                 return {"status": "failed", "reason": worker.describe(failure)}
-            return self._check_and_time(got, _expected(sets[0]), dtype, calls)
+            return self._check_and_time(aten.error(got, _expected(sets[0])), dtype, calls)
 
     def _record(self, entry: Entry, provider: str, result: Row) -> None:
         row = self._common | entry._asdict() | {"contestant": provider} | result
@@ -393,7 +443,7 @@ def _cell(row: Row | None) -> str:
 
 def _expected(it: Product) -> tuple[Tensor, ...]:
     with _cudnn_search(False):  # searching float64 algorithms would take long
-        return aten.compute(aten.cast(it, torch.float64))
+        return computed(aten.cast(it, torch.float64))
 
 
 @contextlib.contextmanager

@@ -33,13 +33,14 @@ from bench.providers import find_all
 from bench.race import PREPARE_SECONDS, Process, WorkerFailed
 from bench.training import VARIANTS, Batch, Loop, Training, TrainWorker
 from dcgan.kernels.spec import Backward, Call
+from dcgan.layers import layer_by_layer
 
 HELP = "time training steps by every implementation and profile them by layer"
 DTYPES = ("float32", "tf32", "bfloat16")
 BATCHES = {"cpu": [64, 128], "cuda": [64, 256, 1024]}
 CASE_DTYPES = {"cpu": ["float32"], "cuda": ["tf32", "bfloat16"]}
 PROFILED = {"fast": ("cpu", "cuda"), "train-step": ("cpu",)}
-"""Variants whose operators run one by one and can be profiled, and on which devices.
+"""Variants whose networks can run layer by layer and be profiled, and on which devices.
 
 On a GPU, TrainStep is one CUDA graph.
 """
@@ -206,7 +207,8 @@ class _Timer(TorchDispatchMode):
 def profile(loop: Loop, batches: Sequence[Batch], rounds: int, device: str) -> Profile:
     """Profile a step, from medians over ``rounds`` of one whole step and one whose calls are timed.
 
-    The optimizers are timed within the whole step. The remainder of the step is everything else: losses,
+    In both, a network runs layer by layer rather than as one operator, whose products could not be timed. The
+    optimizers are timed within the whole step. The remainder of the step is everything else: losses,
     BatchNorm's per-channel arithmetic, autograd and copies.
 
     Raises:
@@ -230,17 +232,18 @@ def profile(loop: Loop, batches: Sequence[Batch], rounds: int, device: str) -> P
     for adam in loop.adams:
         adam.register_step_pre_hook(add_time(-1))
         adam.register_step_post_hook(add_time(1))
-    for batch in batches:
-        loop(batch)  # warm-up: the first steps allocate optimizer state and build caches
     steps, optimizers, timed = [], [], []
-    for i in range(rounds):
-        spent, batch, start = 0.0, batches[i % len(batches)], now()
-        loop(batch)
-        steps.append(now() - start)
-        optimizers.append(spent)
-        with (timer := _Timer(now)):
+    with layer_by_layer():
+        for batch in batches:
+            loop(batch)  # warm-up: the first steps allocate optimizer state and build caches
+        for i in range(rounds):
+            spent, batch, start = 0.0, batches[i % len(batches)], now()
             loop(batch)
-        timed.append(timer.parts)
+            steps.append(now() - start)
+            optimizers.append(spent)
+            with (timer := _Timer(now)):
+                loop(batch)
+            timed.append(timer.parts)
     found: dict[tuple[str, str], list[Part]] = {}
     for calls in zip(*timed, strict=True):
         part = calls[0]._replace(seconds=statistics.median(call.seconds for call in calls))

@@ -11,7 +11,9 @@
 #include "chain.h"
 #include "dcgan.h"
 #include "engine.h"
+#include "loss.h"
 #include "products.h"
+#include "training.h"
 #include "value_guard.h"
 #include "workspace.h"
 
@@ -145,25 +147,32 @@ int check_geometry(const dcgan_layer* layer) {
     }
 }
 
-int check_chain(const dcgan_layer* layers, int count, int64_t images, int threads) {
-    if (layers == nullptr) return fail(DCGAN_EARGUMENT, "layers is null");
-    if (count < 1 || count > MAX_LAYERS)
-        return fail(DCGAN_EARGUMENT, "count must be from 1 to %d, got %d", MAX_LAYERS, count);
+int check_sizes(int64_t images, int threads) {
     if (images < 0 || images > MAX_IMAGES)
         return fail(DCGAN_EARGUMENT, "images must be from 0 to %lld, got %lld",
                     static_cast<long long>(MAX_IMAGES), static_cast<long long>(images));
     if (threads < 1 || threads > 1024)
         return fail(DCGAN_EARGUMENT, "threads must be from 1 to 1024, got %d", threads);
+    return 0;
+}
+
+// Checks that layer i takes what the layer before it outputs.
+int check_adjacent(const dcgan_layer& before, const dcgan_layer& l, int i) {
+    const long long height = out_side(before, before.height), width = out_side(before, before.width);
+    if (before.c_out == l.c_in && height == l.height && width == l.width) return 0;
+    return fail(DCGAN_EARGUMENT, "layer %d takes [%d, %d, %d], but layer %d outputs [%d, %lld, %lld]", i,
+                l.c_in, l.height, l.width, i - 1, before.c_out, height, width);
+}
+
+int check_chain(const dcgan_layer* layers, int count, int64_t images, int threads) {
+    if (layers == nullptr) return fail(DCGAN_EARGUMENT, "layers is null");
+    if (count < 1 || count > MAX_LAYERS)
+        return fail(DCGAN_EARGUMENT, "count must be from 1 to %d, got %d", MAX_LAYERS, count);
+    if (const int code = check_sizes(images, threads)) return code;
     for (int i = 0; i < count; ++i) {
         if (const int code = check_geometry(layers + i)) return code;
         if (i == 0) continue;
-        const dcgan_layer &before = layers[i - 1], &l = layers[i];
-        if (before.c_out != l.c_in || out_side(before, before.height) != l.height ||
-            out_side(before, before.width) != l.width)
-            return fail(DCGAN_EARGUMENT, "layer %d takes [%d, %d, %d], but layer %d outputs [%d, %lld, %lld]",
-                        i, l.c_in, l.height, l.width, i - 1, before.c_out,
-                        static_cast<long long>(out_side(before, before.height)),
-                        static_cast<long long>(out_side(before, before.width)));
+        if (const int code = check_adjacent(layers[i - 1], layers[i], i)) return code;
     }
     return 0;
 }
@@ -210,12 +219,7 @@ int check_op(const dcgan_op* op, int product) {
 
 int check_call(const dcgan_op* op, int product, int64_t images, int threads) {
     if (const int code = check_op(op, product)) return code;
-    if (images < 0 || images > MAX_IMAGES)
-        return fail(DCGAN_EARGUMENT, "images must be from 0 to %lld, got %lld",
-                    static_cast<long long>(MAX_IMAGES), static_cast<long long>(images));
-    if (threads < 1 || threads > 1024)
-        return fail(DCGAN_EARGUMENT, "threads must be from 1 to 1024, got %d", threads);
-    return 0;
+    return check_sizes(images, threads);
 }
 
 int check_not_null(std::initializer_list<std::pair<const char*, const void*>> pointers) {
@@ -232,6 +236,61 @@ int check_backward(const dcgan_op& op, const float* y) {
                     "y is null, but the gradient of the statistics or of out_act is computed from it");
     if (op.statistics && op.dvariance != nullptr && op.mean == nullptr)
         return fail(DCGAN_EARGUMENT, "mean is null, but the gradient of the variance, dvariance, needs it");
+    return 0;
+}
+
+// Prepends the layer to the message of a failed check.
+int in_layer(int i, int code) {
+    if (code == 0) return 0;
+    char text[sizeof message];
+    std::memcpy(text, message, sizeof message);
+    return fail(code, "layer %d: %s", i, text);
+}
+
+// Checks a layer of a network in training without its products; its predecessors have passed.
+int check_train_layer(const dcgan_train_layer* layers, int i, int count) {
+    const dcgan_train_layer& l = layers[i];
+    if (l.normalized != 0 && l.normalized != 1)
+        return fail(DCGAN_EARGUMENT, "normalized must be 0 or 1, got %d", l.normalized);
+    if (l.normalized && i + 1 == count)
+        return fail(DCGAN_EARGUMENT,
+                    "normalized must be 0 in the last layer, as no layer applies its statistics");
+    if (i + 1 < count && (l.act < DCGAN_NONE || l.act > DCGAN_LEAKY_RELU))
+        return fail(DCGAN_EARGUMENT,
+                    "act must be none, relu or leaky_relu (0 to %d) in all layers but the last, got %d",
+                    DCGAN_LEAKY_RELU, l.act);
+    if (const int code = check_not_null({{"weight", l.weight}})) return code;
+    if (l.normalized) {
+        if (!(l.epsilon >= 0.0))
+            return fail(DCGAN_EARGUMENT, "epsilon must not be negative, got %g", l.epsilon);
+        return check_not_null({{"stats", l.stats}});
+    }
+    if (l.gamma != nullptr || l.beta != nullptr || l.dgamma != nullptr || l.dbeta != nullptr)
+        return fail(DCGAN_EARGUMENT,
+                    "gamma, beta, dgamma and dbeta must be null unless the layer is normalized");
+    return 0;
+}
+
+// Checks the arguments that the passes of a network have in common, and all forward products.
+int check_training(const dcgan_train_layer* layers, int count, int64_t images, int groups, float slope,
+                   int threads) {
+    if (const int code = check_not_null({{"layers", layers}})) return code;
+    if (count < 1) return fail(DCGAN_EARGUMENT, "count must be positive, got %d", count);
+    if (const int code = check_sizes(images, threads)) return code;
+    if (groups < 1 || images % groups != 0)
+        return fail(DCGAN_EARGUMENT, "groups must divide the %lld images, got %d",
+                    static_cast<long long>(images), groups);
+    const Training training(engine(), layers, count, images, groups, slope, threads);
+    dcgan_layer before{};
+    for (int i = 0; i < count; ++i) {
+        if (const int code = in_layer(i, check_train_layer(layers, i, count))) return code;
+        const dcgan_op op = training.op(i, layers[i].fprop);
+        if (const int code = in_layer(i, check_op(&op, DCGAN_FPROP))) return code;
+        const dcgan_layer l = layer_of(op);
+        if (i > 0)
+            if (const int code = check_adjacent(before, l, i)) return code;
+        before = l;
+    }
     return 0;
 }
 
@@ -343,10 +402,17 @@ int dcgan_fprop(const dcgan_op* op, int64_t images, const float* x, const float*
     if (op->statistics)
         if (const int code = check_not_null({{"mean", mean}, {"variance", variance}})) return code;
     if (images == 0) return 0;
-    const Product product(engine(), *op, false, images, forked ? 1 : threads);
-    float* const memory = get_workspace(product.bytes());
+    const Source source = source_of_x(*op, x);
+    const Product product(engine(), *op, false, source.prologue, images, forked ? 1 : threads);
+    const size_t sums_size = whole_lines(2 * DOUBLE * op->c_out);
+    float* const memory = get_workspace(sums_size * sizeof(float) + product.bytes());
     if (memory == nullptr) return DCGAN_EMEMORY;
-    product.run({x, nullptr, nullptr, y, {mean, variance, nullptr}}, weight, strides, memory);
+    double* const sums = reinterpret_cast<double*>(memory);
+    product.run({source, nullptr, y, op->statistics ? sums : nullptr}, weight, strides, memory + sums_size);
+    for (int c = 0; op->statistics && c < op->c_out; ++c) {
+        mean[c] = static_cast<float>(sums[c]);
+        variance[c] = static_cast<float>(sums[op->c_out + c]);
+    }
     return 0;
 }
 
@@ -365,10 +431,20 @@ int dcgan_dgrad(const dcgan_op* op, int64_t images, const float* dy, const float
         return fail(DCGAN_EARGUMENT,
                     "dcenter, dscale and dshift must be null without center, scale and shift");
     if (images == 0) return 0;
-    const Product product(engine(), *op, true, images, forked ? 1 : threads);
-    float* const memory = get_workspace(product.bytes());
+    const Prologue prologue = source_of_du(*op, images, dy, y, nullptr).prologue;
+    const Product product(engine(), *op, true, prologue, images, forked ? 1 : threads);
+    const size_t sums_size = whole_lines(2 * DOUBLE * op->c_in), vectors_size = whole_lines(3 * op->c_out);
+    float* const memory = get_workspace((sums_size + vectors_size) * sizeof(float) + product.bytes());
     if (memory == nullptr) return DCGAN_EMEMORY;
-    product.run({dy, y, x, dx, {dcenter, dscale, dshift}}, weight, strides, memory);
+    double* const sums = reinterpret_cast<double*>(memory);
+    float* const vectors = memory + sums_size;
+    product.run({source_of_du(*op, images, dy, y, vectors), x, dx, dcenter == nullptr ? nullptr : sums},
+                weight, strides, vectors + vectors_size);
+    for (int c = 0; dcenter != nullptr && c < op->c_in; ++c) {
+        dcenter[c] = static_cast<float>(-op->scale[c] * sums[c]);
+        dscale[c] = static_cast<float>(sums[op->c_in + c]);
+        dshift[c] = static_cast<float>(sums[c]);
+    }
     return 0;
 }
 
@@ -392,7 +468,7 @@ int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float*
     if (dout_scale != nullptr) unscaled.out_scale = nullptr;  // dweight is first computed from e
     GradientJob job{&layer, source_of_x(unscaled, x), {}, static_cast<long>(images), dweight, strides};
     // The workspace depends on the kind of prologue; the prologue's vectors precede it.
-    const size_t vectors = (static_cast<size_t>(3 * op->c_out) + 15) / 16 * 16;
+    const size_t vectors = whole_lines(3 * op->c_out);
     job.du = source_of_du(unscaled, images, dy, y, nullptr);
     float* const memory = get_workspace(
         (vectors + static_cast<size_t>(engine().gradient_memory(job, threads))) * sizeof(float));
@@ -424,6 +500,82 @@ int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, co
         get_workspace(static_cast<size_t>(engine().shift_memory(e, pixels)) * sizeof(float));
     if (memory == nullptr) return DCGAN_EMEMORY;
     engine().shift_gradient(e, pixels, threads, memory, dout_shift);
+    return 0;
+}
+
+int dcgan_train_forward(const dcgan_train_layer* layers, int count, int64_t images, int groups, float slope,
+                        const float* x, int threads) {
+    if (const int code = check_training(layers, count, images, groups, slope, threads)) return code;
+    if (const int code = check_not_null({{"x", x}})) return code;
+    for (int i = 0; i < count; ++i)
+        if (const int code = in_layer(i, check_not_null({{"y", layers[i].y}}))) return code;
+    if (images == 0) return 0;
+    const Training training(engine(), layers, count, images, groups, slope, forked ? 1 : threads);
+    float* const memory = get_workspace(training.forward_bytes());
+    if (memory == nullptr) return DCGAN_EMEMORY;
+    training.forward(x, memory);
+    return 0;
+}
+
+int dcgan_train_backward(const dcgan_train_layer* layers, int count, int64_t images, int groups, float slope,
+                         const float* x, const float* dy, float* dx, int threads) {
+    if (const int code = check_training(layers, count, images, groups, slope, threads)) return code;
+    if (const int code = check_not_null({{"x", x}, {"dy", dy}})) return code;
+    const Training training(engine(), layers, count, images, groups, slope, forked ? 1 : threads);
+    for (int i = 0; i < count; ++i) {
+        const dcgan_train_layer& l = layers[i];
+        if (i + 1 < count || l.act != DCGAN_NONE)
+            if (const int code = in_layer(i, check_not_null({{"y", l.y}}))) return code;
+        const dcgan_op dgrad = training.op(i, l.dgrad), wgrad = training.op(i, l.wgrad);
+        if (training.has_dgrad(i, dx != nullptr))
+            if (const int code = in_layer(i, check_op(&dgrad, DCGAN_DGRAD))) return code;
+        if (training.has_wgrad(i))
+            if (const int code = in_layer(i, check_op(&wgrad, DCGAN_WGRAD))) return code;
+    }
+    if (images == 0) return 0;
+    float* const memory = get_workspace(training.backward_bytes(dx != nullptr));
+    if (memory == nullptr) return DCGAN_EMEMORY;
+    training.backward(x, dy, dx, memory);
+    return 0;
+}
+
+int dcgan_bce(const float* logits, int64_t stride, int64_t size, int groups, const double* targets,
+              float* loss, float* probability) {
+    if (size < 0)
+        return fail(DCGAN_EARGUMENT, "size must not be negative, got %lld", static_cast<long long>(size));
+    if (groups < 1) return fail(DCGAN_EARGUMENT, "groups must be at least 1, got %d", groups);
+    if (const int code = check_not_null({{"targets", targets}, {"loss", loss}, {"probability", probability}}))
+        return code;
+    if (const int code = size > 0 ? check_not_null({{"logits", logits}}) : 0) return code;
+    bce(logits, stride, size, groups, targets, loss, probability);
+    return 0;
+}
+
+int dcgan_bce_backward(const float* logits, int64_t stride, int64_t size, int groups, const double* targets,
+                       const float* dloss, const float* dprobability, float* dlogits) {
+    if (size < 0)
+        return fail(DCGAN_EARGUMENT, "size must not be negative, got %lld", static_cast<long long>(size));
+    if (groups < 1) return fail(DCGAN_EARGUMENT, "groups must be at least 1, got %d", groups);
+    if (const int code =
+            size > 0 ? check_not_null({{"logits", logits}, {"targets", targets}, {"dlogits", dlogits}}) : 0)
+        return code;
+    bce_backward(logits, stride, size, groups, targets, dloss, dprobability, dlogits);
+    return 0;
+}
+
+int dcgan_track(const dcgan_running* norms, int count, int groups) {
+    if (count < 0) return fail(DCGAN_EARGUMENT, "count must not be negative, got %d", count);
+    if (groups < 1) return fail(DCGAN_EARGUMENT, "groups must be at least 1, got %d", groups);
+    if (const int code = count > 0 ? check_not_null({{"norms", norms}}) : 0) return code;
+    for (int i = 0; i < count; ++i) {
+        const dcgan_running& n = norms[i];
+        if (const int code = check_not_null(
+                {{"mean", n.mean}, {"variance", n.variance}, {"batches", n.batches}, {"stats", n.stats}}))
+            return code;
+        if (n.channels < 0) return fail(DCGAN_EARGUMENT, "channels must not be negative, got %d", n.channels);
+        if (!(n.count >= 2)) return fail(DCGAN_EARGUMENT, "count must be at least 2, got %g", n.count);
+    }
+    for (int i = 0; i < count; ++i) track(norms[i], groups);
     return 0;
 }
 

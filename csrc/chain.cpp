@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "workspace.h"
+
 namespace dcgan {
 namespace {
 
@@ -15,10 +17,6 @@ constexpr int64_t HEAVY_BYTES = 16 << 20;
 // Target sizes of a block's activations between groups, and within a group.
 constexpr int64_t OUTER_BYTES = 16 << 20, INNER_BYTES = 6 << 20;
 constexpr int64_t FLOAT = sizeof(float);
-
-size_t whole_lines(int64_t floats) {
-    return static_cast<size_t>((floats + 15) / 16 * 16);
-}
 
 int64_t out_floats(const dcgan_layer& l) {
     return l.c_out * out_side(l, l.height) * out_side(l, l.width);

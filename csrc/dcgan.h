@@ -24,7 +24,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-enum { DCGAN_ABI = 3 };
+enum { DCGAN_ABI = 4 };
 
 enum dcgan_algorithm {
     DCGAN_DENSE = 0,   // matrix product, for layers on a 1×1 map
@@ -93,7 +93,7 @@ int dcgan_pack(const dcgan_layer* layer, const float* weight, const int64_t stri
 // argument still decides how the work is partitioned, hence the order of summation.
 int dcgan_limit_threads(int limit);
 
-// --- training ---
+// --- training, one layer ---
 //
 // The forward and backward pass of one layer; maps are contiguous NHWC.
 //
@@ -147,6 +147,52 @@ int dcgan_wgrad(const dcgan_op* op, int64_t images, const float* x, const float*
 int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, const float* y,
                          float* dout_shift, int threads);
 
+// --- training, a network ---
+//
+// The forward and the backward pass of a chain of layers, each in one call; maps are contiguous NHWC.
+//
+//     u = conv(x̂, weight)                                        x̂: x of the chain, or x̂' of the layer before
+//     normalized:  y = u;  mean[c], variance[c] (biased) of u    a BatchNorm with batch statistics
+//                  scale = gamma/√(variance + epsilon);  shift = beta
+//                  x̂' = act((y - mean)·scale + shift)
+//     otherwise:   y = x̂' = act(u)                               the last layer is not normalized
+//
+//     dx̂ = adjoint_conv(du, weight);  dweight = wgrad(x̂, du);  g = dx̂'·act'
+//     normalized:  dbeta = Σ g;  dgamma = Σ g·(y - mean)/√(variance + epsilon)
+//                  du = scale·(g - dbeta/M - (y - mean)·dgamma/√(variance + epsilon)/M),  M pixels of y
+//     otherwise:   du = g
+//
+// Each of `groups` equal parts of the images has its own statistics: the results are those of as many calls,
+// and the gradients of parameters are the sums of theirs. The products are those of the functions above, with
+// the same bits; the arithmetic on vectors is in double.
+typedef struct {
+    int32_t transposed;           // of the layer, for all three of its products
+    int32_t fprop, dgrad, wgrad;  // enum dcgan_algorithm of each product
+    int32_t c_in, c_out;
+    int32_t height, width;  // of the layer's input
+    int32_t kernel, stride, padding;
+    int32_t act;                // enum dcgan_activation; none, relu or leaky_relu in all layers but the last
+    int32_t normalized;         // 0 or 1; 0 in the last layer
+    double epsilon;             // added to variance
+    const float* weight;        // [C_out, C_in, k, k], or [C_in, C_out, k, k] if transposed
+    int64_t weight_strides[4];  // in floats
+    const float *gamma, *beta;  // [c_out], or null for 1 and 0; null unless normalized
+    // Results of the forward pass, which the backward pass reads.
+    float* y;      // contiguous; in the last layer, the backward pass reads it only if act is not none
+    float* stats;  // [4][groups][c_out]: mean, variance, scale and shift; ignored unless normalized
+    // Results of the backward pass; null where they are not needed.
+    float* dweight;
+    int64_t dweight_strides[4];
+    float *dgamma, *dbeta;  // [c_out]; null unless normalized
+} dcgan_train_layer;
+
+// slope: of every leaky ReLU. groups: divides images.
+int dcgan_train_forward(const dcgan_train_layer* layers, int count, int64_t images, int groups, float slope,
+                        const float* x, int threads);
+// dx: null if it is not needed. Products that no result depends on are not computed.
+int dcgan_train_backward(const dcgan_train_layer* layers, int count, int64_t images, int groups, float slope,
+                         const float* x, const float* dy, float* dx, int threads);
+
 // --- inference ---
 //
 // Runs the chain on `images` images. In a forked child process it runs on one thread, whatever `threads` is.
@@ -162,6 +208,27 @@ typedef struct {
     const void *now, *before;
     int64_t bytes;
 } dcgan_pair;
+
+// --- loss and running statistics ---
+//
+// logits: `groups` groups of `size`, each with a target; stride in floats.
+//     loss[i] = mean(softplus(l) - targets[i]·l),  probability[i] = mean(sigmoid(l))
+int dcgan_bce(const float* logits, int64_t stride, int64_t size, int groups, const double* targets,
+              float* loss, float* probability);
+// dlogits is contiguous. dloss and dprobability: [groups], or null for 0.
+int dcgan_bce_backward(const float* logits, int64_t stride, int64_t size, int groups, const double* targets,
+                       const float* dloss, const float* dprobability, float* dlogits);
+
+// The running statistics of a BatchNorm, updated for one group after the other as nn.BatchNorm2d does.
+typedef struct {
+    float *mean, *variance;  // [channels]
+    int64_t* batches;        // the number of batches seen
+    const float* stats;      // [2][groups][channels]: mean and biased variance of each group
+    int32_t channels;
+    double momentum;  // negative for the cumulative average
+    double count;     // values per channel and group, at least 2
+} dcgan_running;
+int dcgan_track(const dcgan_running* norms, int count, int groups);
 
 // Returns 1 if a pair differs, otherwise 0. Compares `lines` random 64-byte lines of each pair, different
 // ones in every call, or the whole pair if it has no more lines than that. A change to a fraction f of a

@@ -67,8 +67,9 @@ struct GradientJob {
     const dcgan_layer* layer;  // geometry and algorithm (dense, direct, F4, narrow)
     Source x, du;
     long images;
-    float* dweight;  // overwritten, not accumulated into
+    float* dweight;
     const int64_t* strides;
+    bool add = false;  // whether to add to dweight instead of overwriting it
 };
 
 // The limit set by dcgan_limit_threads on the threads of the calling thread's parallel regions; 0 for no

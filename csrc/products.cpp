@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "chain.h"
+#include "workspace.h"
 
 namespace dcgan {
 namespace {
@@ -17,10 +18,7 @@ constexpr int64_t STREAMED_BYTES = 16 << 20;
 // The maps of a block, over all threads, so that they stay in L3 from prologue to product.
 constexpr int64_t BLOCK_BYTES = 4 << 20;
 constexpr int64_t FLOAT = sizeof(float);
-
-size_t whole_lines(int64_t floats) {
-    return static_cast<size_t>((floats + 15) / 16 * 16);
-}
+constexpr int64_t LINE = 16;  // floats of a cache line
 
 int64_t pixels(int64_t height, int64_t width) {
     return height * width;
@@ -96,14 +94,16 @@ Source source_of_du(const dcgan_op& op, int64_t images, const float* dy, const f
     return s;
 }
 
-Product::Product(const Engine& engine, const dcgan_op& op, bool dgrad, int64_t images, int threads)
+Product::Product(const Engine& engine, const dcgan_op& op, bool dgrad, Prologue prologue, int64_t images,
+                 int threads)
     : engine_(engine),
       op_(op),
       dgrad_(dgrad),
       images_(images),
       threads_(threads),
       layer_(layer_of(op)),
-      job_{&layer_, {}, {}, 0} {
+      job_{&layer_, {}, {}, 0},
+      has_prologue_(prologue != Prologue::NONE) {
     if (dgrad) {
         const int64_t height = out_side(layer_, op.height), width = out_side(layer_, op.width);
         layer_.transposed = !op.transposed;
@@ -116,9 +116,6 @@ Product::Product(const Engine& engine, const dcgan_op& op, bool dgrad, int64_t i
             job_.extra_height = op.height - 2 * height;
             job_.extra_width = op.width - 2 * width;
         }
-        has_prologue_ = source_of_du(op, images, nullptr, nullptr, nullptr).prologue != Prologue::NONE;
-    } else {
-        has_prologue_ = source_of_x(op, nullptr).prologue != Prologue::NONE;
     }
     const bool reduces = dgrad ? op.scale != nullptr || op.in_act != DCGAN_NONE : op.statistics != 0;
     const int64_t packed = engine.packed_size(layer_);
@@ -130,7 +127,7 @@ Product::Product(const Engine& engine, const dcgan_op& op, bool dgrad, int64_t i
         job_.images = images;
         units_ = engine.streamed_units(job_, threads);
         Source source{};
-        source.prologue = has_prologue_ ? Prologue::ACTIVATION : Prologue::NONE;
+        source.prologue = prologue;
         scratch_ = whole_lines(engine.streamed_memory(job_, source, threads));
     } else {
         const int64_t in = layer_.c_in * pixels(layer_.height, layer_.width);
@@ -161,21 +158,17 @@ Product::Product(const Engine& engine, const dcgan_op& op, bool dgrad, int64_t i
     }
     if (reduces)
         sums_ = static_cast<size_t>(blocks_ * units_ * PartialSums::ROWS) * whole_lines(layer_.c_out);
-    if (dgrad && op.statistics) vectors_ = whole_lines(3 * op.c_out);
 }
 
 size_t Product::bytes() const {
     const size_t copies = per_thread_ ? static_cast<size_t>(threads_) : 1;
     const size_t scratches = streamed_ ? 1 : static_cast<size_t>(threads_);
-    return (sums_ + vectors_ + packed_ + materialized_ * copies + scratch_ * scratches) * sizeof(float);
+    return (sums_ + packed_ + materialized_ * copies + scratch_ * scratches) * sizeof(float);
 }
 
-void Product::run(const Maps& maps, const float* weight, const int64_t strides[4], float* memory) const {
+void Product::run(const Maps& maps, const float* weight, const int64_t strides[4], float* memory,
+                  bool packed) const {
     float* const sums = memory;
-    float* const vectors = sums + sums_;
-    float* const rest = vectors + vectors_;
-    const Source source =
-        dgrad_ ? source_of_du(op_, images_, maps.in, maps.y, vectors) : source_of_x(op_, maps.in);
     PartialSums partials{dgrad_ ? PartialSums::ADJOINT : PartialSums::STATISTICS,
                          maps.x,
                          op_.center,
@@ -185,14 +178,16 @@ void Product::run(const Maps& maps, const float* weight, const int64_t strides[4
                          sums,
                          static_cast<long>(whole_lines(layer_.c_out))};
     if (sums_ > 0) std::memset(sums, 0, sums_ * sizeof(float));
-    run_blocks(maps, source, sums_ > 0 ? &partials : nullptr, weight, strides, rest);
-    if (!dgrad_ && op_.statistics) merge_statistics(sums, maps.vectors[0], maps.vectors[1]);
-    if (dgrad_ && maps.vectors[0] != nullptr)
-        merge_adjoint(sums, maps.vectors[0], maps.vectors[1], maps.vectors[2]);
+    run_blocks(maps, sums_ > 0 ? &partials : nullptr, weight, strides, memory + sums_, packed);
+    if (maps.sums == nullptr) return;
+    if (dgrad_)
+        merge_adjoint(sums, maps.sums);
+    else
+        merge_statistics(sums, maps.sums);
 }
 
-void Product::run_blocks(const Maps& maps, const Source& source, const PartialSums* partials,
-                         const float* weight, const int64_t strides[4], float* memory) const {
+void Product::run_blocks(const Maps& maps, const PartialSums* partials, const float* weight,
+                         const int64_t strides[4], float* memory, bool packed_already) const {
     const int64_t height = dgrad_ ? op_.height : out_side(layer_, op_.height);
     const int64_t width = dgrad_ ? op_.width : out_side(layer_, op_.width);
     const View out = nhwc(maps.out, height, width, layer_.c_out);
@@ -200,19 +195,19 @@ void Product::run_blocks(const Maps& maps, const Source& source, const PartialSu
         Job job = job_;
         job.y = out;
         job.partials = partials;
-        return engine_.streamed(job, source, weight, strides, threads_, memory);
+        return engine_.streamed(job, maps.in, weight, strides, threads_, memory);
     }
     dcgan_layer layer = layer_;
     float* const packed = memory;
     float* const materialized = packed + packed_;
     float* const scratch = materialized + materialized_ * static_cast<size_t>(per_thread_ ? threads_ : 1);
-    engine_.pack(layer, weight, strides, packed, threads_);
+    if (!packed_already) engine_.pack(layer, weight, strides, packed, threads_);
     layer.weights = packed;
 
     const int64_t in_pixels = pixels(layer_.height, layer_.width), in = in_pixels * layer_.c_in;
     const auto block = [&](int64_t index, int threads, int thread) {
         const int64_t begin = index * block_, images = std::min(block_, images_ - begin);
-        float* from = const_cast<float*>(source.t) + begin * in;
+        float* from = const_cast<float*>(maps.in.t) + begin * in;
         if (has_prologue_) {
             from = materialized + static_cast<size_t>(thread) * materialized_;
             const int64_t rows = images * layer_.height, row = layer_.width;
@@ -222,7 +217,7 @@ void Product::run_blocks(const Maps& maps, const Source& source, const PartialSu
     num_threads(effective_threads(threads)) if (effective_threads(threads) > 1)
 #endif
             for (int64_t r = 0; r < rows; ++r)
-                engine_.fill(source, first + r * row, first + (r + 1) * row, from + r * row * layer_.c_in);
+                engine_.fill(maps.in, first + r * row, first + (r + 1) * row, from + r * row * layer_.c_in);
         }
         Job job = job_;
         job.layer = &layer;
@@ -251,39 +246,39 @@ void Product::run_blocks(const Maps& maps, const Source& source, const PartialSu
 }
 
 // Merges counts, means and centered sums of squares pairwise (Chan, Golub & LeVeque, 1979).
-void Product::merge_statistics(const float* sums, float* mean, float* variance) const {
+void Product::merge_statistics(const float* sums, double* merged) const {
     const int64_t width = static_cast<int64_t>(whole_lines(layer_.c_out)), units = blocks_ * units_;
-    for (int c = 0; c < layer_.c_out; ++c) {
-        double count = 0, center = 0, squares = 0;
+    for (int64_t first = 0; first < layer_.c_out; first += LINE) {  // line by line, as the units store them
+        double count[LINE] = {}, center[LINE] = {}, squares[LINE] = {};
         for (int64_t u = 0; u < units; ++u) {
-            const float* const unit_sums = sums + u * PartialSums::ROWS * width + c;
-            const double n = unit_sums[0];
-            if (n == 0) continue;
-            const double first = unit_sums[2 * width], unit_mean = unit_sums[width] + first / n;
-            const double unit_squares = unit_sums[3 * width] - first * first / n;
-            const double delta = unit_mean - center, total = count + n;
-            center += delta * n / total;
-            squares += unit_squares + delta * delta * count * n / total;
-            count = total;
+            const float* const of_unit = sums + u * PartialSums::ROWS * width + first;
+            for (int64_t c = 0; c < LINE; ++c) {
+                const double n = of_unit[c], sum = of_unit[c + 2 * width];
+                const double unit_mean = of_unit[c + width] + sum / n;
+                const double unit_squares = of_unit[c + 3 * width] - sum * sum / n;
+                const double delta = unit_mean - center[c], total = count[c] + n;
+                const double moved = center[c] + delta * n / total;
+                const double grown = squares[c] + (unit_squares + delta * delta * count[c] * n / total);
+                center[c] = n == 0 ? center[c] : moved;  // a unit has only some of the channels
+                squares[c] = n == 0 ? squares[c] : grown;
+                count[c] = total;
+            }
         }
-        mean[c] = static_cast<float>(center);
-        // Rounding may make the variance of a constant channel slightly negative.
-        variance[c] = static_cast<float>(squares < 0 ? 0 : squares / count);
+        for (int64_t c = 0; c < std::min<int64_t>(LINE, layer_.c_out - first); ++c) {
+            merged[first + c] = center[c];
+            // Rounding may make the variance of a constant channel slightly negative.
+            merged[layer_.c_out + first + c] = squares[c] < 0 ? 0 : squares[c] / count[c];
+        }
     }
 }
 
-void Product::merge_adjoint(const float* sums, float* dcenter, float* dscale, float* dshift) const {
+void Product::merge_adjoint(const float* sums, double* merged) const {
     const int64_t width = static_cast<int64_t>(whole_lines(layer_.c_out)), units = blocks_ * units_;
-    for (int c = 0; c < layer_.c_out; ++c) {
-        double shift = 0, scale = 0;
-        for (int64_t u = 0; u < units; ++u) {
-            shift += sums[u * PartialSums::ROWS * width + c];
-            scale += sums[(u * PartialSums::ROWS + 1) * width + c];
-        }
-        dshift[c] = static_cast<float>(shift);
-        dscale[c] = static_cast<float>(scale);
-        dcenter[c] = static_cast<float>(-op_.scale[c] * shift);
-    }
+    std::fill(merged, merged + 2 * layer_.c_out, 0.0);
+    for (int64_t u = 0; u < units; ++u)
+        for (int64_t row = 0; row < 2; ++row)
+            for (int64_t c = 0; c < layer_.c_out; ++c)
+                merged[row * layer_.c_out + c] += sums[(u * PartialSums::ROWS + row) * width + c];
 }
 
 }  // namespace dcgan

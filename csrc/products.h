@@ -14,26 +14,30 @@ namespace dcgan {
 // Each unit of work has its own partial sums over pixels, which are merged in the order of the units.
 class Product {
  public:
-    // The op must support the product; abi.cpp checks that.
-    Product(const Engine& engine, const dcgan_op& op, bool dgrad, int64_t images, int threads);
+    // The op must support the product; abi.cpp checks that. `prologue`: of the input map, x or du.
+    Product(const Engine& engine, const dcgan_op& op, bool dgrad, Prologue prologue, int64_t images,
+            int threads);
 
     struct Maps {
-        const float* in;  // x, or dy
-        const float* y;   // dgrad only
-        const float* x;   // dgrad only
-        float* out;       // y, or dx
-        // fprop: mean, variance; dgrad: dcenter, dscale, dshift. Null where not requested.
-        float* vectors[3];
+        Source in;       // x, or du
+        const float* x;  // dgrad: the layer's input, if x̂ depends on it
+        float* out;      // y, or dx
+        // Two rows of one double per channel of `out`, or null. fprop with statistics: mean and variance;
+        // dgrad with center, scale and shift: Σ g and Σ g·(x - center).
+        double* sums;
     };
 
     size_t bytes() const;  // size of the memory that run() needs
-    void run(const Maps& maps, const float* weight, const int64_t strides[4], float* memory) const;
+    // `packed`: the previous use of `memory` was a run of a product that differs at most in its vectors and
+    // maps, so that the packed weights are there.
+    void run(const Maps& maps, const float* weight, const int64_t strides[4], float* memory,
+             bool packed = false) const;
 
  private:
-    void run_blocks(const Maps& maps, const Source& source, const PartialSums* partials, const float* weight,
-                    const int64_t strides[4], float* memory) const;
-    void merge_statistics(const float* sums, float* mean, float* variance) const;
-    void merge_adjoint(const float* sums, float* dcenter, float* dscale, float* dshift) const;
+    void run_blocks(const Maps& maps, const PartialSums* partials, const float* weight,
+                    const int64_t strides[4], float* memory, bool packed) const;
+    void merge_statistics(const float* sums, double* merged) const;
+    void merge_adjoint(const float* sums, double* merged) const;
 
     const Engine& engine_;
     const dcgan_op& op_;
@@ -42,12 +46,12 @@ class Product {
     const int threads_;
     dcgan_layer layer_;  // for dgrad the adjoint layer
     Job job_;            // one block
-    bool has_prologue_;
+    const bool has_prologue_;
     bool streamed_;
     bool per_thread_ = false;                     // whether each thread runs its own blocks
     int64_t block_ = 0, blocks_ = 0, units_ = 0;  // images per block; blocks; units per block
     // In floats.
-    size_t sums_ = 0, vectors_ = 0, packed_ = 0, materialized_ = 0, scratch_ = 0;
+    size_t sums_ = 0, packed_ = 0, materialized_ = 0, scratch_ = 0;
 };
 
 // The sources of x̂ and du. If the statistics have gradients, the prologue's vectors for du are written to

@@ -16,8 +16,8 @@
 //     products   parallel over blocks of dw: C[point] = Σ_tile W[point][tile]·V[point][tile] in the thread's
 //                L2, then the output transform from points to taps
 //
-// The taps of a block are accumulated over the K blocks and stored to dweight after the last one: the order
-// of summation does not depend on the number of threads.
+// The taps of a block are accumulated over the K blocks and stored (or added) to dweight after the last one:
+// the order of summation does not depend on the number of threads.
 #pragma once
 
 #include "outer.h"
@@ -32,6 +32,7 @@ struct Correlation {
     Size large_map, small_map;
     long images, kernel, stride, padding;
     float* dweight;
+    bool add;                // to dweight
     long s, l, row, column;  // strides of dweight
 
     explicit Correlation(const GradientJob& job)
@@ -44,6 +45,7 @@ struct Correlation {
           stride(job.layer->stride),
           padding(job.layer->padding),
           dweight(job.dweight),
+          add(job.add),
           s(0),
           l(0),
           row(0),
@@ -65,6 +67,10 @@ struct Correlation {
     long taps() const { return kernel * kernel; }
     float* tap(long channel_s, long channel_l, long index) const {
         return dweight + channel_s * s + channel_l * l + index / kernel * row + index % kernel * column;
+    }
+    void put(long channel_s, long channel_l, long index, float sum) const {
+        float* const to = tap(channel_s, channel_l, index);
+        *to = add ? sum + *to : sum;
     }
 };
 
@@ -397,17 +403,20 @@ struct TiledGradient {
         }
     }
 
-    // Stores the taps of a block to dweight.
+    // Stores the taps of a block to dweight, or adds them to it.
     void store_block(long index, const float* taps) const {
         const Block b = block(index);
         const long s_end = min(b.s.end * PANEL, c.small->channels);
         const long l_begin = b.l.begin * PANEL, l_end = min(b.l.end * PANEL, c.large->channels);
+        const auto put = [&](float* to, vec sum, long count) __attribute__((always_inline)) {
+            store(to, c.add ? sum + load(to, count) : sum, count);
+        };
         for (long s = b.s.begin * PANEL; s < s_end; ++s) {
             const float* const from = taps + (s - b.s.begin * PANEL) * c_stride - l_begin;
             if (c.l == 1) {
                 for (long tap = 0; tap < c.taps(); ++tap)
                     for (long l = l_begin; l < l_end; l += LANES)
-                        store(c.tap(s, l, tap), load(from + tap * c_plane + l), min(LANES, l_end - l));
+                        put(c.tap(s, l, tap), load(from + tap * c_plane + l), min(LANES, l_end - l));
             } else {
                 long l = l_begin;
                 if (c.kernel == 4 && c.column == 1 && c.row == 4)  // 16 contiguous taps
@@ -418,10 +427,10 @@ struct TiledGradient {
                             for (long i = 0; i < LANES; ++i) block[i] = load(from + (tap + i) * c_plane + l);
                             transpose(block);
 #pragma GCC unroll 16
-                            for (long i = 0; i < LANES; ++i) store(c.tap(s, l + i, tap), block[i]);
+                            for (long i = 0; i < LANES; ++i) put(c.tap(s, l + i, tap), block[i], LANES);
                         }
                 for (; l < l_end; ++l)
-                    for (long tap = 0; tap < c.taps(); ++tap) *c.tap(s, l, tap) = from[tap * c_plane + l];
+                    for (long tap = 0; tap < c.taps(); ++tap) c.put(s, l, tap, from[tap * c_plane + l]);
             }
         }
     }
@@ -489,7 +498,7 @@ struct NarrowGradient {
         for (long s = 0; s < c.small->channels; ++s)
             for (long l = 0; l < c.large->channels; ++l)
                 for (long tap = 0; tap < 16; ++tap)
-                    *c.tap(s, l, tap) = sums[(tap * c.large->channels + l) * columns + s];
+                    c.put(s, l, tap, sums[(tap * c.large->channels + l) * columns + s]);
     }
 
     void add(const Source& image, long block, bool more, float* l, float* s, float* a, float* sums) const {

@@ -1,4 +1,4 @@
-// The workspace of a thread, kept between calls.
+// The workspace of a thread, kept between calls, and sizes of its parts.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,6 +10,13 @@
 namespace dcgan {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
+
+constexpr int64_t DOUBLE = sizeof(double) / sizeof(float);  // floats of a double
+
+// A number of floats, rounded up to whole cache lines.
+inline size_t whole_lines(int64_t floats) {
+    return static_cast<size_t>((floats + 15) / 16 * 16);
+}
 
 // Requests huge pages where whole ones fit into [data, data + bytes): with 4 KB pages, sequential reads of
 // megabytes would miss the TLB on every page.

@@ -57,9 +57,11 @@ def update_running_stats(norm: BatchNorm, mean: Tensor, var: Tensor, count: int)
         return
     with torch.no_grad():
         momentum: Any = norm.momentum
+        if momentum is None:
+            momentum = 0.0  # as in nn.BatchNorm2d, if there is no count of batches
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-            if momentum is None:
+            if norm.momentum is None:
                 momentum = norm.num_batches_tracked.to(running_mean.dtype).reciprocal()
         if count == 0:
             return

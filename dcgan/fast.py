@@ -8,10 +8,11 @@ BatchNorm and its activation are one op of :mod:`dcgan.kernels.ops`:
 
 * eval: BatchNorm is folded into the op's epilogue, from the live parameters and running statistics. On a CPU,
   when no gradients are needed, all layers run in one call (:mod:`dcgan.kernels.chain`).
-* train: the op returns its raw output with its mean and variance; BatchNorm and activation are fused into the
-  next op's prologue, so that a layer saves one tensor for the backward. Running statistics and
-  ``num_batches_tracked`` are updated as in ``nn.BatchNorm2d``. For ``batchnorm.SyncBatchNorm2d`` and
-  ``nn.SyncBatchNorm`` the op's statistics are merged with those of the other processes.
+* train: the network is one operator with one autograd node (:mod:`dcgan.kernels.train_chain`), and a layer
+  saves one tensor for the backward. Running statistics and ``num_batches_tracked`` are updated as in
+  ``nn.BatchNorm2d``. Where that operator does not apply (a module with hooks, a BatchNorm in eval mode,
+  statistics merged over processes, a layer without a kernel), the network runs layer by layer: an op returns
+  its raw output with its mean and variance, and the next op applies BatchNorm and activation as its prologue.
 
 **What is replaced.** The call of a module is replaced if the module's type is exactly a known one, if nothing
 but ``nn.Module.__call__`` and the class's own ``forward`` would run, and if no hook of any kind is registered
@@ -61,11 +62,11 @@ class _Fast(nn.Module):
         weight_cache.thaw(self)
         weight_cache.invalidate(self.parameters())
 
-    def _run(self, x: Tensor, logits: bool = False) -> Tensor:
+    def _run(self, x: Tensor, logits: bool = False, groups: int = 1) -> Tensor:
         if self.training or torch.compiler.is_compiling() or tracing():
-            return layers.run(self.main, x, logits)
+            return layers.run(self.main, x, logits, groups=groups)
         with weight_cache.called_from_python():
-            return layers.run(self.main, x, logits, self._freeze)
+            return layers.run(self.main, x, logits, self._freeze, groups)
 
     def train(self: _Self, mode: bool = True) -> _Self:
         super().train(mode)
@@ -115,6 +116,25 @@ class Discriminator(_Fast, models.Discriminator):
         image = self._image(image)
         models.check_sigmoid(self.main)
         return self._run(image, logits=True).view(-1, 1).squeeze(1)
+
+    def logits_of_groups(self, image: Tensor, groups: int) -> Tensor:
+        """Return the :meth:`logits` of as many equal groups of images, each with batch statistics of its own.
+
+        The result is that of one call for each group, in order, running statistics included. Where the
+        network trains as one operator it is computed in one pass, which fills a GPU better.
+
+        Raises:
+            ValueError: ``groups`` does not divide the batch; or as :meth:`logits`.
+        """
+        image = self._image(image)
+        models.check_sigmoid(self.main)
+        if groups < 1 or len(image) % groups:
+            raise ValueError(f"groups must divide the batch of {len(image)} images, got {groups}")
+        return self._run(image, logits=True, groups=groups).view(-1, 1).squeeze(1)
+
+    def engine_of_groups(self, image: Tensor, groups: int) -> str:
+        """Return the engine with which :meth:`logits_of_groups` makes one pass; '' if it makes several."""
+        return layers.engine_of_groups(self.main, self._image(image), True, groups) if self.training else ""
 
 
 Model = TypeVar("Model", models.Generator, models.Discriminator)

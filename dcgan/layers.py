@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import models
 from .batchnorm import SYNC_BATCHNORMS, BatchNorm, merge_statistics, update_running_stats
 from .introspection import tracing, why_all_eager, why_eager
-from .kernels import chain, coverage, ops
+from .kernels import chain, coverage, ops, train_chain, weight_cache
 from .kernels.reference import accumulator_dtype, activate, normalise
+from .kernels.spec import Shaped, TrainCall, TrainStage
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -113,7 +116,7 @@ def group_layers(modules: NamedModules) -> list[Layer]:
     """
     layers = list(_group(modules))
     result = []
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+    for layer, following in zip(layers, [*layers, None][1:], strict=True):
         if _uses_batch_statistics(layer.norm) and (following is None or following.conv is None):
             layer = layer._replace(conv=None, reason="no fused op follows to apply its BatchNorm")
         result.append(layer)
@@ -310,6 +313,145 @@ def _chain(main: nn.Module, modules: NamedModules, logits: bool) -> chain.Chain 
     return entry[1]
 
 
+# --- training -----------------------------------------------------------------------------------------------
+
+_separate_layers = False
+
+
+@contextlib.contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Train every network in this context layer by layer, as one operator a layer, for profilers and tests.
+
+    The results are the same up to rounding.
+    """
+    global _separate_layers
+    before, _separate_layers = _separate_layers, True
+    try:
+        yield
+    finally:
+        _separate_layers = before
+
+
+def _train_stage(layer: Layer, is_last: bool) -> TrainStage | None:
+    """Return the layer as a stage of a network's operator; None if it needs an op, or a call, of its own."""
+    conv, norm = layer.conv, layer.norm
+    if conv is None or conv.bias is not None or (layer.act not in train_chain.ACTIVATIONS and not is_last):
+        return None
+    stage = TrainStage(
+        isinstance(conv, nn.ConvTranspose2d),
+        conv.weight,
+        act=layer.act,
+        stride=conv.stride[0],
+        padding=_padding(conv),
+    )
+    if norm is None:
+        return stage
+    merges = isinstance(norm, SYNC_BATCHNORMS) and norm.training and distributed.is_initialized()
+    if merges or not _uses_batch_statistics(norm):
+        return None
+    return stage._replace(gamma=norm.weight, beta=norm.bias, norm=True, eps=norm.eps)
+
+
+def _train_call(
+    main: nn.Module, layers: Sequence[Layer], x: Tensor, groups: int, channels_last: bool
+) -> TrainCall | None:
+    """Return the network on x as a call of one operator; None if it has to run layer by layer.
+
+    Autocast has not been applied to x, as the caller may only want to know whether there is one.
+    """
+    if _separate_layers or ops.under_transform() or _overlaps_communication(main):
+        return None
+    slopes = {layer.slope for layer in layers if layer.slope is not None}
+    if not layers or not x.shape[0] or len(slopes) > 1:
+        return None
+    stages: list[TrainStage] = []
+    for layer in layers:
+        stage = _train_stage(layer, layer is layers[-1])
+        if stage is None:
+            return None
+        stages.append(stage)
+    dtype = ops.autocast_dtype(x)
+    dtypes = (x.dtype,) if dtype is None else (dtype, torch.float32)  # float32 is cast as it is packed
+    if any(stage.weight.dtype not in dtypes for stage in stages):
+        return None
+    slope = slopes.pop() if slopes else 0.0
+    nhwc = channels_last and stages[-1].c_out > 1
+    call = TrainCall(x, stages, slope, groups, nhwc, _is_differentiated(main, x))
+    # While compiling, the choice cannot be traced: the operator makes it when it runs.
+    return call if torch.compiler.is_compiling() or _engine_of(call) else None
+
+
+def _overlaps_communication(main: nn.Module) -> bool:
+    """Return whether DistributedDataParallel averages gradients of ``main`` while its backward still runs.
+
+    It averages a bucket as soon as all of its gradients are there. A single node for the network yields all
+    gradients at its end, which costs nothing only if they all fit into one bucket anyway.
+    """
+    if torch.compiler.is_compiling() or not distributed.is_initialized():
+        return False
+    active = DistributedDataParallel._get_active_ddp_module()
+    if active is None or not active.require_backward_grad_sync:
+        return False
+    size = sum(p.numel() * p.element_size() for p in main.parameters() if p.requires_grad)
+    return bool(size > active.bucket_bytes_cap)
+
+
+def _train(call: TrainCall, norms: Sequence[BatchNorm]) -> Tensor:
+    """Run the network's operator, and update the running statistics of its BatchNorms."""
+    dtype = ops.autocast_dtype(call.x)
+    if dtype is not None:
+        call = call._replace(x=call.x.to(dtype))
+    counts = []
+    for spec, stage in zip(train_chain.specs(call), call.stages, strict=True):
+        if not stage.norm:
+            continue
+        size = torch.Size((spec.images // call.groups, *spec.y.size))
+        count = size[0] * size[2] * size[3]
+        if count == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        counts.append(count)
+    if torch.compiler.is_compiling():
+        y, stats = train_chain.train_chain(call)
+    else:
+        with weight_cache.called_from_python():
+            y, stats = train_chain.train_chain(call)
+    _track(norms, stats, counts)
+    return y
+
+
+def _track(norms: Sequence[BatchNorm], stats: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """Update running statistics: all of a network in one operator, except those that it does not support."""
+    rows: list[tuple[Any, ...]] = []
+    others = []
+    for norm, vectors, count in zip(norms, stats, counts, strict=True):
+        if _is_trackable(norm, norms):
+            buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            rows.append((*buffers, vectors, norm.momentum, count))
+        else:
+            others.append((norm, vectors, count))
+    if rows:
+        train_chain.track_(*zip(*rows, strict=True))
+    for group in range(others[0][1].shape[1] if others else 0):  # in the order of a call for each group
+        for norm, vectors, count in others:
+            update_running_stats(norm, vectors[0, group], vectors[1, group], count)
+
+
+def _is_trackable(norm: BatchNorm, norms: Sequence[BatchNorm]) -> bool:
+    """Return whether :func:`.train_chain.track_` supports a BatchNorm, of those of one network.
+
+    It does not if another one has the same buffers: they might be updated at the same time.
+    """
+    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    momentum = norm.momentum
+    return (
+        norm.training
+        and norm.track_running_stats
+        and all(t is not None and t.is_contiguous() for t in buffers)
+        and (momentum is None or momentum >= 0)
+        and sum(other.running_mean is norm.running_mean for other in norms) == 1
+    )
+
+
 # --- running a network --------------------------------------------------------------------------------------
 
 
@@ -333,12 +475,17 @@ def why_modules_run_eagerly(main: nn.Module, x: Tensor, training: bool) -> str:
     return (training and _why_small(modules, x)) or _why_few(group_layers(modules), modules, x)
 
 
-def run(main: nn.Module, x: Tensor, logits: bool, freeze: Callable[[], None] = lambda: None) -> Tensor:
+def run(
+    main: nn.Module, x: Tensor, logits: bool, freeze: Callable[[], None] = lambda: None, groups: int = 1
+) -> Tensor:
     """Compute ``main(x)`` by the ops; with ``logits``, without its last module.
 
     Feature maps between two ops are NHWC. The output, and the input of a module that runs eagerly, have
-    eager's memory format. ``freeze`` is called before weights are packed.
+    eager's memory format. ``freeze`` is called before weights are packed. With ``groups``, the result is that
+    of one call for each of as many equal parts of x, in order.
     """
+    if groups > 1 and not engine_of_groups(main, x, logits, groups):
+        return torch.cat([run(main, part, logits, freeze) for part in x.chunk(groups)])
     if why_main_runs_eagerly(main):
         return _call(main, x, logits)
     modules = named_modules(main)[: -1 if logits else None]
@@ -356,8 +503,11 @@ def run(main: nn.Module, x: Tensor, logits: bool, freeze: Callable[[], None] = l
     layers = group_layers(modules)
     if _why_few(layers, modules, x):
         return _call(main, x, logits)
-    freeze()
     channels_last = _eager_output_is_channels_last(x, convolution_weights(main))
+    call = _train_call(main, layers, x, groups, channels_last)
+    if call is not None:
+        return _train(call, [layer.norm for layer in layers if layer.norm is not None])
+    freeze()
     prologue = _NO_PROLOGUE
     for i, layer in enumerate(layers):
         if layer.conv is None:
@@ -370,6 +520,25 @@ def run(main: nn.Module, x: Tensor, logits: bool, freeze: Callable[[], None] = l
             nhwc = feeds_an_op or (channels_last and layer.conv.out_channels > 1)
             x, prologue = _run_layer(layer, x, prologue, nhwc)
     return _materialize(x, prologue)
+
+
+def engine_of_groups(main: nn.Module, x: Tensor, logits: bool, groups: int) -> str:
+    """Return the engine with which :func:`run` computes the groups in one pass; '' if it takes several."""
+    if why_main_runs_eagerly(main) or coverage.why_eager(x, training=True):
+        return ""
+    modules = named_modules(main)[: -1 if logits else None]
+    if _is_differentiated(main, x) and _why_small(modules, x):
+        return ""
+    call = _train_call(main, group_layers(modules), x, groups, channels_last=False)
+    return "" if call is None else _engine_of(call)
+
+
+def _engine_of(call: TrainCall) -> str:
+    """Return the engine of all layers of a call to which autocast has not been applied; '' if they differ."""
+    x = call.x
+    shaped: Any = Shaped(x.shape, ops.autocast_dtype(x) or x.dtype, x.device, x.stride())
+    engines = {choice.engine for choice in train_chain.choose(train_chain.specs(call._replace(x=shaped)))}
+    return engines.pop() if len(engines) == 1 else ""
 
 
 def _is_differentiated(main: nn.Module, x: Tensor) -> bool:

@@ -17,6 +17,9 @@ AMX_MIN_IMAGES = 32
 # forward and backward) exceeds what the kernels save: on two threads, fast networks ran at 0.6 to 1.1 times
 # eager's speed below twice this number, and at 1.03 times or more above.
 MIN_TRAINING_MACS = 128e6
+# Batch size up to which a training step on a GPU runs D on real and generated images in one pass of twice the
+# batch. Beyond, the kernels fill the GPU anyway, and the pass holds the activations of both halves at once.
+MAX_IMAGES_TOGETHER = 256
 
 
 def why_eager(x: Tensor, training: bool) -> str:
@@ -31,9 +34,7 @@ def why_eager(x: Tensor, training: bool) -> str:
     """
     if ops.engine() != "auto":
         return ""
-    device, dtype = x.device, x.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    device, dtype = x.device, ops.autocast_dtype(x) or x.dtype
     compiling = torch.compiler.is_compiling()
     if device.type == "cuda" and not compiling:
         from . import gpu

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
+from . import train_chain
 from .chain import arguments, specs
 from .ops import NAMES
 from .spec import Backward, Call, ConvSpec, specify
@@ -39,6 +40,20 @@ def _chain(x: Tensor, *columns: Any, out_val: Any, **kwargs: Any) -> int:
     return sum(map(_spec_flops, specs(x, *arguments(columns))))
 
 
+def _train(x: Tensor, *columns: Any, out_val: Any, **kwargs: Any) -> int:
+    return sum(map(_spec_flops, train_chain.specs(train_chain.call_of(x, *columns, **kwargs))))
+
+
+def _train_backward(*args: Any, out_val: Any, **kwargs: Any) -> int:
+    """Count the wgrads that are needed, and the dgrads down to the first layer that needs one."""
+    call = train_chain.backward_call(*args, **kwargs)
+    products, below = 0, call.need_x
+    for i, spec in enumerate(train_chain.specs(call.forward)):
+        products += (below + call.need_weight[i]) * _spec_flops(spec)
+        below = below or call.need_weight[i] or call.need_gamma[i] or call.need_beta[i]
+    return products
+
+
 def register() -> None:
     """Register the formulas with FlopCounterMode; repeated calls are no-ops."""
     if torch.ops.dcgan.conv_chain in flop_registry:
@@ -48,3 +63,5 @@ def register() -> None:
             op_formula = functools.partial(formula, transposed=transposed)
             register_flop_formula(getattr(torch.ops.dcgan, op), get_raw=True)(op_formula)
     register_flop_formula(torch.ops.dcgan.conv_chain, get_raw=True)(_chain)
+    register_flop_formula(torch.ops.dcgan.train_chain, get_raw=True)(_train)
+    register_flop_formula(torch.ops.dcgan.train_chain_backward, get_raw=True)(_train_backward)

@@ -20,8 +20,9 @@ outputs only y is saved. Second derivatives (``create_graph=True``) go through t
 
 The engines are ``reference``, ``triton`` and ``native``. ``DCGAN_ENGINE`` (or :func:`use_engine`) forces one;
 ``auto`` uses Triton on CUDA and the native engine on CPUs for the calls that they cover, and the reference
-for the rest. A forced engine that does not cover a call is an error; there is no fallback. The one exception
-is the loss, which the native engine does not implement: the reference computes it. Networks that no engine
+for the rest. A forced engine that does not cover a call is an error; there is no fallback. The exceptions are
+the loss and running statistics, which the native engine computes in float32 alone: the reference computes
+the others. Networks that no engine
 covers do not use these ops at all (:mod:`.coverage`).
 """
 
@@ -76,6 +77,8 @@ def check(call: Call, transposed: bool) -> ConvSpec:
     Raises:
         ValueError, TypeError: names the argument at fault.
     """
+    if torch.compiler.is_compiling():  # the compiled program would be guarded by the cache's contents
+        return _check(call, transposed)
     x, weight, center, scale, shift, in_act, out_scale, out_shift, *rest = call
     vectors = (center, scale, shift, out_scale, out_shift)
     key = (transposed, _traits(x), x.stride(), _traits(weight), *map(_traits, vectors), in_act, *rest)
@@ -501,11 +504,18 @@ def can_bypass_dispatcher(x: Tensor) -> bool:
     )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast casts x; None if it is off, for float64, and on other devices."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def _run_under_transform(call: Call, transposed: bool) -> Outputs:
     """Run the call in plain aten, which every transform supports; y has the strides that aten gives it."""
-    device = call.x.device.type
-    if torch.is_autocast_enabled(device) and call.x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    device, dtype = call.x.device.type, autocast_dtype(call.x)
+    if dtype is not None:
         call = call._replace(x=call.x.to(dtype), weight=call.weight.to(dtype))
     check(call, transposed)
     choice = Choice(NAMES[transposed], "reference", "a torch.func transform or forward-mode AD is active")

@@ -20,14 +20,32 @@ Backward, given dy, dmean, dvar (M = N·H·W of y):
 
 The sums are centered because Σ g·x - center·Σ g suffers cancellation where mean/std is large. Every step of
 the backward is differentiable aten, from which the ops get their second derivatives.
+
+In 16 bits dx is rounded, and the engines round the du that is computed from it in the layer before, so that
+terms of less than half a unit of dx vanish in all pixels alike. Simulated in bfloat16 over 4,096, 65,536 and
+1,048,576 pixels, a weight's gradient errs by 0.6%, 4% and 29%; by 0.3%, 0.5% and 3% where du is rounded once,
+as in :mod:`.train_chain`; and by 0.35% at any size if the second rounding were stochastic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .spec import Backward, Call, Outputs, dense_strides
+from .spec import (
+    Backward,
+    Call,
+    ConvSpec,
+    Outputs,
+    TrainBackward,
+    TrainCall,
+    TrainGradients,
+    TrainOutputs,
+    dense_strides,
+)
 
 aten = torch.ops.aten
 
@@ -99,11 +117,14 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: 
 
 
 def _canonical(y: Tensor, channels_last: bool) -> Tensor:
-    """Give y the strides of a newly allocated tensor of that format, including its size-1 dimensions."""
+    """Give y the strides of a newly allocated tensor of that format, including its size-1 dimensions.
+
+    In place: of a view, autograd would refuse in-place operations.
+    """
     _, c, h, w = y.shape
     strides = dense_strides((c, h, w), channels_last)
     y = y.contiguous(memory_format=memory_format(channels_last))
-    return y if y.stride() == strides else y.as_strided(y.shape, strides)
+    return y if y.stride() == strides else y.as_strided_(y.shape, strides)
 
 
 def forward(call: Call, transposed: bool, functional: bool = False) -> Outputs:
@@ -224,3 +245,138 @@ def backward(call: Backward, transposed: bool) -> OptionalGradients:
                 dx = dx * _per_channel(scale)
             dx = dx.to(x.dtype) if need_x else None
     return dx, dweight, dcenter, dscale, dshift, dout_scale, dout_shift
+
+
+# --- a network in training (:mod:`.train_chain`) ------------------------------------------------------------
+
+
+def _per_image(vector: Tensor, images: int) -> Tensor:
+    """Return vectors [groups, C] as [N, C, 1, 1], each group's beside its images."""
+    return vector.repeat_interleave(images // vector.shape[0], 0)[:, :, None, None]
+
+
+def _group_sums(t: Tensor, groups: int) -> Tensor:
+    """Return the sums [groups, C] over the pixels of each group's images."""
+    return t.unflatten(0, (groups, -1)).sum((1, 3, 4))  # type: ignore[no-any-return]
+
+
+def _normalised(y: Tensor, stats: Tensor) -> Tensor:
+    """Return (y - mean)·scale + shift in the accumulator's dtype."""
+    mean, _, scale, shift = (_per_image(v, y.shape[0]) for v in stats)
+    return torch.addcmul(shift, y.to(stats.dtype) - mean, scale)
+
+
+def _layer_input(call: TrainCall, i: int, before: Tensor, stats: Tensor | None, slope: float) -> Tensor:
+    """Return x̂ of layer i from what the layer before stores, rounded to its dtype."""
+    if stats is None:
+        return before
+    return activate_(_normalised(before, stats), call.stages[i - 1].act, slope).to(before.dtype)
+
+
+def empty_outputs(specs: Sequence[ConvSpec], call: TrainCall, packed: int = 0) -> TrainOutputs:
+    """Allocate the outputs of a network's forward; statistics are NaN, as for an empty batch."""
+    x, acc = call.x, accumulator_dtype(call.x.dtype)
+    maps = [torch.empty_strided(s.shape, s.y.stride, dtype=s.dtype, device=s.device) for s in specs]
+    stats = [
+        torch.full((4, call.groups, stage.c_out), float("nan"), dtype=acc, device=x.device)
+        for stage in call.stages
+        if stage.norm
+    ]
+    return maps[-1], maps[:-1] if call.keep else [], stats, x.new_empty(packed if call.keep else 0)
+
+
+def train_forward(specs: Sequence[ConvSpec], call: TrainCall) -> TrainOutputs:
+    """Return (y, saved, stats, packed) of a network in training; packed is empty."""
+    x, acc = call.x, accumulator_dtype(call.x.dtype)
+    saved: list[Tensor] = []
+    all_stats: list[Tensor] = []
+    stats: Tensor | None = None
+    for i, (stage, spec) in enumerate(zip(call.stages, specs, strict=True)):
+        x_hat = _layer_input(call, i, x, stats, call.slope)
+        weight = stage.weight.to(x.dtype).to(acc)
+        y = _convolve(x_hat.to(acc), weight, stage.stride, stage.padding, stage.transposed)
+        stats = None
+        if stage.norm:
+            var, mean = torch.var_mean(y.unflatten(0, (call.groups, -1)), dim=(1, 3, 4), correction=0)
+            scale = torch.rsqrt(var + stage.eps)
+            if stage.gamma is not None:
+                scale = scale * stage.gamma.to(acc)
+            shift = torch.zeros_like(scale) if stage.beta is None else stage.beta.to(acc).expand_as(scale)
+            stats = torch.stack([mean, var, scale, shift])
+            all_stats.append(stats)
+        else:
+            y = activate_(y, stage.act, call.slope)
+        x = _canonical(y.to(x.dtype), spec.y.stride[1] == 1 and spec.y.stride[3] == spec.y.size[0])
+        saved.append(x)
+    return x, saved[:-1] if call.keep else [], all_stats, x.new_empty(0)
+
+
+def train_backward(specs: Sequence[ConvSpec], call: TrainBackward, results: TrainGradients) -> None:
+    """Write the gradients that are not empty into ``results``; removes each map from ``call.saved``."""
+    forward = call.forward
+    stages, slope, groups, dtype = forward.stages, forward.slope, forward.groups, forward.x.dtype
+    acc = accumulator_dtype(dtype)
+    found = iter(call.stats)
+    stats = [next(found) if stage.norm else None for stage in stages]
+    du = call.dy.to(acc)
+    if call.y is not None:
+        du = activation_backward(du, call.y.to(acc), stages[-1].act, slope)
+    for i in reversed(range(len(stages))):
+        stage, images = stages[i], len(du)
+        stored = call.saved.pop() if i else forward.x
+        du = du.to(dtype).to(acc)
+        x_hat = _layer_input(forward, i, stored, stats[i - 1] if i else None, slope).to(acc)
+        below = i > 0 or call.need_x
+        dx_hat, dweight, _ = aten.convolution_backward(
+            du, x_hat, stage.weight.to(dtype).to(acc), None, [stage.stride] * 2, [stage.padding] * 2, [1, 1],
+            stage.transposed, [0, 0], 1, [below, call.need_weight[i], False],
+        )  # fmt: skip
+        if call.need_weight[i]:
+            results.weight[i].copy_(dweight)
+        if i == 0:
+            break
+        g = activation_backward(dx_hat, x_hat, stages[i - 1].act, slope)
+        of = stats[i - 1]
+        if of is None:
+            du = g
+            continue
+        g = g.to(dtype).to(acc)  # as it is stored: the sums over du then vanish
+        mean, var, scale, _ = of
+        y = stored.to(acc) - _per_image(mean, images)
+        inverse = torch.rsqrt(var + stages[i - 1].eps)
+        dbeta, dgamma = _group_sums(g, groups), _group_sums(g * y, groups) * inverse
+        if call.need_gamma[i - 1]:
+            results.gamma[i - 1].copy_(dgamma.sum(0))
+        if call.need_beta[i - 1]:
+            results.beta[i - 1].copy_(dbeta.sum(0))
+        count = y[:, 0].numel() // groups
+        g = g - _per_image(dbeta / count, images)
+        du = _per_image(scale, images) * (g - y * _per_image(inverse * dgamma / count, images))
+    if call.need_x:
+        results.x.copy_(dx_hat)
+
+
+def track(
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    stats: Sequence[Tensor],
+    momentum: Sequence[float],
+    count: Sequence[int],
+) -> None:
+    """Update running statistics in place, one group after the other; a negative momentum is cumulative.
+
+    Each update is computed in the wider dtype of the running statistics and ``stats``, and rounded once.
+    """
+    for mean, var, n, vectors, weight, values in zip(
+        running_mean, running_var, batches, stats, momentum, count, strict=True
+    ):
+        for group in range(vectors.shape[1]):
+            n.add_(1)
+            if not values:
+                continue
+            unbiased = vectors[1, group] * (values / (values - 1))
+            for running, new in ((mean, vectors[0, group]), (var, unbiased)):
+                acc = torch.promote_types(running.dtype, new.dtype)
+                w: Any = weight if weight >= 0 else n.to(acc).reciprocal()
+                running.copy_(running.to(acc).lerp(new.to(acc), w))

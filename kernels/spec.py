@@ -1,6 +1,7 @@
 """What a fused convolution computes: an operator's arguments, and the same without the tensors' values.
 
-:class:`Call`, :class:`Backward` and :class:`Stage` are the arguments that :mod:`.ops` and :mod:`.chain` take.
+:class:`Call`, :class:`Backward` and :class:`Stage` are the arguments that :mod:`.ops` and :mod:`.chain` take;
+:class:`TrainCall` and :class:`TrainBackward` are those of :mod:`.train_chain`.
 :class:`ConvSpec` is everything about one product but its tensors' values. It is made once per call
 (:func:`specify`), and from then on decides everything: which engine and kernel run, with which algorithm or
 tile, and which launch is reused. Nothing in it needs memory, so that a chain of layers, a prediction and an
@@ -9,6 +10,7 @@ off-line compilation work on specs alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +97,72 @@ class Stage(NamedTuple):
         return self.weight.shape[1 if self.transposed else 0]
 
 
+class TrainStage(NamedTuple):
+    """A layer of a network in training: a convolution, an optional BatchNorm, and an activation.
+
+    The BatchNorm (``norm``) uses batch statistics. ``gamma`` and ``beta`` [C_out] are None without one, and
+    for one without affine parameters.
+    """
+
+    transposed: bool
+    weight: Tensor
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    norm: bool = False
+    eps: float = 0.0
+    act: str = "none"
+    stride: int = 2
+    padding: int = 1
+
+    @property
+    def c_out(self) -> int:
+        """The number of output channels."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+
+class TrainCall(NamedTuple):
+    """Arguments of a network's forward in training."""
+
+    x: Tensor
+    stages: Sequence[TrainStage]
+    slope: float = 0.2
+    groups: int = 1
+    """Statistics are computed per ``groups``-th of the batch."""
+    channels_last: bool = True
+    keep: bool = True
+    """Whether the forward keeps what the backward needs."""
+
+
+TrainOutputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor]
+"""(y, saved, stats, packed): saved and packed are empty unless the call keeps them."""
+
+
+class TrainBackward(NamedTuple):
+    """Arguments of a network's backward. ``y`` is given where the last activation's derivative needs it."""
+
+    dy: Tensor
+    y: Tensor | None
+    saved: list[Tensor]
+    """The output of each layer but the last."""
+    stats: Sequence[Tensor]
+    """Of each BatchNorm, [4, groups, C]: mean, biased variance, scale and shift."""
+    packed: Tensor
+    need_x: bool
+    need_weight: Sequence[bool]
+    need_gamma: Sequence[bool]
+    need_beta: Sequence[bool]
+    forward: TrainCall
+
+
+class TrainGradients(NamedTuple):
+    """Gradients of a network; [0] where not needed or absent."""
+
+    x: Tensor
+    weight: list[Tensor]
+    gamma: list[Tensor]
+    beta: list[Tensor]
+
+
 class Operand(NamedTuple):
     """A tensor [N, C, H, W] of a product, and the function fused into its loads or stores.
 
@@ -114,6 +182,9 @@ class Operand(NamedTuple):
         adjoint      g·scale[c] for g = acc·act'((other - center[c])·scale[c] + shift[c]), other = the
                      forward's x, and the sums Σ g and Σ g·(other - center[c]) per tile.
                      Unless ``scaled``, g = acc·act'(other), and there are no sums
+        gradient     the same g, unscaled and rounded as it is stored, and the same sums of it
+
+    Vectors have one row [C] for each group of images (:attr:`ConvSpec.groups`).
     """
 
     size: tuple[int, int, int]  # C, H, W
@@ -128,7 +199,7 @@ class Operand(NamedTuple):
     @property
     def sums(self) -> bool:
         """Whether an epilogue stores two partial sums per tile and channel."""
-        return self.function == "statistics" or (self.function == "adjoint" and self.scaled)
+        return self.function in ("statistics", "gradient") or (self.function == "adjoint" and self.scaled)
 
 
 class ConvSpec(NamedTuple):
@@ -156,6 +227,8 @@ class ConvSpec(NamedTuple):
     device: torch.device
     precision: str = ""
     """'16bit', or on a GPU for float32 'tf32' or 'ieee', by PyTorch's setting."""
+    groups: int = 1
+    """Equal parts of the images that have statistics and vectors of their own."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

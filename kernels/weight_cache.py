@@ -188,6 +188,39 @@ def collecting() -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
+def constant_weights(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Within this context ``weights`` do not change: what one call computes from them serves the next.
+
+    This is for networks in training, whose weights are not frozen, and holds for a graph under capture too.
+    """
+    before = getattr(_local, "constant", None)
+    _local.constant = {w.data_ptr() for w in weights if _cacheable(w)}, {}
+    try:
+        yield
+    finally:
+        _local.constant = before
+
+
+def make_once(
+    weights: Iterable[Tensor], key: Hashable, make: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Return ``make()``, or where ``weights`` are constant the results of an earlier call with ``key``.
+
+    ``key`` identifies the weights too. As with the cache, calls that do not come from Python make their own.
+    """
+    constant: tuple[set[int], dict[Hashable, tuple[Tensor, ...]]] | None = getattr(_local, "constant", None)
+    if constant is None or not getattr(_local, "eager", False):
+        return make()
+    addresses, kept = constant
+    if not all(w.data_ptr() in addresses for w in weights):
+        return make()
+    results = kept.get(key)
+    if results is None:
+        results = kept[key] = make()
+    return tuple([t.detach() for t in results])  # aliases: no operator may return the same tensor twice
+
+
+@contextlib.contextmanager
 def called_from_python() -> Iterator[None]:
     """Mark this thread's ops as called from Python, so that their results on CUDA may be cached.
 

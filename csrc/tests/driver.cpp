@@ -27,6 +27,9 @@ void test_training_concurrency();
 void test_training_arguments();
 void test_wgrad();
 void test_wgrad_arguments();
+void test_training_chain();
+void test_training_chain_concurrency();
+void test_training_chain_arguments();
 void test_value_guard();
 
 // Fills allocated memory with NaN, so that results computed from uninitialized scratch are detected, and
@@ -54,6 +57,9 @@ int main(int count, char** arguments) {
     test_training_concurrency();
     test_wgrad();
     test_wgrad_arguments();
+    test_training_chain_arguments();
+    test_training_chain();
+    test_training_chain_concurrency();
     test_value_guard();
     test_views();
     test_nonfinite();

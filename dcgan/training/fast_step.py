@@ -17,15 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from dcgan import models
+from dcgan import fast, models
 from dcgan.introspection import HOOKS, why_all_eager, why_eager
-from dcgan.kernels import ops
-from dcgan.kernels.loss import bce_with_logits
+from dcgan.kernels import coverage, ops, weight_cache
+from dcgan.kernels.loss import bce_with_logits, grouped_bce_with_logits
 from dcgan.kernels.reference import accumulator_dtype
 from dcgan.training.captured_step import Backend, Cuda, Graphs
 from dcgan.training.config import Loss
 from dcgan.training.reference_step import Result
 
+ONE_PASS_ENGINES = ("triton", "native")
+"""Engines with which D runs on real and on generated images in one pass."""
 Clip = float | tuple[float | None, float | None]
 _DDP = DistributedDataParallel.__name__
 
@@ -44,8 +46,11 @@ class TrainStep:
     run updates the running statistics of D's BatchNorms, in this order. The differences from the reference
     step:
 
-    * The two halves of loss_d are backpropagated one after the other, which reduces activation memory by a
-      third; their gradients accumulate in ``grad`` as they would in one backward pass.
+    * A :class:`dcgan.fast.Discriminator` runs on x and on G(z) in one pass of twice the batch, up to 256
+      images, with statistics of each half alone: small batches would leave most of a GPU idle, and on a CPU
+      (native engine, float32, the same bits) one pass has less overhead than two.
+      Otherwise the two halves of loss_d are backpropagated one after the other, which reduces activation
+      memory by a third; their gradients accumulate in ``grad`` as they would in one backward pass.
     * G's phase does not compute weight gradients of D, which nothing reads: D's parameters have
       ``requires_grad=False`` during it. D's ``grad`` therefore holds the gradients of D's phase afterwards
       (clipped, if ``clip`` is set), whereas the reference step's G phase accumulates into it.
@@ -183,6 +188,7 @@ class TrainStep:
         self._clip_g, self._clip_d = _clip_pair(clip)
         self._ema, self._ema_decay = ema, float(ema_decay)
 
+        self._one = torch.ones((), device=self._device)
         self._graphs: Graphs | None = None
         self._not_captured_reason = "capture=False" if capture is False else self._why_not_captured()
         if capture and self._not_captured_reason:
@@ -225,18 +231,7 @@ class TrainStep:
         try:
             self._optimizer_d.zero_grad()
             self._optimizer_g.zero_grad()
-            with self._no_averaging():  # averaged once, together with the other half
-                with self._autocast_context():
-                    output_real = self._discriminate(real, self._ddp_d)
-                loss_real, d_x = self._bce(output_real, self._real_label)
-                # Now, to free its activations before the other half allocates its own.
-                self._backward(loss_real)
-            with self._autocast_context():
-                fake = (self._ddp_g or self.generator)(noise)
-                output_fake = self._discriminate(fake.detach(), self._ddp_d)
-            loss_fake, d_g_z = self._bce(output_fake, 0.0)
-            self._backward(loss_fake)
-            loss_d = loss_real.detach() + loss_fake.detach()
+            fake, loss_d, d_x, d_g_z = self._differentiate_d(real, noise)
             updated = self._update(self.discriminator, self._optimizer_d, self._clip_d)
 
             with _frozen_parameters(self.discriminator), self._no_averaging():
@@ -254,6 +249,47 @@ class TrainStep:
         if self._ema is not None and not isinstance(self._ema, AveragedModel):
             _average(self._ema, self.generator, self._ema_decay)
         return Result(loss_d.detach(), loss_g.detach(), d_x.detach(), d_g_z.detach())
+
+    def _differentiate_d(self, real: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute the gradients of loss_d; return G(z), loss_d, and the means of D(x) and D(G(z))."""
+        discriminator = self._discriminator_of_both(real)
+        if discriminator is not None:
+            with self._autocast_context():
+                fake = self.generator(noise)
+                logits = discriminator.logits_of_groups(_concatenated(real, fake.detach()), 2)
+            with torch.autocast(self._device.type, enabled=False):
+                losses, means = grouped_bce_with_logits(logits, [self._real_label, 0.0])
+            loss_d = losses.sum()
+            self._backward(loss_d)
+            return fake, loss_d.detach(), means[0], means[1]
+        with weight_cache.constant_weights(self.discriminator.parameters()):
+            with self._no_averaging():  # averaged once, together with the other half
+                with self._autocast_context():
+                    output_real = self._discriminate(real, self._ddp_d)
+                loss_real, d_x = self._bce(output_real, self._real_label)
+                # Now, to free its activations before the other half allocates its own.
+                self._backward(loss_real)
+            with self._autocast_context():
+                fake = (self._ddp_g or self.generator)(noise)
+                output_fake = self._discriminate(fake.detach(), self._ddp_d)
+            loss_fake, d_g_z = self._bce(output_fake, 0.0)
+            self._backward(loss_fake)
+        return fake, loss_real.detach() + loss_fake.detach(), d_x, d_g_z
+
+    def _discriminator_of_both(self, real: Tensor) -> fast.Discriminator | None:
+        """Return the discriminator if it runs on real and on generated images in one pass.
+
+        The native engine's result has the same bits as that of two passes: it runs the halves one after the
+        other, and adds up their gradients as autograd would. The reference's has not.
+        """
+        found = self.discriminator
+        if self._distributed or len(real) > coverage.MAX_IMAGES_TOGETHER:
+            return None
+        own = fast.Discriminator.logits  # unless it has been overridden, in a subclass or on the instance
+        if not isinstance(found, fast.Discriminator) or getattr(_logits(found), "__func__", None) is not own:
+            return None
+        with self._autocast_context():
+            return found if found.engine_of_groups(real, 1) in ONE_PASS_ENGINES else None
 
     def _autocast_context(self) -> contextlib.AbstractContextManager[object]:
         if self._autocast is None:
@@ -279,7 +315,8 @@ class TrainStep:
 
     def _backward(self, loss: Tensor) -> None:
         if loss.requires_grad:  # else the whole network is frozen
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            loss = loss if self._scaler is None else self._scaler.scale(loss)
+            loss.backward(self._one.to(loss.dtype))  # backward() alone would launch a kernel that makes a 1
 
     def _update(self, network: nn.Module, optimizer: Optimizer, clip: float | None) -> bool:
         """Take the optimizer's step; return False if the whole network is frozen."""
@@ -371,6 +408,18 @@ class TrainStep:
 # --- parts of the step --------------------------------------------------------------------------------------
 
 
+def _concatenated(real: Tensor, fake: Tensor) -> Tensor:
+    """Return real and generated images as one batch, in the latter's dtype, which autocast may choose."""
+    if real.shape != fake.shape:
+        raise ValueError(
+            f"real must be {list(fake.shape)}, as the generator's images, got {list(real.shape)}"
+        )
+    both = fake.new_empty((2 * len(fake), *fake.shape[1:]))
+    both[: len(real)].copy_(real)
+    both[len(real) :].copy_(fake)
+    return both
+
+
 @contextlib.contextmanager
 def _frozen_parameters(network: nn.Module) -> Iterator[None]:
     """Set requires_grad=False on all parameters inside, and restore those that required gradients."""
@@ -388,9 +437,11 @@ def _logits(discriminator: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Return the discriminator's ``logits`` if calling it is equivalent to calling the discriminator.
 
     Return None if the class that defines its ``forward`` does not also define ``logits`` (a wrapper; a
-    subclass with another ``forward``), if its final Sigmoid has been replaced, if the discriminator or its
-    last layers have hooks, or if it is compiled.
+    subclass with another ``forward``), if ``forward`` has been replaced on the instance, if its final Sigmoid
+    has been replaced, if the discriminator or its last layers have hooks, or if it is compiled.
     """
+    if "forward" in vars(discriminator):
+        return None
     owner = next((c for c in type(discriminator).__mro__ if "forward" in vars(c)), nn.Module)
     if "logits" not in vars(owner) or getattr(discriminator, "_compiled_call_impl", None) is not None:
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 PATH = Path(__file__).with_name("libdcgan.so")
 BUILD_ERROR = Path(__file__).with_name("build-error.txt")  # written by setup.py if compilation fails
 
@@ -59,6 +59,33 @@ class Op(ctypes.Structure):
     )
 
 
+class TrainLayer(ctypes.Structure):
+    """The struct ``dcgan_train_layer``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("transposed", "fprop", "dgrad", "wgrad", "c_in", "c_out")),
+        *((name, ctypes.c_int32) for name in ("height", "width", "kernel", "stride", "padding")),
+        *((name, ctypes.c_int32) for name in ("act", "normalized")),
+        ("epsilon", ctypes.c_double),
+        ("weight", ctypes.c_void_p),
+        ("weight_strides", Strides),
+        *((name, ctypes.c_void_p) for name in ("gamma", "beta", "y", "stats", "dweight")),
+        ("dweight_strides", Strides),
+        *((name, ctypes.c_void_p) for name in ("dgamma", "dbeta")),
+    )
+
+
+class Running(ctypes.Structure):
+    """The struct ``dcgan_running``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("mean", "variance", "batches", "stats")),
+        ("channels", ctypes.c_int32),
+        ("momentum", ctypes.c_double),
+        ("count", ctypes.c_double),
+    )
+
+
 class View(ctypes.Structure):
     """The struct ``dcgan_tensor``."""
 
@@ -81,6 +108,7 @@ _isa: str | None = None
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    network = (integer, pointer, integer, wide, integer, ctypes.c_float)
     for name, result, *arguments in (
         ("dcgan_abi", integer),
         ("dcgan_error", ctypes.c_char_p),
@@ -99,6 +127,11 @@ def _declare(library: ctypes.CDLL) -> None:
         ("dcgan_dgrad", integer, pointer, wide, *(pointer,) * 9, integer),
         ("dcgan_wgrad", integer, pointer, wide, *(pointer,) * 8, integer),
         ("dcgan_shift_gradient", integer, pointer, wide, *(pointer,) * 3, integer),
+        ("dcgan_train_forward", *network, pointer, integer),
+        ("dcgan_train_backward", *network, *(pointer,) * 3, integer),
+        ("dcgan_bce", integer, pointer, wide, wide, integer, *(pointer,) * 3),
+        ("dcgan_bce_backward", integer, pointer, wide, wide, integer, *(pointer,) * 4),
+        ("dcgan_track", integer, pointer, integer, integer),
         ("dcgan_differ", integer, pointer, integer, integer),
         ("dcgan_release", None),
         ("dcgan_peak", ctypes.c_double, integer, ctypes.c_double),

@@ -1,9 +1,11 @@
 """The Triton engine.
 
-There is one file per operation, with the packing of its weights: :mod:`.up`, :mod:`.down`, :mod:`.dense`,
+There is one file per operation, with the layout of its weights: :mod:`.up`, :mod:`.down`, :mod:`.dense`,
 :mod:`.wgrad`, :mod:`.prologue_kernel`, :mod:`.bce`, and :mod:`.reduce`, which reduces their partial sums.
-:mod:`.device_functions` holds the prologues and epilogues they share. :mod:`.executor` turns a call and its
-gradients into products, and :mod:`.launcher` selects the kernel of a product and runs it from a cached plan.
+Between the products of a network in training, :mod:`.batchnorm` does everything else, and :mod:`.packing`
+packs its weights. :mod:`.device_functions` holds the prologues and epilogues they share. :mod:`.executor`
+turns a call and its gradients into products, :mod:`.training` a network in training, and :mod:`.launcher`
+selects the kernel of a product and runs it from a cached plan.
 :mod:`.tuning` chooses tiles: from :mod:`.tiles`, the candidates and tuned choices, by :mod:`.cost_model`.
 :mod:`.aten` is a product in plain PyTorch, :mod:`.offline` compiles a launch without a GPU, and :mod:`.tools`
 are a kernel developer's. Kernels work in NHWC internally; tensors may have any strides.
@@ -12,5 +14,20 @@ are a kernel developer's. Kernels work in NHWC internally; tensors may have any 
 from . import dense, down, up, wgrad  # noqa: F401  (each registers its kernels)
 from .executor import backward, bce, bce_backward, forward
 from .launcher import kernel_for, why_not, why_not_here
+from .training import backward as train_backward
+from .training import forward as train_forward
+from .training import packed_size, track
 
-__all__ = ["backward", "bce", "bce_backward", "forward", "kernel_for", "why_not", "why_not_here"]
+__all__ = [
+    "backward",
+    "bce",
+    "bce_backward",
+    "forward",
+    "kernel_for",
+    "packed_size",
+    "track",
+    "train_backward",
+    "train_forward",
+    "why_not",
+    "why_not_here",
+]

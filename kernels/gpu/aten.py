@@ -14,15 +14,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import accumulator_dtype, activate, activation_backward, normalise
+from ..reference import accumulator_dtype, activate, activation_backward
 from ..spec import Operand
 from .launcher import Pointers, Product
 
 aten = torch.ops.aten
 
 
-def _channels(vector: Tensor) -> Tensor:
-    return vector.view(1, -1, 1, 1)
+def _channels(vector: Tensor, x: Tensor) -> Tensor:
+    """Return a vector [C], or one for each group of x's images [groups, C], to broadcast against x."""
+    if vector.ndim == 1:
+        return vector.view(1, -1, 1, 1)
+    return vector.repeat_interleave(x.shape[0] // vector.shape[0], 0)[:, :, None, None]
+
+
+def _normalise(x: Tensor, of: Pointers) -> Tensor:
+    center, scale, shift = (_channels(v, x) for v in (of.center, of.scale, of.shift))
+    return torch.addcmul(shift, x - center, scale)
+
+
+def _sums(t: Tensor, groups: int) -> Tensor:
+    """Return the sums [groups·C] over the pixels of each group's images."""
+    sums: Tensor = t.unflatten(0, (groups, -1)).sum((1, 3, 4))
+    return sums.flatten()
 
 
 def apply_prologue(operand: Operand, x: Pointers, slope: float) -> Tensor:
@@ -35,15 +49,15 @@ def apply_prologue(operand: Operand, x: Pointers, slope: float) -> Tensor:
     if function == "act":
         value = activate(value, operand.act, slope)
     elif function == "affine":
-        value = activate(normalise(value, x.center, x.scale, x.shift), operand.act, slope)
+        value = activate(_normalise(value, x), operand.act, slope)
     elif function == "gradient":
         value = activation_backward(value, x.other.to(value.dtype), operand.act, slope)
         if operand.scaled:
-            value = value * _channels(x.scale)
+            value = value * _channels(x.scale, value)
     elif function == "statistics":
         count = value.numel() // value.shape[1]
-        value = value + _channels(x.shift / count)
-        value = value + _channels(x.scale * 2 / count) * (x.other.to(value.dtype) - _channels(x.center))
+        centered = x.other.to(value.dtype) - _channels(x.center, value)
+        value = value + _channels(x.shift / count, value) + _channels(x.scale * 2 / count, value) * centered
     else:
         raise ValueError(
             f"a prologue must be 'none', 'act', 'affine', 'gradient' or 'statistics', got {function!r}"
@@ -82,22 +96,25 @@ def apply_epilogue(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
     operand, y, slope = it.spec.y, it.y, it.spec.slope
     value = raw.to(accumulator_dtype(raw.dtype))
     if operand.function == "statistics":
-        var, mean = torch.var_mean(value, dim=(0, 2, 3), correction=0)
-        return raw, mean, var
+        parts = value.unflatten(0, (it.spec.groups, -1))
+        var, mean = torch.var_mean(parts, dim=(1, 3, 4), correction=0)
+        return raw, mean.flatten(), var.flatten()
     sums: tuple[Tensor, ...] = ()
     if operand.function == "affine":
         if operand.scaled:
-            value = value * _channels(y.scale)
+            value = value * _channels(y.scale, value)
         if operand.shifted:
-            value = value + _channels(y.shift)
+            value = value + _channels(y.shift, value)
         value = activate(value, operand.act, slope)
     else:
         x = y.other.to(value.dtype)
         if operand.scaled:
-            activated = activate(normalise(x, y.center, y.scale, y.shift), operand.act, slope)
-            g = activation_backward(value, activated, operand.act, slope)
-            sums = g.sum((0, 2, 3)), (g * (x - _channels(y.center))).sum((0, 2, 3))
-            value = g * _channels(y.scale)
+            g = activation_backward(value, activate(_normalise(x, y), operand.act, slope), operand.act, slope)
+            if operand.function == "gradient":
+                g = g.to(raw.dtype).to(g.dtype)
+            groups = it.spec.groups
+            sums = _sums(g, groups), _sums(g * (x - _channels(y.center, x)), groups)
+            value = g if operand.function == "gradient" else g * _channels(y.scale, g)
         else:
             value = activation_backward(value, activate(x, operand.act, slope), operand.act, slope)
     return value.to(raw.dtype), *sums
@@ -106,7 +123,8 @@ def apply_epilogue(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
 def compute(it: Product) -> tuple[Tensor, ...]:
     """Return (y, *sums), or (dweight,) of a wgrad.
 
-    The sums are mean and var for statistics, Σ g and Σ g·(other - center) for the adjoint's epilogue.
+    The sums [groups·C] are mean and var for statistics, Σ g and Σ g·(other - center) for the epilogues
+    'adjoint' and 'gradient'.
     """
     x = apply_prologue(it.spec.x, it.x, it.spec.slope)
     if it.spec.kind == "wgrad":
@@ -120,7 +138,8 @@ def cast(it: Product, dtype: torch.dtype) -> Product:
     def pointers(operand: Pointers) -> Pointers:
         return Pointers(*(None if t is None else t.to(dtype) for t in operand))
 
-    weight = None if it.weight is None else it.weight.to(dtype)
+    # Kernels read the weight in the dtype of x, whatever the dtype of the parameter is.
+    weight = None if it.weight is None else it.weight.to(it.spec.dtype).to(dtype)
     return Product(it.spec._replace(dtype=dtype), pointers(it.x), weight, pointers(it.y))
 
 
@@ -136,10 +155,10 @@ def exact(it: Product) -> tuple[Tensor, ...]:
     return apply_epilogue(convolve(wide, x), wide)
 
 
-def merged(it: Product, partial: Tensor | None, group: int, block_m: int) -> tuple[Tensor, ...]:
+def merged(it: Product, partial: Tensor | None, per_tile: int, block_m: int) -> tuple[Tensor, ...]:
     """Return a kernel's results as :func:`exact` does, from its output and its partial sums.
 
-    ``group`` rows of the partial sums belong to each tile of ``block_m`` rows.
+    ``per_tile`` rows of the partial sums belong to each tile of ``block_m`` rows.
     """
     if it.spec.kind == "wgrad":
         assert partial is not None
@@ -148,14 +167,17 @@ def merged(it: Product, partial: Tensor | None, group: int, block_m: int) -> tup
     y: Tensor = it.y.ptr
     if partial is None:
         return (y,)
-    if it.spec.y.function == "adjoint":
-        return y, *partial.sum(1)
-    rows = y.numel() // y.shape[1] // group
-    first = torch.arange(partial.shape[1], device=y.device) // group * block_m
+    groups = it.spec.groups
+    partial = partial.unflatten(1, (groups, -1))
+    if it.spec.y.function != "statistics":
+        return y, *partial.sum(2).flatten(1)
+    rows = y.numel() // y.shape[1] // per_tile // groups
+    first = torch.arange(partial.shape[2], device=y.device) // per_tile * block_m
     count = (rows - first).clamp(max=block_m)[:, None].double()
     means, squares = partial.double()
-    mean = (count * means).sum(0) / (rows * group)
-    return y, mean, (squares + count * (means - mean) ** 2).sum(0) / (rows * group)
+    mean = (count * means).sum(1) / (rows * per_tile)
+    var = (squares + count * (means - mean[:, None]) ** 2).sum(1) / (rows * per_tile)
+    return y, mean.flatten(), var.flatten()
 
 
 def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

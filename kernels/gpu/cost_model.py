@@ -11,9 +11,10 @@ in registers, and the previous wgmma must have read the registers that the prolo
     wave = steps·step + k·epilogue + PIPELINE_LATENCY
     launch = max(Σ waves, bytes / (L2 or HBM bandwidth)) + LAUNCH_GAP
 
-The rates are those of an H100 SXM with 132 SMs, from its data sheet unless noted. Instruction counts per
-element are rounded from the compiled code. :mod:`.tools.predict` prints the predictions next to the roofline,
-and next to measurements where there are any.
+Tiles are ranked by the rates of an H100 SXM with 132 SMs, from its data sheet unless noted; :data:`GPUS` has
+those that differ on other GPUs. Instruction counts per element are rounded from the compiled code.
+:mod:`.tools.predict` prints the predictions next to the roofline, and next to measurements where there are
+any.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ from .tiles import Problem, Tile, programs
 
 CLOCK = 1.755e9
 INSTRUCTIONS_PER_CLOCK = 128  # per SM
-HBM_BW = 3.0e12  # bytes/s, measured
 L2_BW = 5.5e12  # bytes/s, whole tensors that stay in L2 between kernels
 L2_TO_SMEM_BW = 10e12  # bytes/s, tiles that many programs share: 43 of 64 bytes per clock and SM
-L2_SIZE = 40e6  # bytes (of 50 MB) up to which the next kernel still finds a tensor in L2
-FLOPS = {"16bit": 800e12, "tf32": 400e12, "ieee": 50e12}  # 16bit is measured, tf32 is half of it
+ADAM_BW = 2.1e12  # bytes/s, measured: with 65,536 parameters per block there are fewer blocks than SMs
 MMA_SYNC_FRACTION = 0.6  # rate of mma.sync relative to wgmma, for tiles with fewer than wgmma's 64 rows
 SM_COUNT = 132
 PIPELINE_LATENCY = 1.0e-6  # to fill and drain the software pipeline
@@ -44,7 +43,25 @@ ITEM_SIZE = {"16bit": 2, "tf32": 4, "ieee": 4}
 # Instructions per element.
 PROLOGUE_INSTRUCTIONS = {"none": 1.0, "act": 4.0, "affine": 6.5, "gradient": 6.5, "statistics": 8.5}
 WEIGHT_INSTRUCTIONS = 0.6
-EPILOGUE_INSTRUCTIONS = {"affine": 6.0, "statistics": 8.0, "adjoint": 16.0}
+EPILOGUE_INSTRUCTIONS = {"affine": 6.0, "statistics": 8.0, "adjoint": 16.0, "gradient": 15.0}
+READS_OTHER = ("adjoint", "gradient")  # epilogues that read a second tensor, of the size of the result
+
+
+class Gpu(NamedTuple):
+    """The rates of a GPU that depend on its model."""
+
+    name: str
+    tensor_flops: float  # FLOP/s of 16-bit products, measured; TF32 has half of it
+    hbm: float  # bytes/s, measured
+    l2_size: float  # bytes, four fifths of L2, up to which the next kernel still finds a tensor in it
+
+    def flops(self, precision: str) -> float:
+        """Return the FLOP/s of products."""
+        return {"16bit": self.tensor_flops, "tf32": self.tensor_flops / 2, "ieee": 50e12}[precision]
+
+
+H100 = Gpu("H100", 800e12, 3.0e12, 40e6)
+GPUS = {"h100": H100, "h200": Gpu("H200", 786e12, 4.24e12, 48e6)}
 
 
 class Resources(NamedTuple):
@@ -90,8 +107,8 @@ def estimate_resources(problem: Problem, tile: Tile) -> Resources:
         width * tile.block_k * item for kind, width in zip(kinds, widths, strict=False) if kind != "none"
     )
     accumulator = tile.block_m * tile.block_n // threads
-    # Next to the accumulator, statistics hold the deviations from the mean, and the adjoint holds x and g.
-    factor = {"statistics": 1.6, "adjoint": 2.2}.get(problem.epilogue, 1.0)
+    # Next to the accumulator, statistics hold the deviations from the mean, and the gradients hold x and g.
+    factor = {"statistics": 1.6, "adjoint": 2.2, "gradient": 2.2}.get(problem.epilogue, 1.0)
     registers = 56 + int(accumulator * (factor if len(kinds) == 1 else 1.0))
     registers += int(1.7 * in_registers) // (4 * threads)
     return Resources(min(registers, 255), staged * item * tile.num_stages)
@@ -106,12 +123,17 @@ def min_bytes(problem: Problem) -> int:
         return item * reads + item * problem.rows * problem.columns * problem.copies
     weight = problem.columns * problem.depth * problem.copies
     outputs = problem.rows * problem.columns * problem.copies
-    return item * (reads + weight + outputs * (2 if problem.epilogue == "adjoint" else 1))
+    return item * (reads + weight + outputs * (2 if problem.epilogue in READS_OTHER else 1))
 
 
-def transfer_seconds(size: float) -> float:
+def transfer_seconds(size: float, gpu: Gpu = H100) -> float:
     """Return the time to move ``size`` bytes of whole tensors; those that fit in L2 are still in it."""
-    return size / (HBM_BW if size > L2_SIZE else L2_BW)
+    return size / (gpu.hbm if size > gpu.l2_size else L2_BW)
+
+
+def sweep_seconds(size: float, gpu: Gpu = H100) -> float:
+    """Predict an elementwise kernel that reads and writes ``size`` bytes in all."""
+    return PIPELINE_LATENCY + transfer_seconds(size, gpu) + LAUNCH_GAP
 
 
 def predict(
@@ -120,6 +142,7 @@ def predict(
     splits: int = 1,
     resources: Resources | None = None,
     sms: int = SM_COUNT,
+    gpu: Gpu = H100,
 ) -> Prediction:
     """Predict the product alone, without the kernel that reduces its partial sums."""
     scale = sms / SM_COUNT
@@ -137,15 +160,15 @@ def predict(
     bytes_moved = min_bytes(problem)
     total = programs(tile, problem) * splits
     if problem.kernel == "dense_narrow":  # one dot product per program: bound by bytes
-        memory = transfer_seconds(bytes_moved) / scale
+        memory = transfer_seconds(bytes_moved, gpu) / scale
         seconds = max(memory, PIPELINE_LATENCY * total / (sms * ctas_per_sm)) + PIPELINE_LATENCY + LAUNCH_GAP
-        roofline = max(flops / FLOPS["ieee"] / scale, memory)
+        roofline = max(flops / gpu.flops("ieee") / scale, memory)
         return Prediction(
             seconds, roofline, ctas_per_sm, total / sms / ctas_per_sm, "bytes", flops, bytes_moved
         )
 
     m, n, k = tile.block_m, tile.block_n, tile.block_k
-    rate = FLOPS[problem.precision] / SM_COUNT
+    rate = gpu.flops(problem.precision) / SM_COUNT
     warpgroup = problem.precision != "ieee" and m >= 64
     if problem.precision != "ieee" and not warpgroup:
         rate *= MMA_SYNC_FRACTION
@@ -163,7 +186,7 @@ def predict(
     latency = PROLOGUE_LATENCY if warpgroup and set(kinds) != {"none"} else 0.0
     steps = -(-problem.depth // (k * splits))
     epilogue_kind = problem.epilogue
-    stored = m * n * (4 if len(kinds) == 2 else item * (2 if epilogue_kind == "adjoint" else 1))
+    stored = m * n * (4 if len(kinds) == 2 else item * (2 if epilogue_kind in READS_OTHER else 1))
     epilogue = EPILOGUE_INSTRUCTIONS[epilogue_kind] * m * n / (INSTRUCTIONS_PER_CLOCK * CLOCK) + stored / (
         L2_TO_SMEM_BW / SM_COUNT
     )
@@ -186,48 +209,61 @@ def predict(
         last, last_bound = wave(rest)
         compute += last
         bound = bound if full else last_bound
-    memory = transfer_seconds(bytes_moved) / scale
+    memory = transfer_seconds(bytes_moved, gpu) / scale
     seconds = max(compute, memory) + LAUNCH_GAP
     if memory > compute:
         bound = "bytes"
-    roofline = max(flops / FLOPS[problem.precision] / scale, memory)
+    roofline = max(flops / gpu.flops(problem.precision) / scale, memory)
     return Prediction(seconds, roofline, ctas_per_sm, busiest / ctas_per_sm, bound, flops, bytes_moved)
 
 
-def split_k_seconds(problem: Problem, splits: int) -> float:
-    """Predict the kernel that reduces a weight gradient's split-K partials."""
+def split_k_seconds(problem: Problem, splits: int, gpu: Gpu = H100) -> float:
+    """Predict the kernel that reduces a weight gradient's split-K partials to a float32 gradient."""
     elements = problem.rows * problem.columns * problem.copies
-    moved = elements * (4 * splits + ITEM_SIZE[problem.precision])
-    return PIPELINE_LATENCY + transfer_seconds(moved) + LAUNCH_GAP
+    return sweep_seconds(4 * elements * (splits + 1), gpu)
 
 
-def reduction_seconds(problem: Problem, partial: tuple[int, ...]) -> float:
-    """Predict the kernel that reduces a launch's partials: split-K partials, or sums [2, T, C] of T tiles.
-
-    The latter runs C/8 programs, each a serial loop over 1024 rows per step, done twice for a variance.
-    """
-    if problem.kernel.startswith("wgrad"):
-        return split_k_seconds(problem, partial[0])
-    steps = -(-partial[1] // 1024) * (2 if problem.epilogue == "statistics" else 1)
+def _merge_seconds(partial: tuple[int, ...], steps: int) -> float:
+    """Predict the merge of partial sums [2, T, C] by C/8 programs, whose loops take 1024 rows per step."""
     return PIPELINE_LATENCY * (1 + steps) + 4 * math.prod(partial) / (L2_BW / 8) + LAUNCH_GAP
 
 
-def pack_seconds(kernels: int) -> float:
-    """Predict ``kernels`` weight-packing kernels, each transposing up to 4 MB."""
-    return kernels * (PIPELINE_LATENCY + 8e6 / L2_BW / 2 + LAUNCH_GAP)
+def batchnorm_forward_seconds(partial: tuple[int, ...], groups: int = 1) -> float:
+    """Predict ``batchnorm.forward``: two loops over each group's tiles, for the mean and for the variance."""
+    return _merge_seconds(partial, 2 * -(-partial[1] // groups // 1024))
 
 
-def standalone_prologue_seconds(problem: Problem, shared: bool = True) -> float:
+def batchnorm_backward_seconds(partial: tuple[int, ...], groups: int = 1) -> float:
+    """Predict ``batchnorm.backward``: every program loops over the groups and each group's tiles."""
+    return _merge_seconds(partial, groups * -(-partial[1] // groups // 1024))
+
+
+def apply_bytes(elements: int, precision: str, x_hat: bool = True) -> int:
+    """Return the bytes that ``batchnorm.apply`` moves: it reads g and y and writes du and, if wanted, x̂."""
+    return elements * ITEM_SIZE[precision] * (4 if x_hat else 3)
+
+
+def pack_seconds(weights: int, precision: str, gpu: Gpu = H100) -> float:
+    """Predict the launch that packs a network's ``weights`` elements, float32, for fprop and for dgrad."""
+    return sweep_seconds(weights * (4 + 2 * ITEM_SIZE[precision]), gpu)
+
+
+def adam_seconds(parameters: int) -> float:
+    """Predict PyTorch's fused Adam, which reads four float32 tensors and writes all but the gradient."""
+    return PIPELINE_LATENCY + 7 * 4 * parameters / ADAM_BW + LAUNCH_GAP
+
+
+def standalone_prologue_seconds(problem: Problem, gpu: Gpu = H100) -> float:
     """Predict the standalone prologue kernels that materialize the prologues' results.
 
-    du is an operand of both dgrad and wgrad: if ``shared``, each is charged half of its kernel.
+    du, which two tensors make, is an operand of both dgrad and wgrad: each is charged half of its kernel.
     """
     seconds = 0.0
     for kind, elements in zip(problem.prologues, problem.elements, strict=False):
         if kind != "none":
-            moved = elements * (_tensors_read(kind) + 1) * ITEM_SIZE[problem.precision]
-            kernel = PIPELINE_LATENCY + transfer_seconds(moved) + LAUNCH_GAP
-            seconds += kernel / 2 if shared and _tensors_read(kind) == 2 else kernel
+            tensors = _tensors_read(kind)
+            kernel = sweep_seconds(elements * (tensors + 1) * ITEM_SIZE[problem.precision], gpu)
+            seconds += kernel / tensors
     return seconds
 
 

@@ -19,14 +19,13 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..spec import ConvSpec
-from .device_functions import activate, load, prologue, row_pointers, store
+from .device_functions import activate, load, prologue, row_pointers, rows, store
 from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem
+from .packing import Layout
 from .tiles import Problem
 
 _VECTOR = tl.constexpr(16)  # the weight's C_in is padded to a multiple, so that its rows are 16-byte aligned
@@ -54,8 +53,7 @@ def _dense_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl
     if SPEC.wide:
         tile = tile.to(tl.int64)
         column = column.to(tl.int64)
-    n = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = n < M
+    inside, group, n, _, _ = rows(tile, M, 1, 1, BLOCK_M, SPEC.wide, SPEC.groups)
     k = tl.arange(0, BLOCK_K)
 
     x_rows, other_rows = row_pointers(x, n, 0, 0, X)
@@ -64,7 +62,7 @@ def _dense_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl
         tap = step % TAPS
         c = (step // TAPS) * BLOCK_K + k
         mask = inside[:, None] & (c < C_IN)[None, :]
-        x_hat = load(x_rows, other_rows, tap // W, tap % W, c, mask, x, slope, per_count, X)
+        x_hat = load(x_rows, other_rows, tap // W, tap % W, c, group, mask, x, slope, per_count, X)
         w_at = w_ptr + column[None, :] * (TAPS * C_PADDED) + (tap * C_PADDED + c)[:, None]
         mask = (column < COLUMNS)[None, :] & (c < C_PADDED)[:, None]
         w = tl.load(w_at, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
@@ -75,7 +73,8 @@ def _dense_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl
     pixel = column // C_OUT
     h = (pixel // Y.size[2])[None, :]
     w = (pixel % Y.size[2])[None, :]
-    store(acc, inside, n[:, None], h, w, co, tile * PIXELS + pixel, y, partial_ptr, TILES, slope, Y)
+    tile = tile * PIXELS + pixel
+    store(acc, inside, n[:, None], h, w, co, group, tile, y, partial_ptr, TILES, slope, Y)
 
 
 @triton.jit
@@ -90,6 +89,9 @@ def _dense_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, S
     DEPTH: tl.constexpr = X.size[1] * X.size[2] * C_PADDED
     n = pid // Y.size[0]
     co = pid % Y.size[0]
+    group = 0
+    if SPEC.groups > 1:
+        group = n // (M // SPEC.groups)
     if SPEC.wide:
         n = n.to(tl.int64)
 
@@ -105,7 +107,7 @@ def _dense_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, S
         other = x_hat
         if X.other_stride is not None:
             other = tl.load(other_at + c * X.other_stride[1], mask=valid, other=0.0)
-        x_hat = prologue(x_hat, other, valid, c, x, slope, per_count, X)
+        x_hat = prologue(x_hat, other, valid, c, group, x, slope, per_count, X)
         weight = tl.load(w_ptr + co * DEPTH + k, mask=k < DEPTH, other=0.0)
         acc += x_hat.to(tl.float32) * weight.to(tl.float32)
 
@@ -120,19 +122,11 @@ def _dense_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, S
     tl.store(y.ptr + n * Y.stride[0] + co * Y.stride[1], result.to(y.ptr.dtype.element_ty))
 
 
-def pack_up(weight: Tensor) -> Tensor:
-    """Pack [C_in, C_out, kH, kW] → [kh, kw, C_out, C_in padded]."""
-    return _padded(weight.permute(2, 3, 1, 0))
+UP_LAYOUT = Layout(True, ("h", "w", "out", "in"), in_multiple=_VECTOR.value)
+"""[C_in, C_out, kH, kW] → [kh, kw, C_out, C_in padded]: a row per column of the product."""
 
-
-def pack_down(weight: Tensor) -> Tensor:
-    """Pack [C_out, C_in, kH, kW] → [C_out, kh, kw, C_in padded]."""
-    return _padded(weight.permute(0, 2, 3, 1))
-
-
-def _padded(packed: Tensor) -> Tensor:
-    padding = -packed.shape[-1] % _VECTOR.value
-    return (torch.nn.functional.pad(packed, (0, padding)) if padding else packed).contiguous()
+DOWN_LAYOUT = Layout(False, ("out", "h", "w", "in"), in_multiple=_VECTOR.value)
+"""[C_out, C_in, kH, kW] → [C_out, kh, kw, C_in padded]."""
 
 
 def _covers_up(spec: ConvSpec) -> bool:
@@ -165,6 +159,6 @@ def _pixels(spec: ConvSpec) -> int:
     return spec.y.size[1] * spec.y.size[2]
 
 
-DENSE_UP = convolution("dense_up", _dense_kernel, _covers_up, pack_up, problem, _pixels)
-DENSE_NARROW = convolution("dense_narrow", _dense_narrow_kernel, _covers_narrow, pack_down, problem_narrow)
-DENSE_DOWN = convolution("dense_down", _dense_kernel, _covers_down, pack_down, problem, _pixels)
+DENSE_UP = convolution("dense_up", _dense_kernel, _covers_up, UP_LAYOUT, problem, _pixels)
+DENSE_NARROW = convolution("dense_narrow", _dense_narrow_kernel, _covers_narrow, DOWN_LAYOUT, problem_narrow)
+DENSE_DOWN = convolution("dense_down", _dense_kernel, _covers_down, DOWN_LAYOUT, problem, _pixels)

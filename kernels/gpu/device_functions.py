@@ -13,12 +13,32 @@ import triton.language as tl
 
 
 @triton.jit
-def rows(tile, M, H: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
-    """Return (inside, n, p, q) for the rows m = (n·H + p)·W + q of row tile ``tile``; int64 if WIDE."""
+def rows(
+    tile,
+    M,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUPS: tl.constexpr = 1,
+):
+    """Return (inside, group, n, p, q) for the rows m = (n·H + p)·W + q of row tile ``tile``; int64 if WIDE.
+
+    The M rows are GROUPS groups of equal size, and a tile holds rows of one group only.
+    """
     if WIDE:
         tile = tl.cast(tile, tl.int64)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    return m < M, m // (H * W), (m // W) % H, m % W
+    inside = m < M
+    group = tl.constexpr(0)
+    if GROUPS > 1:
+        of_group = M // GROUPS
+        tiles = (of_group + BLOCK_M - 1) // BLOCK_M
+        group = tile // tiles
+        m = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = m < of_group
+        m = group * of_group + m
+    return inside, group, m // (H * W), (m // W) % H, m % W
 
 
 # --- activations -------------------------------------------------------------------------------------------
@@ -67,17 +87,17 @@ def activate_backward(g, y, slope, ACT: tl.constexpr):
 
 
 @triton.jit
-def _vector(ptr, channel, C: tl.constexpr):
-    return tl.load(ptr + channel, mask=channel < C, other=0.0)
+def _vector(ptr, channel, group, C: tl.constexpr):
+    return tl.load(ptr + group * C + channel, mask=channel < C, other=0.0)
 
 
 @triton.jit
-def prologue(value, other, valid, channel, x, slope, per_count, X: tl.constexpr):
+def prologue(value, other, valid, channel, group, x, slope, per_count, X: tl.constexpr):
     """Apply a prologue of :class:`..spec.Operand` to a loaded tile; rounds the result to the tile's dtype.
 
     ``other`` is the tile itself where the prologue reads no second tensor. ``channel`` and ``valid``
     broadcast against the tile. Both tiles are 0 where not ``valid``, and so is the result: zero padding
-    applies after the prologue.
+    applies after the prologue. ``group`` is that of all pixels in the tile.
     """
     ACT: tl.constexpr = X.act  # Triton 3.6 passes a field on as a string, not as a constant
     if X.function != "none":
@@ -88,18 +108,20 @@ def prologue(value, other, valid, channel, x, slope, per_count, X: tl.constexpr)
             if ACT == "sigmoid":
                 value = tl.where(valid, value, 0.0)
         elif X.function == "affine":
-            value = (value - _vector(x.center, channel, X.size[0])) * _vector(x.scale, channel, X.size[0])
-            value = activate(value + _vector(x.shift, channel, X.size[0]), slope, ACT)
+            value = (value - _vector(x.center, channel, group, X.size[0])) * _vector(
+                x.scale, channel, group, X.size[0]
+            )
+            value = activate(value + _vector(x.shift, channel, group, X.size[0]), slope, ACT)
             value = tl.where(valid, value, 0.0)
         elif X.function == "gradient":
             value = activate_backward(value, other.to(tl.float32), slope, ACT)
             if X.scaled:
-                value = value * _vector(x.scale, channel, X.size[0])
+                value = value * _vector(x.scale, channel, group, X.size[0])
         else:
             tl.static_assert(X.function == "statistics")
-            b = _vector(x.scale, channel, X.size[0]) * (2.0 * per_count)
-            value += (other.to(tl.float32) - _vector(x.center, channel, X.size[0])) * b
-            value = tl.where(valid, value + _vector(x.shift, channel, X.size[0]) * per_count, 0.0)
+            b = _vector(x.scale, channel, group, X.size[0]) * (2.0 * per_count)
+            value += (other.to(tl.float32) - _vector(x.center, channel, group, X.size[0])) * b
+            value = tl.where(valid, value + _vector(x.shift, channel, group, X.size[0]) * per_count, 0.0)
         value = value.to(dtype)
     return value
 
@@ -115,7 +137,7 @@ def row_pointers(x, n, h, w, X: tl.constexpr):
 
 
 @triton.jit
-def load(x_rows, other_rows, dh, dw, c, mask, x, slope, per_count, X: tl.constexpr):
+def load(x_rows, other_rows, dh, dw, c, group, mask, x, slope, per_count, X: tl.constexpr):
     """Load x̂ [BLOCK_M, BLOCK_K] for channels c [BLOCK_K] of the pixels (dh, dw) away from each row's."""
     x_at = x_rows[:, None] + (dh * X.stride[2] + dw * X.stride[3] + c * X.stride[1])[None, :]
     value = tl.load(x_at, mask=mask, other=0.0)
@@ -123,36 +145,36 @@ def load(x_rows, other_rows, dh, dw, c, mask, x, slope, per_count, X: tl.constex
     if X.other_stride is not None:
         other_k = dh * X.other_stride[2] + dw * X.other_stride[3] + c * X.other_stride[1]
         other = tl.load(other_rows[:, None] + other_k[None, :], mask=mask, other=0.0)
-    return prologue(value, other, mask, c[None, :], x, slope, per_count, X)
+    return prologue(value, other, mask, c[None, :], group, x, slope, per_count, X)
 
 
 # --- epilogues ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def affine(acc, channel, y, slope, Y: tl.constexpr):
+def affine(acc, channel, group, y, slope, Y: tl.constexpr):
     """Compute act(acc·scale[c] + shift[c]) for acc [BLOCK_M, BLOCK_N]; ``channel`` [BLOCK_N] gives c."""
     ACT: tl.constexpr = Y.act
     if Y.scaled:
-        acc = acc * _vector(y.scale, channel, Y.size[0])[None, :]
+        acc = acc * _vector(y.scale, channel, group, Y.size[0])[None, :]
     if Y.shifted:
-        acc = acc + _vector(y.shift, channel, Y.size[0])[None, :]
+        acc = acc + _vector(y.shift, channel, group, Y.size[0])[None, :]
     return activate(acc, slope, ACT)
 
 
 @triton.jit
-def epilogue(acc, inside, channel, other_at, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
+def epilogue(acc, inside, channel, group, other_at, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
     """Return the tile to store for acc [BLOCK_M, BLOCK_N] (0 in rows not ``inside``); store its partial sums.
 
     The epilogues are those of :class:`..spec.Operand`. 'statistics' stores its rows' mean in
-    partial[0, tile] and their sum of squared deviations in partial[1, tile]; 'adjoint', which reads the
-    second tensor at ``other_at``, stores Σ g and Σ g·(other - center[c]) there. ``tile`` [BLOCK_N] is the row
-    of partial [2, TILES, C] for each column.
+    partial[0, tile] and their sum of squared deviations in partial[1, tile]; 'adjoint' and 'gradient', which
+    read the second tensor at ``other_at``, store Σ g and Σ g·(other - center[c]) there. ``tile`` [BLOCK_N] is
+    the row of partial [2, TILES, C] for each column.
     """
     C: tl.constexpr = Y.size[0]
     ACT: tl.constexpr = Y.act
     if Y.function == "affine":
-        acc = affine(acc, channel, y, slope, Y)
+        acc = affine(acc, channel, group, y, slope, Y)
     else:
         at = partial_ptr + tile * C + channel
         if Y.function == "statistics":
@@ -161,23 +183,25 @@ def epilogue(acc, inside, channel, other_at, tile, y, partial_ptr, TILES, slope,
             tl.store(at, mean, mask=channel < C)
             tl.store(at + TILES * C, tl.sum(deviation * deviation, axis=0), mask=channel < C)
         else:
-            tl.static_assert(Y.function == "adjoint")
+            tl.static_assert(Y.function == "adjoint" or Y.function == "gradient")
             x = tl.load(other_at, mask=inside[:, None] & (channel < C)[None, :], other=0.0).to(tl.float32)
             if Y.scaled:
-                x = x - _vector(y.center, channel, C)[None, :]
-                scale = _vector(y.scale, channel, C)[None, :]
-                activated = activate(x * scale + _vector(y.shift, channel, C)[None, :], slope, ACT)
+                x = x - _vector(y.center, channel, group, C)[None, :]
+                scale = _vector(y.scale, channel, group, C)[None, :]
+                activated = activate(x * scale + _vector(y.shift, channel, group, C)[None, :], slope, ACT)
                 g = activate_backward(acc, activated, slope, ACT)
+                if Y.function == "gradient":  # sums of what is stored, so that those of du vanish
+                    g = g.to(y.ptr.dtype.element_ty).to(tl.float32)
                 tl.store(at, tl.sum(g, axis=0), mask=channel < C)
                 tl.store(at + TILES * C, tl.sum(g * x, axis=0), mask=channel < C)
-                acc = g * scale
+                acc = g if Y.function == "gradient" else g * scale
             else:
                 acc = activate_backward(acc, activate(x, slope, ACT), slope, ACT)
     return acc
 
 
 @triton.jit
-def store(acc, inside, n, h, w, channel, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
+def store(acc, inside, n, h, w, channel, group, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
     """Apply the epilogue to acc [BLOCK_M, BLOCK_N] and store it at y[n, channel, h, w].
 
     n, h and w broadcast against acc; ``channel`` [BLOCK_N] is C or more in columns that are not stored.
@@ -186,7 +210,7 @@ def store(acc, inside, n, h, w, channel, tile, y, partial_ptr, TILES, slope, Y: 
     if Y.other_stride is not None:
         other_rows = y.other + n * Y.other_stride[0] + h * Y.other_stride[2] + w * Y.other_stride[3]
         other_at = other_rows + channel[None, :] * Y.other_stride[1]
-    acc = epilogue(acc, inside, channel, other_at, tile, y, partial_ptr, TILES, slope, Y)
+    acc = epilogue(acc, inside, channel, group, other_at, tile, y, partial_ptr, TILES, slope, Y)
     y_rows = y.ptr + n * Y.stride[0] + h * Y.stride[2] + w * Y.stride[3]
     mask = inside[:, None] & (channel < Y.size[0])[None, :]
     tl.store(y_rows + channel[None, :] * Y.stride[1], acc.to(y.ptr.dtype.element_ty), mask=mask)

@@ -22,11 +22,11 @@ import functools
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..spec import ConvSpec
 from .device_functions import load, prologue, row_pointers, rows, store
 from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem, is_strided
+from .packing import Layout
 from .tiles import Problem
 
 
@@ -43,7 +43,7 @@ def _down_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.
     C_OUT: tl.constexpr = Y.size[0]
     COLUMN_TILES: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     row_tile = pid // COLUMN_TILES
-    inside, n, p, q = rows(row_tile, M, Y.size[1], Y.size[2], BLOCK_M, SPEC.wide)
+    inside, group, n, p, q = rows(row_tile, M, Y.size[1], Y.size[2], BLOCK_M, SPEC.wide, SPEC.groups)
     co = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
@@ -58,12 +58,13 @@ def _down_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.
         valid = inside & (2 * p + dh >= 0) & (2 * p + dh < X.size[1])
         valid = valid & (2 * q + dw >= 0) & (2 * q + dw < X.size[2])
         mask = valid[:, None] & (c < C_IN)[None, :]
-        x_hat = load(x_rows, other_rows, dh, dw, c, mask, x, slope, per_count, X)  # [BLOCK_M, BLOCK_K]
+        x_hat = load(x_rows, other_rows, dh, dw, c, group, mask, x, slope, per_count, X)  # [BLOCK_M, BLOCK_K]
         w_at = w_columns[None, :] + (tap * C_IN + c)[:, None]
         w = tl.load(w_at, mask=(co < C_OUT)[None, :] & (c < C_IN)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x_hat, w, acc, input_precision=SPEC.precision)
 
-    store(acc, inside, n[:, None], p[:, None], q[:, None], co, row_tile, y, partial_ptr, TILES, slope, Y)
+    n, p, q = n[:, None], p[:, None], q[:, None]
+    store(acc, inside, n, p, q, co, group, row_tile, y, partial_ptr, TILES, slope, Y)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _down_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SP
     C_OUT: tl.constexpr = Y.size[0]
     COLUMN_TILES: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     row_tile = pid // COLUMN_TILES
-    inside, n, p, q = rows(row_tile, M, Y.size[1], Y.size[2], BLOCK_M, SPEC.wide)
+    inside, group, n, p, q = rows(row_tile, M, Y.size[1], Y.size[2], BLOCK_M, SPEC.wide, SPEC.groups)
     co = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     tap = tl.arange(0, BLOCK_K)
     h = 2 * p[:, None] + (tap // 4 - 1)[None, :]
@@ -94,21 +95,19 @@ def _down_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SP
         other = patch
         if X.other_stride is not None:
             other = tl.load(other_at + c * X.other_stride[1], mask=valid, other=0.0)
-        patch = prologue(patch, other, valid, c, x, slope, per_count, X)
+        patch = prologue(patch, other, valid, c, group, x, slope, per_count, X)
         taps = tl.load(w_at + c * 16, mask=(co < C_OUT)[None, :], other=0.0)  # [16, BLOCK_N]
         acc = tl.dot(patch, taps, acc, input_precision=SPEC.precision)
 
-    store(acc, inside, n[:, None], p[:, None], q[:, None], co, row_tile, y, partial_ptr, TILES, slope, Y)
+    n, p, q = n[:, None], p[:, None], q[:, None]
+    store(acc, inside, n, p, q, co, group, row_tile, y, partial_ptr, TILES, slope, Y)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Pack [C_out, C_in, 4, 4] → [C_out, kh, kw, C_in]: a no-op for a channels_last weight."""
-    return weight.permute(0, 2, 3, 1).contiguous()
+LAYOUT = Layout(False, ("out", "h", "w", "in"))
+"""[C_out, C_in, 4, 4] → [C_out, kh, kw, C_in]: that of a channels_last weight."""
 
-
-def pack_narrow(weight: Tensor) -> Tensor:
-    """Make [C_out, C_in, 4, 4] contiguous: K runs over the taps within each channel."""
-    return weight.contiguous()
+NARROW_LAYOUT = Layout(False, ("out", "in", "h", "w"))
+"""[C_out, C_in, 4, 4], contiguous: K runs over the taps within each channel."""
 
 
 def _covers(spec: ConvSpec) -> bool:
@@ -134,5 +133,5 @@ def problem_narrow(spec: ConvSpec) -> Problem:
     return problem(spec, "down_narrow")
 
 
-DOWN_NARROW = convolution("down_narrow", _down_narrow_kernel, _covers_narrow, pack_narrow, problem_narrow)
-DOWN = convolution("down", _down_kernel, _covers, pack, problem)
+DOWN_NARROW = convolution("down_narrow", _down_narrow_kernel, _covers_narrow, NARROW_LAYOUT, problem_narrow)
+DOWN = convolution("down", _down_kernel, _covers, LAYOUT, problem)

@@ -9,6 +9,7 @@ prologue kernel where that is faster.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,25 +22,28 @@ from . import reduce
 from .launcher import Pointers, Product, precision, run
 
 
-def _device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which launches go to x's device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
 
 
-def bce(logits: Tensor, target: float) -> tuple[Tensor, Tensor]:
+def bce(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return (loss, probability) as defined in :mod:`..loss`."""
-    loss, probability = (torch.empty((), dtype=torch.float32, device=logits.device) for _ in range(2))
-    with _device_guard(logits):
-        losses.forward(logits, target, loss, probability)
+    loss, probability = (logits.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
+    with device_guard(logits):
+        losses.forward(logits, targets, loss, probability)
     return loss, probability
 
 
-def bce_backward(logits: Tensor, target: float, dloss: Tensor, dprobability: Tensor) -> Tensor:
+def bce_backward(
+    logits: Tensor, targets: Sequence[float], dloss: Tensor | None, dprobability: Tensor | None
+) -> Tensor:
     """Return dlogits."""
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    with _device_guard(logits):
-        losses.backward(logits, target, dloss, dprobability, dlogits)
+    with device_guard(logits):
+        losses.backward(logits, targets, dloss, dprobability, dlogits)
     return dlogits
 
 
@@ -127,7 +131,7 @@ def _spec(kind: str, transposed: bool, call: Backward, x: Operand, y: Operand) -
 def forward(spec: ConvSpec, call: Call) -> Outputs:
     """Return (y, mean, var) of a call that :func:`.launcher.why_not` accepts."""
     channels = spec.y.size[0] if call.stats else 0
-    with _device_guard(call.x):
+    with device_guard(call.x):
         y = torch.empty_strided(spec.shape, spec.y.stride, dtype=spec.dtype, device=spec.device)
         mean, var = (torch.empty(channels, dtype=torch.float32, device=spec.device) for _ in range(2))
         result = run(fprop(spec, call, y))
@@ -144,7 +148,7 @@ def backward(call: Backward, transposed: bool) -> Gradients:
     need_prologue = need_prologue and call.center is not None
     acc = reference.accumulator_dtype(call.x.dtype)
     dx = dweight = dcenter = dscale = dshift = dout_scale = dout_shift = du = None
-    with _device_guard(call.x):
+    with device_guard(call.x):
         if need_x or need_prologue:
             dx = reference.empty_gradient(call.x)
             result = run(dgrad(call, transposed, dx))

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,10 @@ from triton.runtime.errors import OutOfResources
 from .. import weight_cache
 from ..spec import ConvSpec, Operand
 from . import tuning
-from .tiles import Problem, Tile, programs
+from .tiles import Problem, Tile, programs, row_tiles
+
+if TYPE_CHECKING:
+    from .packing import Layout
 
 INT32_MAX = 2**31 - 1
 MIN_CAPABILITY = (8, 0)  # for bfloat16, TF32 and asynchronous copies
@@ -81,8 +84,8 @@ class Kernel:
     """The launch of a product with a tile, given the same."""
     partial: Callable[[ConvSpec, Tile, int], tuple[int, ...] | None]
     """The shape of the partial sums for a tile and a number of SMs, or None if there are none."""
-    pack: Callable[[Tensor], Tensor] | None = None
-    """Packs the weight; None for a wgrad."""
+    layout: Layout | None = None
+    """The layout of the packed weight; None for a wgrad."""
     rows_per_tile: Callable[[ConvSpec], int] = lambda spec: 1
     """Rows of an epilogue's partial sums per row tile."""
 
@@ -155,7 +158,7 @@ class Launch:
 
     kernel: Any
     programs: int
-    tensors: dict[str, Tensor | Pointers]
+    tensors: dict[str, Tensor | Pointers | tuple[Tensor, ...]]
     scalars: dict[str, int | float]
     constants: dict[str, Any]
     num_warps: int = 4
@@ -186,10 +189,11 @@ class Launch:
         return bool(compiled.n_spills > 0)
 
     def flat_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor with its name: ``x.other`` for a pointer of an operand."""
+        """Yield every tensor with its name: ``x.other`` for a pointer of an operand, ``weights.0``."""
         for name, value in self.tensors.items():
-            if isinstance(value, Pointers):
-                yield from ((f"{name}.{field}", t) for field, t in value._asdict().items())
+            if isinstance(value, tuple):
+                fields = value._fields if isinstance(value, Pointers) else range(len(value))
+                yield from ((f"{name}.{field}", t) for field, t in zip(fields, value, strict=True))
             else:
                 yield name, value
 
@@ -227,6 +231,8 @@ class Constants(NamedTuple):
     """``tl.dot``'s input_precision."""
     wide: bool
     """Whether an offset or row index needs 64 bits."""
+    groups: int
+    """Equal parts of the rows, which no row tile straddles."""
     block_m: int
     block_n: int
     block_k: int
@@ -235,7 +241,8 @@ class Constants(NamedTuple):
 def constants_of(spec: ConvSpec, x: Operand, y: Operand, rows: int, tile: Tile) -> Constants:
     """Return the constants of a product whose rows are numbered up to ``rows``."""
     precision = "tf32" if spec.precision == "tf32" else "ieee"
-    return Constants(x, y, precision, wide(spec, rows), tile.block_m, tile.block_n, tile.block_k)
+    blocks = tile.block_m, tile.block_n, tile.block_k
+    return Constants(x, y, precision, wide(spec, rows), spec.groups, *blocks)
 
 
 def per_count(spec: ConvSpec) -> float:
@@ -252,14 +259,15 @@ def convolution_problem(
     """Return a convolution's GEMM sizes with its functions and its number of inputs."""
     fusion = f"{spec.x.function}+{spec.y.function}"
     elements = spec.images * math.prod(spec.x.size)
-    return Problem(kernel, spec.precision, rows, columns, depth, channels_in, copies, fusion, (elements,))
+    sizes = rows, columns, depth, channels_in, copies
+    return Problem(kernel, spec.precision, *sizes, fusion, (elements,), spec.groups)
 
 
 def convolution(
     name: str,
     jit: Any,
     covers: Callable[[ConvSpec], bool],
-    pack: Callable[[Tensor], Tensor],
+    layout: Layout,
     problem: Callable[[ConvSpec], Problem],
     rows_per_tile: Callable[[ConvSpec], int] = lambda spec: 1,
 ) -> Kernel:
@@ -285,9 +293,10 @@ def convolution(
     def partial(spec: ConvSpec, tile: Tile, sms: int) -> tuple[int, ...] | None:
         if not spec.y.sums:
             return None
-        return 2, -(-problem(spec).rows // tile.block_m) * rows_per_tile(spec), spec.y.size[0]
+        tiles = row_tiles(problem(spec).rows, tile.block_m, spec.groups)
+        return 2, tiles * rows_per_tile(spec), spec.y.size[0]
 
-    return register(Kernel(name, covers, problem, tensors, launch, partial, pack, rows_per_tile))
+    return register(Kernel(name, covers, problem, tensors, launch, partial, layout, rows_per_tile))
 
 
 # --- plans --------------------------------------------------------------------------------------------------
@@ -335,7 +344,7 @@ def run_planned(key: Hashable, tensors: Sequence[Any], make: Callable[[], Launch
         tensors: the launch's tensors, in the order of its parameters.
         make: builds the launch.
     """
-    flat = [t for one in tensors for t in (one if isinstance(one, Pointers) else (one,))]
+    flat = [t for one in tensors for t in (one if isinstance(one, tuple) else (one,))]
     key = (key, _aligned(flat))
     plan = _plans.get(key)
     if plan is None:
@@ -356,13 +365,13 @@ class Result(NamedTuple):
     """The product as it ran: without prologues where standalone kernels have computed them."""
 
 
-def run(it: Product) -> Result:
-    """Run a product; writes the output of a convolution."""
+def run(it: Product, packed: Tensor | None = None) -> Result:
+    """Run a product; writes the output of a convolution. Packs the weight unless it is given packed."""
     kernel = kernel_for(it.spec)
     assert kernel is not None
-    packed = None
-    if it.weight is not None and kernel.pack is not None:
-        packed = weight_cache.get_or_make(it.weight, kernel.name, kernel.pack)
+    if packed is None and it.weight is not None and kernel.layout is not None:
+        make = functools.partial(kernel.layout.pack, dtype=it.spec.dtype)
+        packed = weight_cache.get_or_make(it.weight, (kernel.layout, it.spec.dtype), make)
     return _run(it, kernel, packed)
 
 

@@ -23,7 +23,7 @@ from ..spec import Operand
 from .launcher import INT32_MAX, Constants, Launch, Pointers
 from .tiles import SHARED_LIMIT
 
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 class Report(NamedTuple):
@@ -62,8 +62,9 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     for i, name in enumerate(launch.kernel.arg_names):
         if name in launch.constants:
             signature[name] = "constexpr"
-        elif isinstance(value := arguments[name], Pointers):
-            signature[name] = Pointers(*(specialize((i, j), t) for j, t in enumerate(value)))
+        elif isinstance(value := arguments[name], tuple):
+            kinds = [specialize((i, j), t) for j, t in enumerate(value)]
+            signature[name] = Pointers(*kinds) if isinstance(value, Pointers) else tuple(kinds)
         else:
             signature[name] = specialize((i,), value)
     source = ASTSource(launch.kernel, signature, launch.constants, attributes)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..spec import ConvSpec, Operand
 from .device_functions import load, row_pointers, rows
 from .launcher import INT32_MAX, Launch, Pointers, extent, present, run_planned
-from .tiles import next_power_of_two
+from .tiles import next_power_of_two, row_tiles
 
 
 @triton.jit
@@ -31,16 +31,18 @@ def _prologue_kernel(
     X: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     WIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
     COLUMN_TILES: tl.constexpr = (X.size[0] + BLOCK_N - 1) // BLOCK_N
-    inside, n, h, w = rows(pid // COLUMN_TILES, M, X.size[1], X.size[2], BLOCK_M, WIDE)
+    tile = pid // COLUMN_TILES
+    inside, group, n, h, w = rows(tile, M, X.size[1], X.size[2], BLOCK_M, WIDE, GROUPS)
     c = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = inside[:, None] & (c < X.size[0])[None, :]
     x_rows, other_rows = row_pointers(x, n, h, w, X)
-    x_hat = load(x_rows, other_rows, 0, 0, c, mask, x, slope, per_count, X)
+    x_hat = load(x_rows, other_rows, 0, 0, c, group, mask, x, slope, per_count, X)
     at = n * OUT_STRIDE[0] + h * OUT_STRIDE[2] + w * OUT_STRIDE[3]
     tl.store(out_ptr + at[:, None] + c[None, :] * OUT_STRIDE[1], x_hat, mask=mask)
 
@@ -55,13 +57,14 @@ def launch(spec: ConvSpec, operand: Operand, tensors: Pointers, out: Tensor) -> 
     far = max(extent((spec.images, c, h, w), stride) for stride in strides)
     return Launch(
         _prologue_kernel,
-        -(-pixels // block_m) * -(-c // block_n),
+        row_tiles(pixels, block_m, spec.groups) * -(-c // block_n),
         {"x": present(tensors, out), "out_ptr": out},
         {"M": pixels, "slope": float(spec.slope), "per_count": 1.0 / max(pixels, 1)},
         {
             "X": operand,
             "OUT_STRIDE": out.stride(),
             "WIDE": max(far, pixels + block_m + 256) > INT32_MAX,
+            "GROUPS": spec.groups,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
         },
@@ -80,6 +83,6 @@ def materialize(
         return operand, x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if run:
-        key = ("prologue", operand, spec.images, spec.dtype, spec.device, spec.slope)
+        key = ("prologue", operand, spec.images, spec.dtype, spec.device, spec.slope, spec.groups)
         run_planned(key, (present(tensors, out), out), lambda: launch(spec, operand, tensors, out))
     return Operand(operand.size, out.stride()), out

@@ -20,8 +20,52 @@ from torch import Tensor
 from .launcher import Launch, run_planned
 from .tiles import next_power_of_two
 
-_BLOCK_C = 8  # channels per program: one 32-byte sector of a row, and many programs
-_MERGE_WARPS = 8  # few programs, which need many loads in flight
+BLOCK_C = 8  # channels per program: one 32-byte sector of a row, and many programs
+MERGE_WARPS = 8  # few programs, which need many loads in flight
+
+
+@triton.jit
+def merge_statistics(
+    partial_ptr, plane, tiles, M, c, C: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Return (mean, var) for channels c [BLOCK_C] from the means [tiles, C] and, ``plane`` further, the M2.
+
+    Row t has min(BLOCK_M, M - t//PER_TILE·BLOCK_M) values.
+    """
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        mask = (t < tiles)[:, None] & (c < C)[None, :]
+        count = tl.minimum(M - (t // PER_TILE).to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)[:, None]
+        total += count * tl.load(partial_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+    rows = M * 1.0 * PER_TILE
+    mean = tl.sum(total, axis=0) / rows
+
+    squares = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        mask = (t < tiles)[:, None] & (c < C)[None, :]
+        count = tl.minimum(M - (t // PER_TILE).to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)[:, None]
+        at = partial_ptr + t[:, None] * C + c[None, :]
+        deviation = tl.load(at, mask=mask, other=0.0) - mean[None, :]
+        m2 = tl.load(at + plane, mask=mask, other=0.0)
+        squares += tl.where(mask, m2 + count * deviation * deviation, 0.0)
+    return mean, tl.sum(squares, axis=0) / rows
+
+
+@triton.jit
+def merge_sums(partial_ptr, plane, tiles, c, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the two sums over rows [tiles, C] for channels c [BLOCK_C]; the second is ``plane`` further."""
+    first = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    second = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        mask = (t < tiles)[:, None] & (c < C)[None, :]
+        at = partial_ptr + t[:, None] * C + c[None, :]
+        first += tl.load(at, mask=mask, other=0.0)
+        second += tl.load(at + plane, mask=mask, other=0.0)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
 @triton.jit
@@ -32,32 +76,15 @@ def _statistics_kernel(
     TILES,
     M,  # rows of all row tiles
     C: tl.constexpr,
-    GROUP: tl.constexpr,  # rows of partial per row tile
+    PER_TILE: tl.constexpr,  # rows of partial per row tile
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for start in range(0, TILES, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        mask = (t < TILES)[:, None] & (c < C)[None, :]
-        count = tl.minimum(M - (t // GROUP).to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)[:, None]
-        total += count * tl.load(partial_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-    rows = M * 1.0 * GROUP
-    mean = tl.sum(total, axis=0) / rows
-
-    squares = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for start in range(0, TILES, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        mask = (t < TILES)[:, None] & (c < C)[None, :]
-        count = tl.minimum(M - (t // GROUP).to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)[:, None]
-        at = partial_ptr + t[:, None] * C + c[None, :]
-        deviation = tl.load(at, mask=mask, other=0.0) - mean[None, :]
-        m2 = tl.load(at + TILES * C, mask=mask, other=0.0)
-        squares += tl.where(mask, m2 + count * deviation * deviation, 0.0)
+    mean, var = merge_statistics(partial_ptr, TILES * C, TILES, M, c, C, PER_TILE, BLOCK_M, BLOCK_T, BLOCK_C)
     tl.store(mean_ptr + c, mean, mask=c < C)
-    tl.store(var_ptr + c, tl.sum(squares, axis=0) / rows, mask=c < C)
+    tl.store(var_ptr + c, var, mask=c < C)
 
 
 @triton.jit
@@ -73,17 +100,9 @@ def _sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    second = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for start in range(0, TILES, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        mask = (t < TILES)[:, None] & (c < C)[None, :]
-        at = partial_ptr + t[:, None] * C + c[None, :]
-        first += tl.load(at, mask=mask, other=0.0)
-        second += tl.load(at + TILES * C, mask=mask, other=0.0)
-    dshift = tl.sum(first, axis=0)
+    dshift, dscale = merge_sums(partial_ptr, TILES * C, TILES, c, C, BLOCK_T, BLOCK_C)
     tl.store(dshift_ptr + c, dshift, mask=c < C)
-    tl.store(dscale_ptr + c, tl.sum(second, axis=0), mask=c < C)
+    tl.store(dscale_ptr + c, dscale, mask=c < C)
     tl.store(dcenter_ptr + c, -tl.load(scale_ptr + c, mask=c < C, other=0.0) * dshift, mask=c < C)
 
 
@@ -111,7 +130,8 @@ def _split_k_kernel(
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows_per_step(tiles: int) -> int:
+def rows_per_step(tiles: int) -> int:
+    """Return the rows of partial sums that a program loads at once."""
     return min(1024, next_power_of_two(tiles))
 
 
@@ -124,11 +144,11 @@ def statistics_launch(
     """
     tiles, channels = partial.shape[1:]
     tensors: dict[str, Any] = {"partial_ptr": partial, "mean_ptr": mean, "var_ptr": var}
-    constants = {"C": channels, "GROUP": group, "BLOCK_M": block_m}
-    constants |= {"BLOCK_T": _rows_per_step(tiles), "BLOCK_C": _BLOCK_C}
+    constants = {"C": channels, "PER_TILE": group, "BLOCK_M": block_m}
+    constants |= {"BLOCK_T": rows_per_step(tiles), "BLOCK_C": BLOCK_C}
     scalars: dict[str, int | float] = {"TILES": tiles, "M": rows}
-    count = -(-channels // _BLOCK_C)
-    return Launch(_statistics_kernel, count, tensors, scalars, constants, _MERGE_WARPS)
+    count = -(-channels // BLOCK_C)
+    return Launch(_statistics_kernel, count, tensors, scalars, constants, MERGE_WARPS)
 
 
 def statistics(partial: Tensor, mean: Tensor, var: Tensor, rows: int, group: int, block_m: int) -> None:
@@ -143,9 +163,9 @@ def sums_launch(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor,
     tiles, channels = partial.shape[1:]
     tensors: dict[str, Any] = {"partial_ptr": partial, "scale_ptr": scale}
     tensors |= {"dcenter_ptr": dcenter, "dscale_ptr": dscale, "dshift_ptr": dshift}
-    constants = {"C": channels, "BLOCK_T": _rows_per_step(tiles), "BLOCK_C": _BLOCK_C}
-    count = -(-channels // _BLOCK_C)
-    return Launch(_sums_kernel, count, tensors, {"TILES": tiles}, constants, _MERGE_WARPS)
+    constants = {"C": channels, "BLOCK_T": rows_per_step(tiles), "BLOCK_C": BLOCK_C}
+    count = -(-channels // BLOCK_C)
+    return Launch(_sums_kernel, count, tensors, {"TILES": tiles}, constants, MERGE_WARPS)
 
 
 def sums(partial: Tensor, scale: Tensor, dcenter: Tensor, dscale: Tensor, dshift: Tensor) -> None:

@@ -59,6 +59,8 @@ class Problem:
     """prologue+epilogue; for a weight gradient, both prologues."""
     elements: tuple[int, ...] = (0,)
     """Of x; for a weight gradient, of both operands."""
+    groups: int = 1
+    """Equal parts of the rows, which no row tile straddles."""
 
     def key(self) -> str:
         """Return the key under which tuned tiles are stored."""
@@ -92,9 +94,15 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def row_tiles(rows: int, block_m: int, groups: int) -> int:
+    """Return the number of row tiles that cover ``rows`` rows in equal groups."""
+    return groups * -(-rows // groups // block_m)
+
+
 def programs(tile: Tile, problem: Problem) -> int:
     """Return the number of programs that cover the problem."""
-    return -(-problem.rows // tile.block_m) * -(-problem.columns // tile.block_n) * problem.copies
+    down = row_tiles(problem.rows, tile.block_m, problem.groups)
+    return down * -(-problem.columns // tile.block_n) * problem.copies
 
 
 def fit(tile: Tile, problem: Problem) -> Tile:

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..spec import ConvSpec
 from .device_functions import affine, load, row_pointers, rows, store
 from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem, is_strided
+from .packing import Layout
 from .tiles import Problem
 
 
@@ -49,7 +48,9 @@ def _up_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.co
     a = parity // 2
     b = parity % 2
     row_tile = pid // (COLUMN_TILES * 4)
-    inside, n, p, q = rows(row_tile, M, (Y.size[1] + 1) // 2, (Y.size[2] + 1) // 2, BLOCK_M, SPEC.wide)
+    inside, group, n, p, q = rows(
+        row_tile, M, (Y.size[1] + 1) // 2, (Y.size[2] + 1) // 2, BLOCK_M, SPEC.wide, SPEC.groups
+    )
     if Y.size[1] % 2 or Y.size[2] % 2:
         inside = inside & (2 * p + a < Y.size[1]) & (2 * q + b < Y.size[2])
     co = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,14 +68,15 @@ def _up_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.co
         dq = b - tap % 2
         valid = inside & (p + dp >= 0) & (p + dp < X.size[1]) & (q + dq >= 0) & (q + dq < X.size[2])
         mask = valid[:, None] & (c < C_IN)[None, :]
-        x_hat = load(x_rows, other_rows, dp, dq, c, mask, x, slope, per_count, X)  # [BLOCK_M, BLOCK_K]
+        x_hat = load(x_rows, other_rows, dp, dq, c, group, mask, x, slope, per_count, X)  # [BLOCK_M, BLOCK_K]
         w_at = w_columns[None, :] + (tap * C_IN + c)[:, None]
         w = tl.load(w_at, mask=(co < C_OUT)[None, :] & (c < C_IN)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x_hat, w, acc, input_precision=SPEC.precision)
 
     h = (2 * p + a)[:, None]
     w = (2 * q + b)[:, None]
-    store(acc, inside, n[:, None], h, w, co, row_tile * 4 + parity, y, partial_ptr, TILES, slope, Y)
+    tile = row_tile * 4 + parity
+    store(acc, inside, n[:, None], h, w, co, group, tile, y, partial_ptr, TILES, slope, Y)
 
 
 @triton.jit
@@ -86,8 +88,8 @@ def _up_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC
     BLOCK_N: tl.constexpr = SPEC.block_n  # 16
     BLOCK_K: tl.constexpr = SPEC.block_k
     C_IN: tl.constexpr = X.size[0]
-    inside, n, p, q = rows(
-        tl.program_id(0), M, (Y.size[1] + 1) // 2, (Y.size[2] + 1) // 2, BLOCK_M, SPEC.wide
+    inside, group, n, p, q = rows(
+        tl.program_id(0), M, (Y.size[1] + 1) // 2, (Y.size[2] + 1) // 2, BLOCK_M, SPEC.wide, SPEC.groups
     )
     column = tl.arange(0, BLOCK_N)  # ((a·2 + b)·4 + co)
     co = column % 4
@@ -102,13 +104,13 @@ def _up_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC
         dq = 1 - tap % 3
         valid = inside & (p + dp >= 0) & (p + dp < X.size[1]) & (q + dq >= 0) & (q + dq < X.size[2])
         mask = valid[:, None] & (c < C_IN)[None, :]
-        x_hat = load(x_rows, other_rows, dp, dq, c, mask, x, slope, per_count, X)  # [BLOCK_M, BLOCK_K]
+        x_hat = load(x_rows, other_rows, dp, dq, c, group, mask, x, slope, per_count, X)  # [BLOCK_M, BLOCK_K]
         w_at = w_ptr + column[None, :] * (9 * C_IN) + (tap * C_IN + c)[:, None]
         w = tl.load(w_at, mask=(c < C_IN)[:, None], other=0.0)  # [BLOCK_K, 16]
         acc = tl.dot(x_hat, w, acc, input_precision=SPEC.precision)
 
     tl.static_assert(Y.function == "affine")  # partial sums would have to be reduced over parities
-    acc = affine(acc, co, y, slope, Y)
+    acc = affine(acc, co, group, y, slope, Y)
     h = 2 * p[:, None] + (column // 8)[None, :]
     w = 2 * q[:, None] + ((column // 4) % 2)[None, :]
     mask = inside[:, None] & (co < Y.size[0])[None, :]
@@ -118,27 +120,18 @@ def _up_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC
     tl.store(y_at, acc.to(y.ptr.dtype.element_ty), mask=mask)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Pack [C_in, C_out, 4, 4] → [parity, C_out, r, s, C_in]: kh = 1-a+2r, kw = 1-b+2s, parity = 3-(2a+b).
+LAYOUT = Layout(True, ("h%2", "w%2", "out", "h//2", "w//2", "in"))
+"""[C_in, C_out, 4, 4] → [parity, C_out, r, s, C_in]: kh = 1-a+2r, kw = 1-b+2s, parity = 3-(2a+b).
 
-    Output row 2p+a reads input rows p+a-r. The parities are stored in the order of the kernel's rows in
-    memory, so that packing is a single transposition.
-    """
-    c_in, c_out = weight.shape[:2]
-    taps = weight.reshape(c_in, c_out, 2, 2, 2, 2)  # [C_in, C_out, r, 1-a, s, 1-b]
-    return taps.permute(3, 5, 1, 2, 4, 0).contiguous()
+Output row 2p+a reads input rows p+a-r. The parities are in the order of the taps' parities, 1-a and 1-b.
+"""
 
+NARROW_LAYOUT = Layout(True, LAYOUT.axes, border=1, out_multiple=NARROW)
+"""[C_in, C_out ≤ 4, 4, 4] → [a, b, 4, u, v, C_in]: all parities as columns over their 3×3 inputs.
 
-def pack_narrow(weight: Tensor) -> Tensor:
-    """Pack [C_in, C_out ≤ 4, 4, 4] → [a, b, 4, u, v, C_in]: all parities as columns over their 3×3 inputs.
-
-    Output (2p+a, 2q+b) reads input (p+1-u, q+1-v) through kh = 2u+a-1, kw = 2v+b-1; taps outside the kernel
-    are zero.
-    """
-    c_in, c_out = weight.shape[:2]
-    padded = torch.nn.functional.pad(weight, (1, 1, 1, 1, 0, NARROW - c_out))  # kh + 1 = 2u + a
-    taps = padded.view(c_in, NARROW, 3, 2, 3, 2)  # [C_in, 4, u, a, v, b]
-    return taps.permute(3, 5, 1, 2, 4, 0).contiguous()
+Output (2p+a, 2q+b) reads input (p+1-u, q+1-v) through kh = 2u+a-1, kw = 2v+b-1, so a and b are the parities
+and u and v the halves of the taps with a border; taps outside the kernel are zero.
+"""
 
 
 def _covers(spec: ConvSpec) -> bool:
@@ -166,5 +159,5 @@ def problem_narrow(spec: ConvSpec) -> Problem:
     return convolution_problem("up_narrow", spec, _rows(spec), 16, 9 * spec.x.size[0], spec.x.size[0])
 
 
-UP_NARROW = convolution("up_narrow", _up_narrow_kernel, _covers_narrow, pack_narrow, problem_narrow)
-UP = convolution("up", _up_kernel, _covers, pack, problem, rows_per_tile=lambda spec: 4)
+UP_NARROW = convolution("up_narrow", _up_narrow_kernel, _covers_narrow, NARROW_LAYOUT, problem_narrow)
+UP = convolution("up", _up_kernel, _covers, LAYOUT, problem, rows_per_tile=lambda spec: 4)

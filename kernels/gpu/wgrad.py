@@ -89,10 +89,10 @@ def _wgrad_kernel(
     steps_per_split = (steps + SPLITS - 1) // SPLITS
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps)):
-        inside, n, p, q = rows(step, M, SMALL.size[1], SMALL.size[2], BLOCK_K, SPEC.wide)
+        inside, _, n, p, q = rows(step, M, SMALL.size[1], SMALL.size[2], BLOCK_K, SPEC.wide)
         small_rows, other_rows = row_pointers(small, n, p, q, SMALL)
-        mask = inside[:, None] & (s < C_SMALL)[None, :]
-        a = load(small_rows, other_rows, 0, 0, s, mask, small, slope, per_count, SMALL)  # [BLOCK_K, BLOCK_M]
+        mask = inside[:, None] & (s < C_SMALL)[None, :]  # [BLOCK_K, BLOCK_M]
+        a = load(small_rows, other_rows, 0, 0, s, 0, mask, small, slope, per_count, SMALL)
 
         h = (p * KERNEL[2])[:, None] + dh
         w = (q * KERNEL[2])[:, None] + dw
@@ -104,7 +104,7 @@ def _wgrad_kernel(
         other = b
         if LARGE.other_stride is not None:
             other = tl.load(other_at + channel * LARGE.other_stride[1], mask=valid, other=0.0)
-        b = prologue(b, other, valid, channel, large, slope, per_count, LARGE)
+        b = prologue(b, other, valid, channel, 0, large, slope, per_count, LARGE)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=SPEC.precision)
 
     partial = partial_ptr + ((split * TAPS + tap) * C_SMALL + s[:, None]) * C_LARGE + channel

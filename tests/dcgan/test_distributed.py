@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.optim import SGD
 from dcgan import fast, models
 from dcgan.batchnorm import SyncBatchNorm2d
 from dcgan.errors import InputError
-from dcgan.kernels import ops
+from dcgan.kernels import ops, train_chain
 from dcgan.models import weights_init
 from dcgan.training import TrainStep
 from dcgan.training.feed import Feed, Share
@@ -96,10 +98,10 @@ def worker(
     torch.save(result, f"{out}/{rank}.pt")
 
 
-def run_two_processes(tmp_path: Path, *arguments: Any) -> list[Any]:
+def run_two_processes(tmp_path: Path, *arguments: Any, target: Callable[..., None] = worker) -> list[Any]:
     port, context = free_port(), train_runs.forkserver_context()
     processes = [
-        context.Process(target=worker, args=(rank, port, str(tmp_path), *arguments)) for rank in range(2)
+        context.Process(target=target, args=(rank, port, str(tmp_path), *arguments)) for rank in range(2)
     ]
     for process in processes:
         process.start()
@@ -165,6 +167,112 @@ def test_batchnorm_is_local_to_each_process(tmp_path: Path) -> None:
     for a, b in zip(first[0], second[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert any(not torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))  # running statistics
+
+
+# --- networks that train as one operator --------------------------------------------------------------------
+
+SMALL_BUCKETS = {"bucket_cap_mb": 0.001}  # smaller than the gradients of either network
+DDP_OPTIONS: dict[str, dict[str, Any]] = {
+    "one bucket": {},
+    "small buckets": SMALL_BUCKETS,
+    "static graph": {"static_graph": True},
+    "static graph, small buckets": {"static_graph": True, **SMALL_BUCKETS},
+    "unused parameters": {"find_unused_parameters": True},
+    "unused parameters, small buckets": {"find_unused_parameters": True, **SMALL_BUCKETS},
+    "views": {"gradient_as_bucket_view": True},
+    "accumulated": {},
+    "accumulated, small buckets": SMALL_BUCKETS,
+    "some frozen": {},
+    "some frozen, small buckets": SMALL_BUCKETS,
+    "one layer trained, small buckets": {"bucket_cap_mb": 0.02},
+    "synchronised": {},
+}
+
+
+def operators() -> list[int]:
+    """Return a list to which each network that runs as one operator from now on appends its batch size."""
+    found: list[int] = []
+    original = train_chain.train_chain
+
+    def record(call: Any) -> Any:
+        found.append(len(call.x))
+        return original(call)
+
+    train_chain.train_chain = record
+    return found
+
+
+def train_one(which: int, name: str, rank: int, world: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of every step, and the buffers; "accumulated" takes two batches a step."""
+    network = networks(torch.float64, "own")[which]
+    if name.startswith("some frozen"):
+        network.main[3 - which].requires_grad_(False)  # the second convolution
+    if name.startswith("one layer"):
+        network.requires_grad_(False)
+        network.main[0].requires_grad_(True)
+    if name == "synchronised":
+        SyncBatchNorm2d.convert(network)
+    parallel = (
+        DistributedDataParallel(network, broadcast_buffers=False, **DDP_OPTIONS[name])
+        if world > 1
+        else network
+    )
+    gradients = []
+    each = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+    for step in range(3):
+        network.zero_grad()
+        given = [batch[1 - which][each] for batch in batches(torch.float64)]
+        for i, x in enumerate(given if name.startswith("accumulated") else given[step % 2 :][:1]):
+            waits = name.startswith("accumulated") and i == 0
+            with parallel.no_sync() if waits and world > 1 else contextlib.nullcontext():  # type: ignore[operator]
+                parallel(x).square().sum().backward()
+        gradients += [p.grad.clone() for p in network.parameters() if p.grad is not None]
+    return gradients, [b.clone() for b in network.buffers()]
+
+
+def operator_worker(rank: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found, calls = {}, operators()
+    with ops.use_engine("reference"):
+        for which in (0, 1):
+            for name in DDP_OPTIONS:
+                calls.clear()
+                found[f"{which} {name}"] = (*train_one(which, name, rank, 2), len(calls))
+        for name in ("own", "synchronised"):
+            calls.clear()
+            train(torch.float64, name, (rank, 2), {})
+            found[f"TrainStep {name}"] = list(calls)
+    distributed.destroy_process_group()
+    torch.save(found, f"{out}/{rank}.pt")
+
+
+def test_one_operator_unless_that_delays_communication(tmp_path: Path) -> None:
+    """Gradients are the average of the processes' own, whether one node computes them or one a layer."""
+    results = run_two_processes(tmp_path, target=operator_worker)
+    for which in (0, 1):
+        for name in DDP_OPTIONS:
+            calls = {rank: results[rank][f"{which} {name}"][2] for rank in (0, 1)}
+            if name == "synchronised":
+                wanted = 0
+            elif "small buckets" not in name or name.startswith("one layer"):
+                wanted = 6 if name.startswith("accumulated") else 3
+            else:  # the backward of a batch that is only accumulated sends nothing
+                wanted = 3 if name.startswith("accumulated") else 0
+            assert calls == {0: wanted, 1: wanted}, name
+            if name == "synchronised":
+                continue
+            with ops.use_engine("reference"):
+                alone = [train_one(which, name, rank, 1) for rank in (0, 1)]
+            average = [(a + b) / 2 for a, b in zip(alone[0][0], alone[1][0], strict=True)]
+            for rank in (0, 1):
+                gradients, buffers, _ = results[rank][f"{which} {name}"]
+                assert max_error(gradients, average) <= 1e-11, name
+                assert max_error(buffers, alone[rank][1]) <= 1e-12, name
+    for rank in (0, 1):
+        # D on real images, G, D on generated ones, and D in G's phase, in every step.
+        assert results[rank]["TrainStep own"] == [BATCH // 2] * 4 * STEPS
+        assert results[rank]["TrainStep synchronised"] == []
 
 
 def test_without_a_process_group() -> None:

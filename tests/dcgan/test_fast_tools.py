@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcgan import fast, models
 from dcgan.kernels import chain, coverage, ops
 from dcgan.kernels.cpu import products
+from tests.support import train_chains
 from tests.support.native import NEEDED
 from tests.support.networks import MODES, NETWORKS, drop_in, reference, sample
 from tests.support.tolerance import relative
@@ -134,6 +135,32 @@ def test_flops_of_the_ops(transposed: bool, stride: int, padding: int, kernel: i
     with torch.no_grad():
         stage = chain.Stage(transposed, weight, stride=stride, padding=padding)
         assert flops(lambda: chain.conv_chain(x, [stage])) == forward_flops
+
+
+@pytest.mark.parametrize("frozen", ["", "first", "first two", "norms", "all"])
+@pytest.mark.parametrize("of_input", [True, False])
+@NETWORKS
+def test_flops_of_a_network_in_training(kind: str, of_input: bool, frozen: str) -> None:
+    """Products that no gradient needs are not counted, as in aten, which counts layer by layer."""
+    eager = train_chains.reference_network(kind)
+    convolutions = [m for m in eager if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    for module in {
+        "": [],
+        "first": convolutions[:1],
+        "first two": convolutions[:2],
+        "norms": [m for m in eager if isinstance(m, nn.BatchNorm2d)],
+        "all": eager if of_input else eager[:-2],
+    }[frozen]:
+        module.requires_grad_(False)
+    x = train_chains.reference_input(kind, 2)
+
+    def counts(network: nn.Module) -> tuple[int, int]:
+        given = x.clone().requires_grad_(of_input)
+        return flops(lambda: network(given)), flops(lambda: network(given).sum().backward())
+
+    forward, both = counts(eager)
+    assert both > forward > 0
+    assert counts(train_chains.chain_of(eager)) == (forward, both)
 
 
 # --- inputs ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcgan import fast, models
+from dcgan import fast, layers, models
 from tests.support import generated_code
 
 
@@ -19,25 +19,32 @@ def test_fast_networks_launch_five_kernels_and_batchnorm_folding(channels: int) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_training_launches_only_our_ops_and_per_channel_kernels(dtype: torch.dtype) -> None:
+def test_training_launches_only_our_operators(dtype: torch.dtype) -> None:
+    """Forward and backward are one graph: the network, its running statistics, and its backward."""
+    for network, shape in (
+        (fast.Generator().to(dtype), (64, 100)),
+        (fast.Discriminator().to(dtype), (64, 1, 64, 64)),
+    ):
+        phases = generated_code.training_launches(network, shape, input_gradient=len(shape) == 4)
+        assert phases == {"forward": (1, 2, 0, 0, 0), "backward": (1, 1, 0, 0, 0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_training_layer_by_layer_launches_only_our_ops_and_per_channel_kernels(dtype: torch.dtype) -> None:
     """Forward and backward are one graph with one op per layer; other kernels process at most [C] elements.
 
     Each BatchNorm takes at most 3 kernels plus its counter forward, and 2 backward; G has four, D three.
     """
-    generator = fast.Generator().to(dtype)
-    phases = generated_code.training_launches(generator, (64, 100))
-    for phase, norms, kernels in (("forward", 4, 4), ("backward", 4, 2)):
-        counts = phases[phase]
-        assert (counts.graphs, counts.ops, counts.aten) == (1, 5, 0)
-        assert counts.kernels <= kernels * norms
-        assert counts.largest <= 512
-    discriminator = fast.Discriminator().to(dtype)
-    phases = generated_code.training_launches(discriminator, (64, 1, 64, 64), input_gradient=True)
-    for phase, norms, kernels in (("forward", 3, 4), ("backward", 3, 2)):
-        counts = phases[phase]
-        assert (counts.graphs, counts.ops, counts.aten) == (1, 5, 0)
-        assert counts.kernels <= kernels * norms
-        assert counts.largest <= 512
+    generator, discriminator = fast.Generator().to(dtype), fast.Discriminator().to(dtype)
+    with layers.layer_by_layer():
+        of_g = generated_code.training_launches(generator, (64, 100))
+        of_d = generated_code.training_launches(discriminator, (64, 1, 64, 64), input_gradient=True)
+    for phases, norms in ((of_g, 4), (of_d, 3)):
+        for phase, kernels in (("forward", 4), ("backward", 2)):
+            counts = phases[phase]
+            assert (counts.graphs, counts.ops, counts.aten) == (1, 5, 0)
+            assert counts.kernels <= kernels * norms
+            assert counts.largest <= 512
 
 
 def test_count_covers_the_launches_of_stock_pytorch() -> None:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from dcgan import fast, models
 from dcgan.kernels import ops
-from dcgan.kernels.spec import Call
+from dcgan.kernels.spec import Call, TrainCall
+from tests.support.chain_results import cast
 from tests.support.float64_reference import act, expected_outputs, gradients, leaves, op
+from tests.support.train_chains import stages
 
 DEVICE = "cuda"
 
@@ -232,6 +234,23 @@ def cotangent_of(network: nn.Module, batch: int) -> Tensor:
     size = network.image_size
     shape = (batch, network.channels, size, size) if image else (batch,)
     return 0.05 * torch.randn(shape, device=DEVICE, dtype=torch.float64)
+
+
+def chain_call(
+    which: int, batch: int, groups: int, dtype: torch.dtype, parameters: torch.dtype, **sizes: int
+) -> tuple[TrainCall, Tensor]:
+    """Return the Generator (0) or Discriminator (1) in training as one operator, and a gradient of its y."""
+    network: Any = networks(torch.float32, **sizes)[which]
+    x = samples(network, batch, dtype)
+    call = TrainCall(
+        x[:, :, None, None] if which == 0 else x,
+        stages(network.main),
+        models.LEAKY_SLOPE,
+        groups,
+        channels_last=False,
+    )
+    dy = cotangent_of(network, batch).to(dtype)
+    return cast(call, dtype, parameters), dy if which == 0 else dy[:, None, None, None]
 
 
 def samples(network: nn.Module, batch: int, dtype: torch.dtype) -> Tensor:

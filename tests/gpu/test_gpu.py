@@ -53,8 +53,8 @@ def test_every_tile(layer: str, precision: str) -> None:
     product = executor.fprop(spec, call, y)
     kernel = gpu.kernel_for(product.spec)
     assert kernel is not None
-    assert kernel.pack is not None
-    packed = kernel.pack(call.weight)
+    assert kernel.layout is not None
+    packed = kernel.layout.pack(call.weight, spec.dtype)
     problem = kernel.problem(product.spec)
     for tile in tiles.candidates(problem.kernel, problem.precision):
         y.fill_(float("nan"))

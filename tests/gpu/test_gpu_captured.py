@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dcgan import fast
-from tests.gpu.full_size import NETWORK, networks, samples
+from dcgan.kernels import ops
+from dcgan.kernels.train_chain import specs, track_, train_chain
+from tests.gpu.full_size import NETWORK, chain_call, networks, samples
+from tests.support.train_chains import tensors_of, with_tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -96,6 +99,51 @@ def test_a_captured_step_with_torch_sgd() -> None:
         seen.append(loss.item())
     assert seen == sorted(seen, reverse=True), "each replay continues downhill from the previous one"
     assert seen[-1] < seen[0]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_captured_chain(which: int, groups: int) -> None:
+    """A network as one operator, with its running statistics: replays give the same bits as launches."""
+    call, dy = chain_call(which, 16, groups, torch.bfloat16, torch.float32)
+    given = {name: t.requires_grad_() for name, t in tensors_of(call).items()}
+    call = with_tensors(call, given)
+    norms = [(stage, spec) for stage, spec in zip(call.stages, specs(call), strict=True) if stage.norm]
+    counts = [16 // groups * spec.y.size[1] * spec.y.size[2] for _, spec in norms]
+    means, variances = ([torch.ones(stage.c_out, device="cuda") for stage, _ in norms] for _ in range(2))
+    batches = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in norms]
+    running = [*means, *variances, *batches]
+
+    def step() -> list[Tensor]:
+        with ops.use_engine("triton"):
+            y, stats = train_chain(call)
+            track_(means, variances, batches, stats, [None, *[0.1] * (len(norms) - 1)], counts)
+            return [y.detach(), *stats, *torch.autograd.grad(y, list(given.values()), dy)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+
+    seen: list[Tensor] = []
+    for _ in range(2):
+        with torch.no_grad():
+            for t in (dy, *given.values()):
+                t.mul_(-0.9).add_(0.01 * torch.randn_like(t))
+        before = [t.clone() for t in running]
+        graph.replay()
+        found = [t.clone() for t in (*captured, *running)]
+        for t, value in zip(running, before, strict=True):
+            t.copy_(value)
+        for got, want in zip(found, (*step(), *running), strict=True):
+            assert torch.equal(got, want)
+        seen.append(found[0])
+    assert not torch.equal(*seen)
 
 
 @pytest.fixture

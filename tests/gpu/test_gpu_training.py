@@ -12,8 +12,10 @@ from tests.gpu import matrix
 from tests.gpu.full_size import (
     LAYERS,
     ROLES,
+    TOLERANCE,
     TRAINING,
     assert_within_bounds,
+    chain_call,
     cotangent_of,
     error,
     exact,
@@ -23,6 +25,7 @@ from tests.gpu.full_size import (
     samples,
     training_call,
 )
+from tests.support.chain_results import BOUNDS, Bounds, assert_accurate
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +56,50 @@ def test_the_same_bits_twice(layer: str, precision: str) -> None:
     second, _, _ = run(call, transposed, given)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+WHICH = pytest.mark.parametrize("which", [0, 1], ids=["generator", "discriminator"])
+
+
+def chain_bounds(precision: str) -> Bounds:
+    """Return the bounds of a network as one operator.
+
+    Where it is computed from the engine's own maps, only the last bit of float32 may flip a sign. Statistics
+    are those of the products before they are rounded; in TF32 these are truncated, all in one direction.
+    """
+    layer, flips = TOLERANCE[precision], FLIPS[precision]
+    if precision == "float32":
+        return Bounds(layer, 2 * layer, flips, flips)
+    if precision == "tf32":
+        return Bounds(layer, 4 * layer, 8 * layer, flips)
+    of_dtype = BOUNDS[DTYPES[precision]]
+    statistics = of_dtype.statistics + 2 * TOLERANCE["float32"]
+    return of_dtype._replace(statistics=statistics, whole=flips)
+
+
+@WHICH
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "parameters"),
+    [
+        *(pytest.param(name, dtype, id=name) for name, dtype in DTYPES.items()),
+        pytest.param("float16", torch.float32, id="autocast-float16"),
+        pytest.param("bfloat16", torch.float32, id="autocast-bfloat16", marks=pytest.mark.check),
+    ],
+    indirect=["precision"],
+)
+def test_chain(which: int, groups: int, precision: str, parameters: torch.dtype) -> None:
+    """A network as one operator: each layer, the statistics and every gradient, against float64."""
+    call, dy = chain_call(which, 64, groups, DTYPES[precision], parameters)
+    assert_accurate(call, dy, "triton", chain_bounds(precision))
+
+
+@WHICH
+@pytest.mark.parametrize("groups", [1, 3])
+def test_chain_of_ragged_groups(which: int, groups: int) -> None:
+    """Of three images each, which leave most row tiles of the small maps partially filled."""
+    call, dy = chain_call(which, 3 * groups, groups, torch.bfloat16, torch.float32)
+    assert_accurate(call, dy, "triton", chain_bounds("bfloat16"))
 
 
 def step(

@@ -117,7 +117,7 @@ def test_every_tile(kernel: str, precision: str, tile: tiles.Tile) -> None:
     spec = ops.check(call, shape[0])
     y = ops.empty(spec)[0].fill_(float("nan"))
     product, chosen = executor.fprop(spec, call, y), gpu.kernel_for(spec)
-    chosen.launch(product, chosen.pack(call.weight), None, tile)()
+    chosen.launch(product, chosen.layout.pack(call.weight, dtype), None, tile)()
     assert_close(y, call, shape[0])
 
 
@@ -134,9 +134,8 @@ def test_nothing_out_of_bounds_is_read_or_written(shape: tuple) -> None:
     )
     spec = ops.check(call, transposed)
     chosen = gpu.kernel_for(spec)
-    packed = chosen.pack(call.weight)
-    packed = torch.cat([torch.full((64,), float("nan")), packed.flatten(), torch.full((64,), float("nan"))])
-    packed = packed[64:-64].view(chosen.pack(call.weight).shape)
+    packed = chosen.layout.pack(call.weight, torch.float32)
+    packed = surrounded(packed.flatten()).view(packed.shape)
     framed = torch.full([size + 4 for size in spec.shape], 7.0)
     y = framed[2:-2, 2:-2, 2:-2, 2:-2].fill_(float("nan"))
     product = executor.fprop(spec._replace(y=spec.y._replace(stride=y.stride())), call, y)

@@ -90,10 +90,10 @@ def run_product(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor
     spec = product.spec
     chosen = gpu.kernel_for(spec)
     assert chosen is not None
-    assert chosen.pack is not None
+    assert chosen.layout is not None
     assert chosen.name.startswith(kernel)
     rows, group = chosen.problem(spec).rows, chosen.rows_per_tile(spec)
-    packed = chosen.pack(product.weight)
+    packed = chosen.layout.pack(product.weight, spec.dtype)
     packed = surrounded(packed.flatten()).view(packed.shape)
     shape = chosen.partial(spec, tile, 132)
     if shape is None:

@@ -181,6 +181,7 @@ def training_code(
         bw_compiler=compiler("backward"),
         decompositions=select_decomp_table(),
         partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,  # as in torch.compile: buffers are updated in place
     )
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -190,7 +191,12 @@ def training_code(
     settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     torch._dynamo.reset()
     fake = copy.deepcopy(network).train()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch._functorch.config.patch(settings):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch._functorch.config.patch(settings),
+        triton.knobs.runtime.scope(),
+    ):
+        triton.knobs.runtime.interpret = True  # the only way in which the engine covers CPU tensors
         _make_fake(fake, "cpu")
         dtype = next(network.parameters()).dtype
         x = torch.empty(shape, dtype=dtype, requires_grad=input_gradient)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dcgan.kernels.gpu import aten, executor, kernel_for
-from dcgan.kernels.gpu.launcher import Product
+from dcgan.kernels.gpu.launcher import Pointers, Product
 from dcgan.kernels.gpu.tiles import Problem, Tile
 from dcgan.kernels.gpu.tools.layers import outputs
-from dcgan.kernels.spec import Backward, Call, specify
+from dcgan.kernels.spec import Backward, Call, Operand, specify
 
 SLOPE = 0.25
 GRAIN = 2**-4  # every exact sum is a multiple of this: a quarter of x̂ times a quarter of du
@@ -87,7 +87,11 @@ class Case(NamedTuple):
 
 
 def cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Yield the products of a layer: eval, and the forward, dgrad and wgrad of training."""
+    """Yield the products of a layer: eval, and the forward, dgrad and wgrad of training.
+
+    Of a layer after a BatchNorm, the dgrad of a network's training follows, with the epilogue 'gradient'. The
+    images have three groups in it and in forward, if their number allows.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def drawn(values: Sequence[float], *size: int, of: torch.dtype = torch.float32) -> Tensor:
@@ -113,7 +117,13 @@ def cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
 
     call = call._replace(**vectors)
     trained = forward(call if shape.stats else call._replace(out_act="leaky_relu"), transposed)
-    yield case("forward", trained)
+    groups = 3 if shape.batch % 3 == 0 else 1
+    grouped: tuple[Tensor, ...] = ()
+    if call.center is not None:
+        of_groups = (signs, (-1, 1, 2), signs)
+        grouped = tuple(drawn(values, groups, c_in) for values in of_groups)
+        trained = trained._replace(x=Pointers(x, None, *grouped))
+    yield case("forward", trained._replace(spec=trained.spec._replace(groups=groups)))
 
     # du = dy + a + b·(y - mean) is odd and so never 0: its 16-bit rounding is exact even if 1/count is not.
     # float32 keeps more digits of 1/count, so there a is 0.
@@ -131,8 +141,14 @@ def cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
         call.in_act, None, shape.out_act, saved_y, mean, shape.stats, SLOPE, shape.stride, shape.padding,
         (True, True, call.center is not None, False, False),
     )  # fmt: skip
-    yield case("dgrad", executor.dgrad(back, transposed, torch.empty_like(x)))
+    dgrad = executor.dgrad(back, transposed, torch.empty_like(x))
+    yield case("dgrad", dgrad)
     yield case("wgrad", executor.wgrad(back, transposed))
+    if grouped:
+        spec, dy = dgrad.spec, back.dy
+        functions = {"x": Operand(spec.x.size, dy.stride()), "y": spec.y._replace(function="gradient")}
+        spec = spec._replace(**functions, groups=groups)
+        yield case("gradient", Product(spec, Pointers(dy), weight, Pointers(dgrad.y.ptr, x, *grouped)))
 
 
 def forward(call: Call, transposed: bool) -> Product:
@@ -166,8 +182,7 @@ def difference(of: Case, tile: Tile, sms: int) -> str:
     Means, variances and sums over all pixels are divided, or may exceed what float32 represents exactly: they
     need only be correct within float32's rounding.
     """
-    # dweight is float32, where a sum over all pixels neither overflows nor is rounded.
-    got = outputs(of.product, tile, sms, dtype=torch.float32)
+    got = outputs(of.product, tile, sms)
     expected = of.exact[0].to(got[0].dtype)
     wrong = got[0] != expected
     if wrong.any():

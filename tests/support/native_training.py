@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dcgan.kernels import ops
-from dcgan.kernels.cpu import algorithm_selection
+from dcgan.kernels.cpu import algorithm_selection, training
 from dcgan.kernels.reference import memory_format
 from dcgan.kernels.spec import Backward
 from tests.support import native
@@ -71,7 +71,9 @@ def forced(algorithm: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(algorithm_selection, "training", choose)
+        training._plan.cache_clear()
         yield
+    training._plan.cache_clear()
 
 
 def layer(algorithm: str, transposed: bool, prologue: str, epilogue: str, **changes: Any) -> Problem:

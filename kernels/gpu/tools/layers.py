@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...spec import Backward, Call, ConvSpec, Operand, dense_strides, specify
-from .. import executor, prologue_kernel, reduce
+from ... import coverage, train_chain
+from ...spec import Call, ConvSpec, Operand, Shaped, TrainCall, TrainStage, dense_strides, specify
+from .. import aten, batchnorm, prologue_kernel, reduce
 from ..launcher import Kernel, Launch, Pointers, Product, kernel_for
 from ..tiles import Problem, Tile
+from ..training import dgrad_spec, wgrad_spec
 
 # tf32 means float32 tensors whose products run on TF32 tensor cores: a GPU setting, not a tensor dtype.
 DTYPES: dict[str, torch.dtype] = {
@@ -26,11 +28,8 @@ PRECISIONS = {"float32": "ieee", "tf32": "tf32", "float16": "16bit", "bfloat16":
 PHASES = ("eval", "forward", "dgrad", "wgrad")
 SM_COUNTS = {80: 108, 90: 132}
 """SMs of an A100 and an H100, by compute capability."""
-OUTPUTS = (
-    *("y.ptr", "out_ptr", "partial_ptr", "mean_ptr", "var_ptr", "dcenter_ptr", "dscale_ptr"),
-    *("dshift_ptr", "dw_ptr"),
-)
-"""The tensors that launches write, as :meth:`..launcher.Launch.flat_tensors` names them."""
+EPS = 1e-5
+"""Of every BatchNorm."""
 
 
 # --- networks as shapes -------------------------------------------------------------------------------------
@@ -75,17 +74,42 @@ def generator(
 
 
 def discriminator(channels: int = 1, features: int = 64, image_size: int = 64) -> list[Shape]:
-    """Return the layers of the reference Discriminator."""
+    """Return the layers of the reference Discriminator, whose last has no activation.
+
+    In training it returns logits: the loss applies the sigmoid.
+    """
     found = [Shape(False, channels, features, image_size, 2, 1, False, "leaky_relu")]
     while found[-1].out_size > 4:
         width = found[-1].c_out
         found.append(Shape(False, width, 2 * width, found[-1].out_size, 2, 1, True, "leaky_relu"))
-    return [*found, Shape(False, found[-1].c_out, 1, 4, 1, 0, False, "sigmoid")]
+    return [*found, Shape(False, found[-1].c_out, 1, 4, 1, 0, False, "none")]
 
 
 def networks(channels: int = 1) -> dict[str, list[Shape]]:
     """Return the layers of both reference networks, by the letters that name them in tables."""
     return {"G": generator(channels), "D": discriminator(channels)}
+
+
+class Pass(NamedTuple):
+    """A forward and a backward of a network in a training step."""
+
+    network: str
+    images: int
+    groups: int = 1
+    runs: int = 1
+    """How often a step runs it."""
+    input_gradient: bool = False
+    weight_gradients: bool = True
+
+
+def step_passes(batch: int, max_together: int = coverage.MAX_IMAGES_TOGETHER) -> list[Pass]:
+    """Return the passes of a training step.
+
+    D runs on real and on generated images, in one pass of twice the batch up to ``max_together`` images; then
+    G is trained through D, whose weights need no gradients.
+    """
+    both = Pass("D", 2 * batch, groups=2) if batch <= max_together else Pass("D", batch, runs=2)
+    return [both, Pass("G", batch), Pass("D", batch, input_gradient=True, weight_gradients=False)]
 
 
 # --- layers -------------------------------------------------------------------------------------------------
@@ -97,6 +121,8 @@ class Layer(NamedTuple):
     name: str
     phase: str
     spec: ConvSpec
+    x_hat: bool = True
+    """Whether a weight gradient needs the x̂ that ``batchnorm.apply`` computes after a dgrad."""
 
     @property
     def kernel(self) -> Kernel:
@@ -115,18 +141,12 @@ class Layer(NamedTuple):
         """The name of its kernel in tables."""
         return self.problem.kernel if self.phase == "wgrad" else self.kernel.name
 
-    @property
-    def accepts_shared_du(self) -> bool:
-        """Whether it is a weight gradient that could read the du that dgrad has materialized."""
-        return self.spec.kind == "wgrad" and self.spec.y.other_stride is not None
-
-    def with_shared_du(self) -> Layer:
-        """Return the weight gradient that reads the du materialized by dgrad's standalone prologue."""
-        size = self.spec.y.size
-        return self._replace(spec=self.spec._replace(y=Operand(size, dense_strides(size, True))))
-
     def product(self, device: str = "meta") -> Product:
-        """Return the product with random tensors."""
+        """Return the product with random tensors.
+
+        Where a function normalises a tensor, its channels have the mean ``center`` and variance 1, as
+        :func:`stats_of` assumes.
+        """
         spec = self.spec._replace(device=torch.device(device))
 
         def drawn(size: Sequence[int], stride: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
@@ -136,97 +156,131 @@ class Layer(NamedTuple):
             return found if found.is_meta else found.normal_()
 
         def pointers(operand: Operand) -> Pointers:
-            size, c = (spec.images, *operand.size), operand.size[:1]
+            size, vector = (spec.images, *operand.size), (spec.groups, operand.size[0])
             present = operand.scaled and operand.shifted, operand.scaled, operand.shifted
-            vectors = (drawn(c, None, torch.float32) if one else None for one in present)
+            vectors = [drawn(vector, None, torch.float32) if one else None for one in present]
             other = drawn(size, operand.other_stride, spec.dtype) if operand.other_stride else None
-            return Pointers(drawn(size, operand.stride, spec.dtype), other, *vectors)
+            found = Pointers(drawn(size, operand.stride, spec.dtype), other, *vectors)
+            if found.center is not None:
+                normalised = found.ptr if other is None else other
+                normalised += found.center.repeat_interleave(spec.images // spec.groups, 0)[:, :, None, None]
+            return found
 
         weight = None if spec.kind == "wgrad" else drawn(spec.weight, None, spec.dtype).mul_(0.02)
         return Product(spec, pointers(spec.x), weight, pointers(spec.y))
 
     def launches(self, tile: Tile, sms: int) -> Launches:
         """Return its launches on the meta device."""
-        return launches(self.product(), tile, sms)
+        return launches(self.product(), tile, sms, x_hat=self.x_hat)
 
 
-def _calls(shapes: Iterable[Shape], batch: int, dtype: str) -> Iterator[tuple[Shape, Call]]:
-    """Yield each layer's convolution on the meta device: NHWC between layers, NCHW for image and noise."""
-    shapes = list(shapes)
-    for i, shape in enumerate(shapes):
-        t, c_in, c_out, size = shape[:4]
-        strides = dense_strides((c_in, size, size), channels_last=i > 0)
-        x = torch.empty_strided((batch, c_in, size, size), strides, dtype=DTYPES[dtype], device="meta")
-        weight = torch.empty(*((c_in, c_out) if t else (c_out, c_in)), 4, 4, dtype=x.dtype, device="meta")
-        last = i == len(shapes) - 1
-        yield shape, Call(x, weight, stride=shape.stride, padding=shape.padding, channels_last=not last)
+def _input(shapes: Sequence[Shape], batch: int, dtype: str) -> Any:
+    """Return a network's input, image or noise, in NCHW on the meta device."""
+    size = shapes[0].c_in, shapes[0].size, shapes[0].size
+    strides = dense_strides(size, channels_last=False)
+    return Shaped((batch, *size), DTYPES[dtype], torch.device("meta"), strides)
 
 
-def _layer(shape: Shape, phase: str, product: Product, dtype: str) -> Layer:
-    return Layer(shape.name, phase, product.spec._replace(precision=PRECISIONS[dtype]))
+def _weight(shape: Shape, dtype: str) -> Tensor:
+    first, second = (shape.c_in, shape.c_out) if shape.transposed else (shape.c_out, shape.c_in)
+    return torch.empty(first, second, 4, 4, dtype=DTYPES[dtype], device="meta")
 
 
-def _output(spec: ConvSpec) -> Tensor:
-    return torch.empty_strided(spec.shape, spec.y.stride, dtype=spec.dtype, device=spec.device)
-
-
-def evaluation(shapes: Iterable[Shape], batch: int, dtype: str) -> list[Layer]:
-    """Return every convolution of a network in eval mode, without its epilogue."""
+def evaluation(shapes: Sequence[Shape], batch: int, dtype: str) -> list[Layer]:
+    """Return every convolution of a network in eval mode, without its epilogue; the image is in NCHW."""
     found = []
-    for shape, call in _calls(shapes, batch, dtype):
-        spec = specify(call, shape.transposed)
-        found.append(_layer(shape, "eval", executor.fprop(spec, call, _output(spec)), dtype))
+    x = _input(shapes, batch, dtype)
+    for i, shape in enumerate(shapes):
+        last = i + 1 == len(shapes)
+        call = Call(x, _weight(shape, dtype), stride=shape.stride, padding=shape.padding)
+        call = call._replace(channels_last=not last)
+        spec = specify(call, shape.transposed)._replace(precision=PRECISIONS[dtype])
+        found.append(Layer(shape.name, "eval", spec))
+        x = Shaped(spec.shape, spec.dtype, spec.device, spec.y.stride)
     return found
 
 
-def training(shapes: Iterable[Shape], batch: int, dtype: str, *, input_gradient: bool = False) -> list[Layer]:
-    """Return the products of a training step's forward and backward, in execution order.
+def training(
+    shapes: Sequence[Shape],
+    batch: int,
+    dtype: str,
+    *,
+    input_gradient: bool = False,
+    weight_gradients: bool = True,
+    groups: int = 1,
+) -> list[Layer]:
+    """Return the products of a network's forward and backward, in execution order.
 
-    As in training, a BatchNorm is split into the statistics epilogue of one layer and the prologue of the
-    next. ``input_gradient`` adds the dgrad of the first layer, which the Discriminator needs in the
-    Generator's update.
+    They are those of :mod:`..training`: a BatchNorm is split into the statistics epilogue of one layer and
+    the prologue of the next one's fprop, and no product of the backward has a prologue.
+
+    Args:
+        batch: images, in ``groups`` groups with statistics of their own.
+        input_gradient: whether to add the dgrad of the first layer, which the Discriminator needs in the
+            Generator's update.
+        weight_gradients: whether to add the wgrads.
     """
-    forwards: list[Layer] = []
-    backwards: list[list[Layer]] = []
-    before: dict[str, Any] = {}
-    for shape, plain in _calls(shapes, batch, dtype):
-        t, norm = shape.transposed, shape.norm
-        call = plain._replace(**before, stats=norm, out_act="none" if norm else shape.act)
-        spec = specify(call, t)
-        y = _output(spec)
-        vectors = [torch.empty(shape.c_out, device="meta") for _ in range(3)]
-        mean, dmean, dvar = vectors if norm else (None, None, None)
-        back = Backward(
-            torch.empty_like(y), dmean, dvar, call.x, call.weight, call.center, call.scale, call.shift,
-            call.in_act, None, call.out_act, y, mean, norm, call.slope, call.stride, call.padding,
-            (True, True, call.center is not None, False, False),
-        )  # fmt: skip
-        products = {"wgrad": executor.wgrad(back, t)}
-        if forwards or input_gradient:
-            products = {"dgrad": executor.dgrad(back, t, torch.empty_like(call.x))} | products
-        forwards.append(_layer(shape, "forward", executor.fprop(spec, call, y), dtype))
-        backwards.append([_layer(shape, phase, product, dtype) for phase, product in products.items()])
-        before = dict(zip(("center", "scale", "shift"), vectors, strict=True)) | {"in_act": shape.act}
-        before = before if norm else {}
-    return forwards + [layer for wanted in reversed(backwards) for layer in wanted]
+    stages = [
+        TrainStage(s.transposed, _weight(s, dtype), None, None, s.norm, EPS, s.act, s.stride, s.padding)
+        for s in shapes
+    ]
+    call = TrainCall(_input(shapes, batch, dtype), stages, groups=groups, channels_last=False)
+    specs = train_chain.specs(call)
+
+    def layer(i: int, phase: str, spec: ConvSpec) -> Layer:
+        return Layer(shapes[i].name, phase, spec._replace(precision=PRECISIONS[dtype]), weight_gradients)
+
+    found = [layer(i, "forward", spec) for i, spec in enumerate(specs)]
+    for i, spec in reversed(list(enumerate(specs))):
+        before = stages[i - 1] if i else None
+        x = Operand(spec.x.size, spec.x.stride)
+        du = Operand(spec.y.size, dense_strides(spec.y.size, channels_last=True))
+        of_layer = []
+        if i or input_gradient:
+            of_layer.append(layer(i, "dgrad", dgrad_spec(spec, before, du, x.stride)))
+        if weight_gradients:
+            wgrad = layer(i, "wgrad", wgrad_spec(spec, x, du))
+            # It reads the x̂ that follows the dgrad, unless the layer before stores x̂.
+            of_layer.insert(len(of_layer) if before is not None and before.norm else 0, wgrad)
+        found += of_layer
+    return found
+
+
+def pass_layers(shapes: Mapping[str, Sequence[Shape]], of: Pass, dtype: str) -> list[Layer]:
+    """Return the products of a pass of a training step, given the networks by name."""
+    return training(
+        shapes[of.network],
+        of.images,
+        dtype,
+        input_gradient=of.input_gradient,
+        weight_gradients=of.weight_gradients,
+        groups=of.groups,
+    )
 
 
 def all_layers(shapes: Sequence[Shape], batch: int, dtype: str) -> list[Layer]:
-    """Return every layer in every phase, training first; weight gradients also with dgrad's du."""
-    steps = training(shapes, batch, dtype, input_gradient=True)
-    shared = [layer.with_shared_du() for layer in steps if layer.accepts_shared_du]
-    return [*steps, *shared, *evaluation(shapes, batch, dtype)]
+    """Return every layer in every phase, training first."""
+    return [*training(shapes, batch, dtype, input_gradient=True), *evaluation(shapes, batch, dtype)]
 
 
 # --- launches -----------------------------------------------------------------------------------------------
 
 
 class Launches(NamedTuple):
-    """The launches of a product, in order."""
+    """The launches of a product in a network's training, in order."""
 
-    prologues: tuple[Launch, ...]  # standalone prologue kernels
+    prologues: tuple[Launch, ...]
+    """Standalone prologue kernels."""
     product: Launch
-    reduction: Launch | None  # of per-tile partial sums or split-K partials
+    after: tuple[Launch, ...]
+    """What follows it: BatchNorm's forward, BatchNorm's backward and ``apply``, or split-K's reduction."""
+    results: tuple[Tensor, ...]
+    """What these compute: mean and var [groups·C]; factor and offset [groups, C], du in place of g, and x̂ if
+    wanted; dweight, float32."""
+    partial: Tensor | None
+    """The product's partial sums."""
+    written: tuple[Tensor, ...]
+    """Everything that the launches write."""
 
     def __call__(self) -> None:
         for launch in self.ordered():
@@ -234,64 +288,90 @@ class Launches(NamedTuple):
 
     def ordered(self) -> Iterator[Launch]:
         """Yield all launches in order."""
-        yield from (*self.prologues, self.product, *([] if self.reduction is None else [self.reduction]))
+        yield from (*self.prologues, self.product, *self.after)
 
     def poison(self) -> None:
-        """Fill everything that the launches write with NaN, including intermediate partial sums."""
-        for launch in self.ordered():
-            for name, t in launch.flat_tensors():
-                if name in OUTPUTS:
-                    t.fill_(math.nan)
+        """Fill everything that the launches write with NaN."""
+        for t in self.written:
+            t.fill_(math.nan)
 
 
-def launches(
-    it: Product, tile: Tile, sms: int, packed: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Launches:
-    """Return the launches of a product with a tile, on a GPU with ``sms`` SMs.
+def launches(it: Product, tile: Tile, sms: int, x_hat: bool = True) -> Launches:
+    """Return the launches of a product with a tile, on a GPU with ``sms`` SMs; its weight is packed here.
 
-    Args:
-        packed: the packed weight, which is packed here if it is not given.
-        dtype: of a weight gradient; by default that of the product.
+    ``x_hat`` tells whether ``batchnorm.apply`` also computes x̂.
     """
     kernel = kernel_for(it.spec)
     assert kernel is not None
-    if packed is None and it.weight is not None and kernel.pack is not None:
-        packed = kernel.pack(it.weight)
+    packed = None
+    if it.weight is not None and kernel.layout is not None:
+        if it.weight.is_meta:  # only its shape matters
+            packed = it.weight.new_empty(kernel.layout.shape(it.weight.shape))
+        else:
+            packed = kernel.layout.pack(it.weight, it.spec.dtype)
     inner, before = it, []
+    written: list[Tensor] = [] if it.spec.kind == "wgrad" else [it.y.ptr]
     if not tile.fused:
         inner = it.materialized(run=False)
         operands = [(it.spec.x, it.x, inner.x), (it.spec.y, it.y, inner.y)]
         for operand, pointers, result in operands[: 2 if it.spec.kind == "wgrad" else 1]:
             if operand.function != "none":
                 before.append(prologue_kernel.launch(it.spec, operand, pointers, result.ptr))
-    spec, device = inner.spec, it.x.ptr.device
-    shape = kernel.partial(spec, tile, sms)
-    partial = None if shape is None else torch.empty(shape, dtype=torch.float32, device=device)
-    after = None
-    if partial is not None and spec.kind == "wgrad":
-        dw = torch.empty(spec.weight, dtype=dtype or spec.dtype, device=device)
-        after = reduce.split_k_launch(partial, dw)
-    elif partial is not None:
-        sums = [torch.empty(spec.y.size[0], device=device) for _ in range(3)]
-        if spec.y.function == "statistics":
-            group = kernel.rows_per_tile(spec)
-            rows = it.y.ptr.numel() // spec.y.size[0] // group
-            after = reduce.statistics_launch(partial, sums[0], sums[1], rows, group, tile.block_m)
-        else:
-            after = reduce.sums_launch(partial, it.y.scale, sums[0], sums[1], sums[2])
-    return Launches(tuple(before), kernel.launch(inner, packed, partial, tile), after)
+                written.append(result.ptr)
+    shape = kernel.partial(inner.spec, tile, sms)
+    partial = None if shape is None else torch.empty(shape, dtype=torch.float32, device=it.x.ptr.device)
+    product = kernel.launch(inner, packed, partial, tile)
+    after, results = ((), ()) if partial is None else _after(inner, kernel, tile, partial, x_hat)
+    written += [*results, *([] if partial is None else [partial])]
+    return Launches(tuple(before), product, after, results, partial, tuple(written))
 
 
-def outputs(it: Product, tile: Tile, sms: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Poison a product's outputs, run its launches and return the same tensors as :func:`..aten.compute`."""
-    made = launches(it, tile, sms, dtype=dtype)
+def _after(
+    it: Product, kernel: Kernel, tile: Tile, partial: Tensor, x_hat: bool
+) -> tuple[tuple[Launch, ...], tuple[Tensor, ...]]:
+    """Return :attr:`Launches.after` and :attr:`Launches.results`."""
+    spec, y = it.spec, it.y
+    if spec.kind == "wgrad":
+        dweight = partial.new_empty(spec.weight)
+        return (reduce.split_k_launch(partial, dweight),), (dweight,)
+    channels, groups = spec.y.size[0], spec.groups
+    gamma, beta = partial.new_ones(2, channels)
+    if spec.y.function == "statistics":
+        stats = partial.new_empty(4, groups, channels)
+        rows = kernel.problem(spec).rows // groups
+        sums = batchnorm.Partial(partial, rows, kernel.rows_per_tile(spec), tile.block_m)
+        results = stats[0].flatten(), stats[1].flatten()
+        return (batchnorm.forward_launch(sums, gamma, beta, EPS, stats),), results
+    if spec.y.function != "gradient":
+        return (), ()
+    stats = stats_of(it)
+    dgamma, dbeta, coefficients = gamma, beta, torch.empty_like(stats[:2])
+    pixels = y.ptr.numel() // channels // groups
+    x = torch.empty_like(y.other) if x_hat else None
+    after = (
+        batchnorm.backward_launch(partial, stats, coefficients, dgamma, dbeta, pixels, EPS),
+        batchnorm.apply_launch(y.ptr, y.other, stats, coefficients, x, spec.y.act, spec.slope),
+    )
+    return after, (*coefficients, y.ptr, *([] if x is None else [x]))
+
+
+def stats_of(it: Product) -> Tensor:
+    """Return the statistics [4, groups, C] of the BatchNorm that a dgrad's epilogue differentiates."""
+    _, _, center, scale, shift = it.y
+    return torch.stack([center, torch.ones_like(center), scale, shift]).view(4, it.spec.groups, -1)
+
+
+def outputs(it: Product, tile: Tile, sms: int) -> tuple[Tensor, ...]:
+    """Run a product after its prologues, with poisoned outputs; return the tensors of :func:`..aten.compute`.
+
+    :func:`..aten.merged` merges its partial sums: the kernels that do so otherwise do not depend on the tile.
+    """
+    kernel, made = kernel_for(it.spec), launches(it, tile, sms)
+    assert kernel is not None
     made.poison()
-    made()
-    sums: dict[str, Any] = {} if made.reduction is None else made.reduction.tensors
-    if it.spec.kind == "wgrad":
-        return (sums["dw_ptr"],)
-    names = ("mean_ptr", "var_ptr") if "mean_ptr" in sums else ("dshift_ptr", "dscale_ptr")
-    return it.y.ptr, *(sums[name] for name in names if name in sums)
+    for launch in (*made.prologues, made.product):
+        launch()
+    return aten.merged(it, made.partial, kernel.rows_per_tile(it.spec), tile.block_m)
 
 
 def positive(text: str) -> int:

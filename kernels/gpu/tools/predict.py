@@ -1,30 +1,32 @@
-"""``python -m dcgan.kernels.gpu.tools.predict``: predict the cost of training on an H100 without one.
+"""``python -m dcgan.kernels.gpu.tools.predict``: predict the cost of a training step on a GPU without one.
 
-Every layer and phase of a training step is compiled for sm_90 at its default tile. Registers and shared
-memory give the occupancy in CTAs/SM, the grid gives the waves, and :mod:`..cost_model` gives the time. A
-kernel marked "+ prologue" follows a standalone prologue kernel. The column "alt. prologue" is the time with
-the other prologue placement: standalone where the default is fused, fused where it is standalone.
-``--measured`` fills the last column from the results of ``make gpu``.
+Every layer and phase is compiled for sm_90 at its default tile. Registers and shared memory give the
+occupancy in CTAs/SM, the grid gives the waves, and :mod:`..cost_model` gives the time. A kernel marked "+
+prologue" follows a standalone prologue kernel. The column "alt. prologue" is the time with the other prologue
+placement: standalone where the default is fused, fused where it is standalone. ``--measured`` fills the last
+column from the results of ``make gpu``.
 
-A step is two forwards and backwards of D, on real and generated images, then a forward and a backward of G
-through D. The gradients of D's weights in G's backward, which are never used, are not counted.
+A step is D's forward and backward on real and on generated images, G's, and in G's update D's on the
+generated images, without weight gradients (:func:`.layers.step_passes`). :func:`rest` lists every other
+launch: casts, packing, running statistics, losses and optimizers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
+from ... import coverage
 from .. import cost_model, offline, tuning
+from ..cost_model import H100, Gpu
 from ..tiles import SHARED_LIMIT, Problem, Tile
-from .layers import PRECISIONS, Launches, Layer, Shape, networks, positive, training
+from .layers import PRECISIONS, Launches, Layer, Pass, Shape, networks, pass_layers, positive, step_passes
 
 CAPABILITY = 90
 KEEP = 10  # tiles per problem that are worth timing; each takes a second or two to compile
@@ -32,27 +34,48 @@ COLUMNS = (
     *("layer", "phase", "kernel", "M", "N", "K", "GFLOP", "MB", "tile", "CTAs", "regs", "KB", "CTAs/SM"),
     *("waves", "bound", "µs", "roofline", "share", "alt. prologue", "measured"),
 )
+STEP_COLUMNS = (
+    *("batch", "D's halves", "launches", "products µs", "prologues, BatchNorm, split-K µs", "rest µs"),
+    *("step µs", "images/s", "roofline µs", "images/s"),
+)
 
 
 def predict(
-    layer: Layer, tile: Tile, sms: int = cost_model.SM_COUNT, resources: cost_model.Resources | None = None
+    layer: Layer,
+    tile: Tile,
+    sms: int = cost_model.SM_COUNT,
+    resources: cost_model.Resources | None = None,
+    gpu: Gpu = H100,
 ) -> tuple[cost_model.Prediction, float]:
     """Predict a layer: its product, and the seconds of all its launches.
 
-    These include standalone prologues, and the reduction of partial sums.
+    These include standalone prologues and what follows the product, see :class:`.layers.Launches`.
     """
     it, problem = layer.product(), layer.problem
     if not tile.fused:
         it, problem = it.materialized(run=False), problem.without_prologue()
     partial = layer.kernel.partial(it.spec, tile, sms)
     splits = partial[0] if partial is not None and it.spec.kind == "wgrad" else 1
-    prediction = cost_model.predict(problem, tile, splits, resources, sms)
+    prediction = cost_model.predict(problem, tile, splits, resources, sms, gpu)
     seconds = prediction.seconds
     if not tile.fused:
-        seconds += cost_model.standalone_prologue_seconds(layer.problem, shared=False)
-    if partial is not None:
-        seconds += cost_model.reduction_seconds(problem, partial)
+        seconds += cost_model.standalone_prologue_seconds(layer.problem, gpu)
+    if it.spec.kind == "wgrad":
+        seconds += cost_model.split_k_seconds(problem, splits, gpu)
+    elif partial is not None and problem.epilogue == "statistics":
+        seconds += cost_model.batchnorm_forward_seconds(partial, it.spec.groups)
+    elif partial is not None:
+        seconds += cost_model.batchnorm_backward_seconds(partial, it.spec.groups)
+        seconds += cost_model.sweep_seconds(apply_bytes(layer), gpu)
     return prediction, seconds
+
+
+def apply_bytes(layer: Layer) -> int:
+    """Return the bytes that ``batchnorm.apply`` moves after a dgrad, 0 after other products."""
+    if layer.problem.epilogue != "gradient":
+        return 0
+    elements = math.prod(layer.spec.shape)
+    return cost_model.apply_bytes(elements, layer.problem.precision, layer.x_hat)
 
 
 def candidates(problem: Problem, shared: int) -> list[Tile]:
@@ -75,13 +98,13 @@ def default_tile(layer: Layer, sms: int, capability: int) -> Tile:
 
 
 class Row(NamedTuple):
-    """One layer in one phase. ``seconds`` includes the standalone prologue and reduction kernels.
+    """One layer in one phase. ``seconds`` includes the kernels before and after the product.
 
     ``alternative`` is the time with the other prologue placement, from estimated resources, as it is not
     compiled.
     """
 
-    network: str
+    of: Pass
     layer: Layer
     tile: Tile
     launches: Launches
@@ -91,9 +114,9 @@ class Row(NamedTuple):
     alternative: float | None
 
 
-def predicted(network: str, layer: Layer, sms: int = cost_model.SM_COUNT, compiled: bool = True) -> Row:
+def predicted(of: Pass, layer: Layer, gpu: Gpu = H100, compiled: bool = True) -> Row:
     """Predict a layer at its default tile, with the resources of its sm_90 code or estimated ones."""
-    problem = layer.problem
+    problem, sms = layer.problem, cost_model.SM_COUNT
     tile = default_tile(layer, sms, CAPABILITY) if compiled else tuning.estimate(problem, sms)
     launches = layer.launches(tile, sms)
     if compiled:
@@ -104,58 +127,76 @@ def predicted(network: str, layer: Layer, sms: int = cost_model.SM_COUNT, compil
         resources = cost_model.estimate_resources(seen, tile)
     other = replace(tile, fused=not tile.fused)
     possible = problem.has_prologue and (tile.fused or cost_model.fits(problem, other))
-    alternative = predict(layer, other)[1] if possible else None
-    return Row(network, layer, tile, launches, resources, *predict(layer, tile, sms, resources), alternative)
+    alternative = predict(layer, other, gpu=gpu)[1] if possible else None
+    return Row(of, layer, tile, launches, resources, *predict(layer, tile, sms, resources, gpu), alternative)
 
 
-def rows(networks: Mapping[str, Sequence[Shape]], batch: int, dtype: str, compiled: bool = True) -> list[Row]:
-    """Predict every layer and phase of a training step of networks given as shapes, by name."""
+def rows(
+    networks: Mapping[str, Sequence[Shape]],
+    passes: Iterable[Pass],
+    dtype: str,
+    gpu: Gpu = H100,
+    compiled: bool = True,
+) -> list[Row]:
+    """Predict every layer and phase of some passes of networks given as shapes, by name."""
     found: list[Row] = []
-    for name, shapes in networks.items():
-        for layer in training(shapes, batch, dtype, input_gradient=name == "D"):
-            # wgrad reads the du that dgrad's standalone prologue materialized; the first layer's dgrad runs
-            # only in G's update.
-            if layer.phase == "wgrad" and layer.name != shapes[0].name and not found[-1].tile.fused:
-                layer = layer.with_shared_du()
-            found.append(predicted(name, layer, compiled=compiled))
+    for of in passes:
+        found += [predicted(of, layer, gpu, compiled) for layer in pass_layers(networks, of, dtype)]
     return found
 
 
-def runs_per_step(row: Row, first: bool) -> int:
-    """Return how often a training step runs a row. ``first`` marks the network's first layer."""
-    if row.network == "G":
-        return 1
-    if row.layer.phase == "forward":
-        return 3
-    if row.layer.phase == "wgrad":
-        return 2
-    return 1 if first else 3
+class Part(NamedTuple):
+    """Launches of a training step beside those of its passes."""
+
+    name: str
+    launches: int
+    seconds: float
 
 
-class _Counter(TorchDispatchMode):
-    """Count the kernels that aten would launch; padding is a fill and a copy."""
+def rest(
+    networks: Mapping[str, Sequence[Shape]], passes: Sequence[Pass], dtype: str, gpu: Gpu = H100
+) -> list[Part]:
+    """Return the launches of a training step beside those of its passes.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = 0
+    Parameters, gradients and the batch are float32, and products in 16 bits run under autocast. ``passes``
+    are those of :func:`.layers.step_passes`.
+    """
+    both, of_g, _ = passes
+    together, precision = both.groups > 1, PRECISIONS[dtype]
+    g, d = networks["G"], networks["D"]
+    item, batch = cost_model.ITEM_SIZE[precision], of_g.images
+    images = batch * d[0].c_in * d[0].size ** 2
+    weights = {name: 16 * sum(s.c_in * s.c_out for s in shapes) for name, shapes in networks.items()}
+    parameters = {
+        name: weights[name] + 2 * sum(s.c_out for s in shapes if s.norm) for name, shapes in networks.items()
+    }
 
-    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name in ("aten::clone", "aten::copy_", "aten::_to_copy"):
-            self.launches += 1
-        elif name == "aten::constant_pad_nd":
-            self.launches += 2
-        return func(*args, **(kwargs or {}))
+    def sweep(*sizes: int) -> tuple[int, float]:
+        return len(sizes), sum(cost_model.sweep_seconds(size, gpu) for size in sizes)
 
+    def small(count: int) -> tuple[int, float]:
+        return sweep(*[0] * count)
 
-def packing_launches(layer: Layer) -> int:
-    """Return the number of kernels that pack the layer's weight for this phase."""
-    weight, pack = layer.product().weight, layer.kernel.pack
-    if weight is None or pack is None:
-        return 0
-    with _Counter() as counter:
-        pack(weight)
-    return int(counter.launches)
+    found = []
+    if item == 2:
+        found.append(Part("cast of noise", *sweep(6 * batch * g[0].c_in)))
+    if together:
+        sizes = (4 + item) * images, 2 * item * images
+        found.append(Part("real and generated images into one batch", *sweep(*sizes)))
+    elif item == 2:
+        found.append(Part("cast of real images", *sweep(6 * images)))
+    packing = sum(cost_model.pack_seconds(weights[name], precision, gpu) for name in "GDD")
+    found.append(Part("packing of weights", 3, packing))
+    found.append(Part("running statistics", *small(sum(of.runs for of in passes))))
+    found.append(Part("losses", *small(6 if together else 8)))
+    found.append(Part("derivative of G's last activation", *sweep(3 * item * images)))
+    if not together:  # autograd adds the second half's gradient of each parameter to the first's
+        tensors = len(d) + 2 * sum(s.norm for s in d)
+        _, moved = sweep(12 * parameters["D"])
+        found.append(Part("sums of D's gradients", tensors, moved + small(tensors - 1)[1]))
+    adam = sum(cost_model.adam_seconds(n) for n in parameters.values())
+    found.append(Part("optimizers", 4, adam + small(2)[1]))
+    return found
 
 
 def _measured(path: Path) -> dict[tuple[Any, ...], float]:
@@ -168,6 +209,11 @@ def _measured(path: Path) -> dict[tuple[Any, ...], float]:
     return found
 
 
+def _key(row: Row, dtype: str) -> tuple[Any, ...]:
+    """Return the key of :func:`_measured` for a row."""
+    return row.of.network, row.layer.name, row.layer.phase, row.of.images, dtype
+
+
 def _cells(row: Row, measured: float | None) -> list[str]:
     problem, tile, p = row.layer.problem, row.tile, row.prediction
     prologue = "" if tile.fused else " + prologue"
@@ -175,7 +221,7 @@ def _cells(row: Row, measured: float | None) -> list[str]:
     copies = f"{problem.copies}·" if problem.copies > 1 else ""
     narrow = f"1×1×{tile.block_k} w{tile.num_warps}"
     return [
-        f"{row.network} {row.layer.name}",
+        f"{row.of.network} {row.layer.name}",
         row.layer.phase,
         f"{row.layer.kernel_name}{prologue}",
         f"{copies}{problem.rows}",
@@ -208,35 +254,70 @@ def markdown(headings: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 class Step(NamedTuple):
-    """The totals of a training step."""
+    """The totals of a training step; times are in seconds."""
 
-    products: float  # seconds, including standalone prologues and reductions
-    roofline: float  # seconds
-    kernels: int
-    packing: int
+    launches: int
+    products: float
+    between: float
+    """Standalone prologues, BatchNorm's kernels and split-K's reductions."""
+    rest: float
+    roofline: float
+    """Of the products."""
+
+    @property
+    def seconds(self) -> float:
+        """The time of the whole step."""
+        return self.products + self.between + self.rest
 
 
-def step(found: list[Row]) -> Step:
-    """Sum the rows of a training step."""
-    seconds = roofline = 0.0
-    kernels = packing = 0
-    first = {name: next(row.layer.name for row in found if row.network == name) for name in ("G", "D")}
+def step(found: Iterable[Row], parts: Iterable[Part]) -> Step:
+    """Sum the rows of a training step and its other launches."""
+    launches, products, between, other, roofline = 0, 0.0, 0.0, 0.0, 0.0
     for row in found:
-        runs = runs_per_step(row, row.layer.name == first[row.network])
-        seconds += runs * row.seconds
+        runs = row.of.runs
+        launches += runs * len(list(row.launches.ordered()))
+        products += runs * row.prediction.seconds
+        between += runs * (row.seconds - row.prediction.seconds)
         roofline += runs * row.prediction.roofline
-        kernels += runs * len(list(row.launches.ordered()))
-        packing += runs * packing_launches(row.layer)
-    return Step(seconds, roofline, kernels, packing)
+    for part in parts:
+        launches += part.launches
+        other += part.seconds
+    return Step(launches, products, between, other, roofline)
+
+
+def _described(of: Pass) -> str:
+    """Return the heading of a pass's table."""
+    name = f"{of.network}, {of.images} images"
+    if of.groups > 1:
+        name += ", both halves in one pass"
+    if of.runs > 1:
+        name += f", {of.runs} times"
+    return name if of.weight_gradients else f"{name}, without weight gradients"
+
+
+def _step_cells(batch: int, passes: Sequence[Pass], total: Step) -> list[str]:
+    return [
+        str(batch),
+        "one pass" if passes[0].groups > 1 else "two passes",
+        str(total.launches),
+        *(f"{1e6 * part:,.0f}" for part in (total.products, total.between, total.rest, total.seconds)),
+        f"{batch / total.seconds:,.0f}",
+        f"{1e6 * total.roofline:,.0f}",
+        f"{batch / total.roofline:,.0f}",
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print one table and the totals of a step per batch size."""
+    """Print the tables of each batch size and the totals of the steps."""
     parser = argparse.ArgumentParser(prog="python -m dcgan.kernels.gpu.tools.predict", description=__doc__)
     add = parser.add_argument
     add("--batch", type=positive, nargs="+", default=[64, 256, 1024], help="batch sizes (64 256 1024)")
     add("--dtype", choices=("bfloat16", "float16", "tf32"), default="bfloat16", help="dtype (bfloat16)")
     add("--channels", type=positive, default=1, help="channels of the image (1)")
+    add("--gpu", choices=tuple(cost_model.GPUS), default="h100", help="the GPU (h100)")
+    limit = coverage.MAX_IMAGES_TOGETHER
+    hint = f"largest batch at which D runs on real and on generated images in one pass ({limit})"
+    add("--max-together", type=positive, metavar="N", default=limit, help=hint)
     add("--measured", type=Path, metavar="JSONL", help="measured times, written by make gpu")
     add("--out", type=Path, metavar="MD", help="also write the tables to this file")
     args = parser.parse_args(arguments)
@@ -244,41 +325,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = {} if args.measured is None else _measured(args.measured)
     except (OSError, ValueError) as error:
         parser.error(f"--measured: {error}")
-    flops = cost_model.FLOPS[PRECISIONS[args.dtype]]
+    gpu = cost_model.GPUS[args.gpu]
     text = [
-        f"# Predicted: training on an H100, {args.dtype}, {args.channels} channel(s)",
+        f"# Predicted: training on an {gpu.name}, {args.dtype}, {args.channels} channel(s)",
         "GFLOP = 2·M·N·K (times the number of products before M); MB: each operand, output and weight once. "
-        f"Rates: {flops / 1e12:.0f} TFLOP/s, {cost_model.HBM_BW / 1e12:.1f} TB/s HBM bandwidth, "
-        f"{cost_model.L2_TO_SMEM_BW / 1e12:.0f} TB/s L2-to-SMEM bandwidth, "
+        f"Rates: {gpu.flops(PRECISIONS[args.dtype]) / 1e12:.0f} TFLOP/s, {gpu.hbm / 1e12:.1f} TB/s HBM "
+        f"bandwidth, {cost_model.L2_TO_SMEM_BW / 1e12:.0f} TB/s L2-to-SMEM bandwidth, "
         f"{cost_model.INSTRUCTIONS_PER_CLOCK} instructions per clock and SM at "
         f"{cost_model.CLOCK / 1e9:.3f} GHz; "
         f"{1e6 * cost_model.PIPELINE_LATENCY:.0f} µs to fill and drain a pipeline, "
         f"{1e6 * cost_model.LAUNCH_GAP:.0f} µs launch gap. K/n: split-K with n splits. "
         "“+ prologue”: after a standalone prologue kernel; alt. prologue: µs with the other placement "
-        "(fused or standalone). µs includes standalone prologues and the reduction of partials; roofline is "
-        "the larger of GFLOP and MB at their rates.",
+        "(fused or standalone). µs includes standalone prologues, BatchNorm's kernels after the product and "
+        "the reduction of split-K; roofline is the larger of GFLOP and MB at their rates.",
     ]
     print("\n\n".join(text))
+    shapes, steps = networks(args.channels), []
     for batch in args.batch:
-        found = rows(networks(args.channels), batch, args.dtype)
-        body = [
-            _cells(row, measured.get((row.network, row.layer.name, row.layer.phase, batch, args.dtype)))
-            for row in found
-        ]
-        total = step(found)
-        packing = cost_model.pack_seconds(total.packing)
-        summary = (
-            f"A step of {batch} images takes {1e6 * total.products:.0f} µs in {total.kernels} kernels, plus "
-            f"{1e6 * packing:.0f} µs in {total.packing} kernels that pack weights: "
-            f"{batch / (total.products + packing):,.0f} images/s. The roofline is "
-            f"{1e6 * total.roofline:.0f} µs, {batch / total.roofline:,.0f} images/s. BatchNorm's per-channel "
-            "arithmetic and the optimizer are not included."
-        )
-        section = [f"## Batch {batch}", markdown(COLUMNS, body), summary]
+        passes = step_passes(batch, args.max_together)
+        found, parts = rows(shapes, passes, args.dtype, gpu), rest(shapes, passes, args.dtype, gpu)
+        section = [f"## Batch {batch}"]
+        for of in passes:
+            body = [_cells(row, measured.get(_key(row, args.dtype))) for row in found if row.of == of]
+            section += [f"### {_described(of)}", markdown(COLUMNS, body)]
+        body = [[part.name, str(part.launches), f"{1e6 * part.seconds:.1f}"] for part in parts]
+        section += ["### The rest", markdown(("what", "launches", "µs"), body)]
         print("\n" + "\n\n".join(section), flush=True)
         text += section
+        steps.append(_step_cells(batch, passes, step(found, parts)))
+    section = ["## Steps", markdown(STEP_COLUMNS, steps)]
+    print("\n" + "\n\n".join(section))
     if args.out is not None:
-        args.out.write_text("\n\n".join(text) + "\n")
+        args.out.write_text("\n\n".join([*text, *section]) + "\n")
     return 0
 
 

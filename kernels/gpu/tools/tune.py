@@ -27,7 +27,7 @@ from .. import aten, tiles, tuning
 from ..launcher import Product
 from ..tiles import Tile
 from .compilers import Compilers
-from .layers import Layer, all_layers, launches, networks, outputs, positive
+from .layers import Layer, all_layers, launches, networks, outputs, pass_layers, positive, step_passes
 from .predict import shortlist
 
 BATCHES = (64, 1024, 256, 1, 4096, 8)
@@ -44,12 +44,17 @@ def tuning_order(batches: Sequence[int]) -> Iterator[tuple[int, str]]:
 
 
 def untuned(batch: int, dtype: str, tuned: dict[str, Tile]) -> list[Layer]:
-    """Return a layer for each untuned problem of both networks, training before eval."""
+    """Return a layer for each untuned problem of both networks, training before eval.
+
+    A training step comes first: it may run D on twice the batch.
+    """
     found: dict[str, Layer] = {}
     for channels in CHANNELS:
-        for shapes in networks(channels).values():
-            for layer in all_layers(shapes, batch, dtype):
-                found.setdefault(layer.problem.key(), layer)
+        shapes = networks(channels)
+        layers = [layer for of in step_passes(batch) for layer in pass_layers(shapes, of, dtype)]
+        layers += [layer for each in shapes.values() for layer in all_layers(each, batch, dtype)]
+        for layer in layers:
+            found.setdefault(layer.problem.key(), layer)
     todo = [layer for key, layer in found.items() if key not in tuned]
     return sorted(todo, key=lambda layer: layer.phase == "eval")
 

@@ -2,7 +2,8 @@
 
 Its tools watch ``python -m tests.gpu.stages.sanitize``, without options, which runs every kernel once on
 tensors of a few kilobytes: each layer of two small networks in every phase, with fused prologues and with
-standalone prologue kernels, followed by a whole training step of each network.
+standalone prologue kernels, in D with statistics per image, followed by a whole training step of each
+network, and the loss.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dcgan import fast
 from dcgan.kernels import ops
 from dcgan.kernels.gpu import tuning
 from dcgan.kernels.gpu.tools.layers import discriminator, evaluation, generator, launches, training
+from dcgan.kernels.loss import grouped_bce_with_logits
 from tests.gpu.stages import jobs
 
 SANITIZERS = ("memcheck", "racecheck")
@@ -78,17 +80,21 @@ def run(out: Path, budget: Budget) -> int:
 def launch_all(device: str = "cuda", dtypes: Sequence[str] = ("bfloat16", "float32")) -> int:
     """Run every kernel and return how many single-layer launches there were."""
     count = 0
-    for dtype, shapes in itertools.product(dtypes, (generator(3, 12, 8, 32), discriminator(1, 8, 32))):
-        layers = training(shapes, BATCH, dtype, input_gradient=True) + evaluation(shapes, BATCH, dtype)
-        for layer, fused in itertools.product(layers, (True, False)):
-            tile = replace(tuning.estimate(layer.problem, SMS), fused=fused)
-            launches(layer.product(device), tile, SMS)()
-            count += 1
+    shapes_of = {1: generator(3, 12, 8, 32), BATCH: discriminator(1, 8, 32)}
+    for dtype, (groups, shapes) in itertools.product(dtypes, shapes_of.items()):
+        layers = training(shapes, BATCH, dtype, input_gradient=True, groups=groups)
+        for layer in layers + evaluation(shapes, BATCH, dtype):
+            for fused in (True, False) if layer.problem.has_prologue else (True,):
+                tile = replace(tuning.estimate(layer.problem, SMS), fused=fused)
+                launches(layer.product(device), tile, SMS)()
+                count += 1
     networks = (fast.Generator(12, 3, 8, 32), (12,)), (fast.Discriminator(1, 8, 32), (1, 32, 32))
     with ops.use_engine("triton"):
         for network, shape in networks:
             x = torch.randn(BATCH, *shape, device=device, requires_grad=True)
             network.to(device).train()(x).square().sum().backward()
+        logits = torch.randn(2 * BATCH, device=device, requires_grad=True)
+        grouped_bce_with_logits(logits, (0.9, 0.0))[0].sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
     return count
@@ -101,4 +107,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.out is not None:
         sys.exit(run(args.out, Budget(args.minutes)))
-    print(f"{launch_all()} single-layer launches, two training steps")
+    print(f"{launch_all()} single-layer launches, two training steps and the loss")

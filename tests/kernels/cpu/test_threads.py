@@ -126,7 +126,7 @@ def test_concurrent_callers_with_separate_networks() -> None:
 def test_the_gil_is_released_during_a_call() -> None:
     """The GIL is released: another Python thread runs in the middle of a long call."""
     stages = [Stage(True, torch.randn(64, 64, 4, 4), act="relu") for _ in range(2)]
-    x = torch.randn(24, 64, 32, 32)
+    x = torch.randn(48, 64, 32, 32)
     ticks: list[float] = []
     done = threading.Event()
 
@@ -145,7 +145,7 @@ def test_the_gil_is_released_during_a_call() -> None:
         end = time.perf_counter()
     done.set()
     ticking.join()
-    assert end - begin > 0.05, "the call is too short to measure"
+    assert end - begin > 0.02, "the call is too short to measure"
     # With the GIL held there would be none: nearly all of the call is one foreign function.
     within = [t for t in ticks if begin + 0.25 * (end - begin) < t < end - 0.25 * (end - begin)]
     assert len(within) >= 2

@@ -11,12 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
-from dcgan.kernels import gpu, ops
-from dcgan.kernels.gpu import dense, down, executor, launcher, offline, tuning, up
-from dcgan.kernels.gpu.launcher import Kernel, Launch, Pointers
+from dcgan.kernels import gpu, ops, train_chain
+from dcgan.kernels.gpu import dense, down, executor, launcher, offline, packing, tuning, up
+from dcgan.kernels.gpu.launcher import Launch, Pointers
 from dcgan.kernels.gpu.tiles import Problem, Tile
 from dcgan.kernels.gpu.tools.simulated_gpu import Driver
-from dcgan.kernels.spec import Backward, Call, ConvSpec
+from dcgan.kernels.spec import Backward, Call, TrainBackward, TrainCall
+from tests.support.chain_results import call_of
+from tests.support.train_chains import Layer, tensors_of, with_tensors
 
 
 class Launched(NamedTuple):
@@ -34,6 +36,11 @@ class Launched(NamedTuple):
 launched: list[Launched] = []
 
 
+def flattened(argument: Any) -> tuple[Any, ...]:
+    """Return the pointers of a tuple of tensors, or else the argument alone."""
+    return argument if isinstance(argument, tuple) and isinstance(argument[0], Tensor) else (argument,)
+
+
 class Recorder(Driver):
     class launcher_cls:
         def __init__(self, source: Any, metadata: Any) -> None:
@@ -41,7 +48,7 @@ class Recorder(Driver):
 
         def __call__(self, *arguments: Any) -> None:
             # The grid, then stream, handles and metadata, then the kernel's declared arguments.
-            flat = [t for v in arguments[9:] for t in (v if isinstance(v, Pointers) else (v,))]
+            flat = [t for v in arguments[9:] for t in flattened(v)]
             contents = [v.clone() for v in flat if isinstance(v, Tensor)]
             launched.append(Launched(*self.kernel, arguments[:3], tuple(flat), contents))
 
@@ -101,13 +108,15 @@ def test_the_second_launch_equals_the_first(
     second = first._replace(x=first.x.clone(), weight=first.weight.clone())
     run_forward(first, transposed)
     y = run_forward(second, transposed)[0]
-    assert len(launcher._plans) == 1
-    assert len(launched) == 2
-    assert described(launched[0]) == described(launched[1])
-    taken = pointers(launched[1:])
-    assert second.x.data_ptr() in taken
-    assert first.x.data_ptr() not in taken
-    assert y.data_ptr() in taken
+    count = 1 if c_in == 3 else 2  # with the packing of its weight, unless that needs none
+    assert len(launcher._plans) == count
+    assert len(launched) == 2 * count
+    assert [described(launch) for launch in launched[:count]] == [
+        described(launch) for launch in launched[count:]
+    ]
+    taken = pointers(launched[count:])
+    assert {second.x.data_ptr(), second.weight.data_ptr(), y.data_ptr()} <= taken
+    assert not {first.x.data_ptr(), first.weight.data_ptr()} & taken
 
 
 def test_a_new_layout_alignment_or_activation_gets_a_new_plan() -> None:
@@ -137,7 +146,7 @@ def test_the_plan_key_includes_the_alignment_of_each_tensor() -> None:
     assert x.stride() == first.x.stride()
     run_forward(first._replace(x=x), True)
     run_forward(first._replace(out_scale=scale), True)
-    assert len(launcher._plans) == 2
+    assert len(launcher._plans) == 3  # with that of the packing
 
 
 @pytest.mark.parametrize("c_in", [3, 32], ids=["down_narrow", "down"])
@@ -225,17 +234,30 @@ TRAINED = pytest.mark.parametrize(
 )
 
 
-def use_standalone_prologues(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
-    """Use standalone prologue kernels from now on; returns the list of problems that tiles are chosen for."""
+def packings(kernel: str) -> list[str]:
+    """Return the launches that pack the weight for a kernel: narrow convolutions read it as it is."""
+    return [] if kernel == "_down_narrow_kernel" else ["_pack_kernel"]
+
+
+def use_prologues(monkeypatch: pytest.MonkeyPatch, fused: bool) -> list[Problem]:
+    """Fuse prologues from now on, or use standalone kernels.
+
+    Returns the list of problems that tiles are chosen for, filled as they are.
+    """
     chosen_for: list[Problem] = []
     choose = tuning.choose
 
     def chosen(problem: Problem, *others: Any) -> Tile:
         chosen_for.append(problem)
-        return replace(choose(problem, *others), fused=not problem.has_prologue)
+        return replace(choose(problem, *others), fused=fused or not problem.has_prologue)
 
     monkeypatch.setattr(tuning, "choose", chosen)
     return chosen_for
+
+
+def use_standalone_prologues(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+    """Use standalone prologue kernels, as :func:`use_prologues` does."""
+    return use_prologues(monkeypatch, fused=False)
 
 
 @TRAINED
@@ -250,7 +272,10 @@ def test_the_second_step_equals_the_first(
     adjoint: str,
     fused: bool,
 ) -> None:
-    """Two kernels forward and four backward; standalone prologues add one for each of x̂, du, and x̂ again."""
+    """Two kernels forward and four backward; standalone prologues add one for each of x̂, du, and x̂ again.
+
+    Packing adds one for each layout of the weight.
+    """
     chosen_for = [] if fused else use_standalone_prologues(monkeypatch)
     first = step(transposed, c_in, c_out, size)
     second = first.map(lambda name, t: copied(t))
@@ -258,12 +283,12 @@ def test_the_second_step_equals_the_first(
     count, choices = len(launched), len(chosen_for)
     second.run(transposed)
     names = [launch.kernel for launch in launched]
-    forward = [kernel, "_statistics_kernel"]
-    backward = [adjoint, "_sums_kernel", "_wgrad_kernel", "_split_k_kernel"]
+    forward = [*packings(kernel), kernel, "_statistics_kernel"]
+    backward = ["_pack_kernel", adjoint, "_sums_kernel", "_wgrad_kernel", "_split_k_kernel"]
     if not fused:
-        forward.insert(0, "_prologue_kernel")
-        backward.insert(2, "_prologue_kernel")
-        backward.insert(0, "_prologue_kernel")
+        forward.insert(len(packings(kernel)), "_prologue_kernel")
+        backward.insert(3, "_prologue_kernel")
+        backward.insert(1, "_prologue_kernel")
         # Their products have their own keys.
         assert [plan.run for plan in launcher._plans.values()].count(None) == 3
         assert len(chosen_for) == choices == 6
@@ -276,7 +301,7 @@ def test_the_second_step_equals_the_first(
         if isinstance(t, Tensor):
             assert t.data_ptr() not in taken, name
     for name, t in (second.backward._asdict() | second.forward._asdict()).items():
-        if isinstance(t, Tensor) and name != "weight":  # kernels read its packed copy
+        if isinstance(t, Tensor):
             assert t.data_ptr() in taken, name
 
 
@@ -303,24 +328,28 @@ def test_every_training_call_packs_the_current_weight(
     transposed: bool, c_in: int, c_out: int, size: int, kernel: str, adjoint: str
 ) -> None:
     """Even if neither version nor address of the weight reveals that it has changed."""
-    packs = {
-        "_up_kernel": up.pack,
-        "_down_kernel": down.pack,
-        "_down_narrow_kernel": down.pack_narrow,
+    layouts = {
+        "_up_kernel": up.LAYOUT,
+        "_down_kernel": down.LAYOUT,
+        "_down_narrow_kernel": down.NARROW_LAYOUT,
     }
     it = step(transposed, c_in, c_out, size)
     weight = it.forward.weight
+    wanted = (dense.UP_LAYOUT, dense.DOWN_LAYOUT) if size == 1 else (layouts[kernel], layouts[adjoint])
     for _ in range(3):
         launched.clear()
         it.run(transposed)
-        products = [launch for launch in launched if launch.kernel in (kernel, adjoint)]
-        packings = (dense.pack_up, dense.pack_down) if size == 1 else (packs[kernel], packs[adjoint])
-        for launch, pack in zip(products, packings, strict=True):
-            expected = pack(weight)
-            assert any(
-                content.shape == expected.shape and torch.equal(content, expected)
-                for content in launch.contents
-            ), launch.kernel
+        products = [i for i, launch in enumerate(launched) if launch.kernel in (kernel, adjoint)]
+        for i, layout in zip(products, wanted, strict=True):
+            packed = launched[i].arguments[len(Pointers._fields)]
+            assert packed.shape == layout.shape(weight.shape)
+            source = weight
+            if packings(launched[i].kernel):
+                assert launched[i - 1].kernel == "_pack_kernel"
+                read, source = launched[i - 1].arguments[:2]
+                assert read.data_ptr() == weight.data_ptr()
+                assert torch.equal(launched[i - 1].contents[0], weight)
+            assert packed.data_ptr() == source.data_ptr()
         weight.data.copy_(torch.randn_like(weight))
 
 
@@ -337,29 +366,61 @@ def test_a_weight_is_packed_once_per_product(
     fused: bool,
 ) -> None:
     """By the call that plans the product and by later calls, with fused and with standalone prologues."""
-    packed: list[str] = []
-    kernel_for = launcher.kernel_for
-
-    def counting(spec: ConvSpec) -> Kernel:
-        found = kernel_for(spec)
-        assert found is not None
-
-        def pack(weight: Tensor) -> Tensor:
-            packed.append(found.name)
-            return found.pack(weight)
-
-        return replace(found, pack=pack if found.pack else None)
-
-    monkeypatch.setattr(launcher, "kernel_for", counting)
     if not fused:
         use_standalone_prologues(monkeypatch)
     it = step(transposed, c_in, c_out, size)
     for _ in range(3):
-        packed.clear()
+        launched.clear()
         run_forward(it.forward, transposed)
-        assert len(packed) == 1
         gpu.backward(it.backward, transposed)
-        assert len(packed) == 2, "once more for dx; the weight gradient does not read the weight"
+        packed = [launch.kernel for launch in launched if launch.kernel == "_pack_kernel"]
+        assert packed == packings(kernel) + packings(adjoint), "the weight gradient does not read the weight"
+
+
+def test_packing_reuses_its_plan() -> None:
+    """For weights of the same shapes, strides, dtypes, layouts and alignment, packed in the same dtype."""
+
+    def weights() -> list[packing.Job]:
+        wide, narrow = torch.randn(16, 8, 4, 4), torch.randn(8, 3, 4, 4).bfloat16()
+        return [(wide, up.LAYOUT), (wide, down.LAYOUT), (narrow, up.NARROW_LAYOUT)]
+
+    def buffer(jobs: list[packing.Job]) -> Tensor:
+        return torch.empty(packing.offsets([(weight.shape, layout) for weight, layout in jobs])[1])
+
+    first, second = weights(), weights()
+    buffers = [buffer(first), buffer(first)]
+    packing.pack_into(buffers[:1], [first])
+    packing.pack_into(buffers[1:], [second])
+    assert len(launcher._plans) == 1
+    assert described(launched[0]) == described(launched[1])
+    assert pointers(launched[1:]) == {buffers[1].data_ptr(), *(weight.data_ptr() for weight, _ in second)}
+
+    wide = first[0][0]
+    for changed in (
+        [*first[:2], (first[2][0].float(), up.NARROW_LAYOUT)],
+        [*first[:2], (unaligned(first[2][0]), up.NARROW_LAYOUT)],
+        [(wide, down.LAYOUT), *first[1:]],
+        [(wide.contiguous(memory_format=torch.channels_last), up.LAYOUT), *first[1:]],
+        first[:2],
+    ):
+        before = len(launcher._plans)
+        packing.pack_into([buffer(changed)], [changed])
+        assert len(launcher._plans) == before + 1
+    before = len(launcher._plans)
+    packing.pack_into([buffers[0].bfloat16()], [first])
+    packing.pack_into([buffer(first[:1]), buffer(first[1:])], [first[:1], first[1:]])
+    packing.pack_into([buffer(first[:2]), buffer(first[2:])], [first[:2], first[2:]])
+    assert len(launcher._plans) == before + 3
+
+
+def test_an_empty_buffer_is_not_passed() -> None:
+    """A forward without a backward packs nothing for it; nothing at all is not a launch."""
+    job = (torch.randn(16, 8, 4, 4), up.LAYOUT)
+    buffer = torch.empty(16 * 8 * 16)
+    packing.pack_into([torch.empty(0), buffer], [[], [job]])
+    packing.pack_into([torch.empty(0)], [[]])
+    assert [launch.kernel for launch in launched] == ["_pack_kernel"]
+    assert pointers(launched) == {job[0].data_ptr(), buffer.data_ptr()}
 
 
 @pytest.fixture
@@ -387,7 +448,7 @@ def _no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mean", 0, 2),
         ("dmean", 0, 2),
         ("dvar", 0, 2),
-        ("weight", 0, 0),  # the packed weight is aligned
+        ("weight", 1, 1),  # its packing; the packed weight is aligned
     ],
 )
 def test_a_new_alignment_gets_a_new_plan(
@@ -441,8 +502,8 @@ def test_kernels_for_unneeded_gradients_are_not_launched() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "__call__", lambda self: (ran.append(self.kernel.__name__), original(self))[1])
         for needs, expected in (
-            ((True, False, False, False, False), ["_up_kernel"]),
-            ((False, False, True, False, False), ["_up_kernel", "_sums_kernel"]),
+            ((True, False, False, False, False), ["_pack_kernel", "_up_kernel"]),
+            ((False, False, True, False, False), ["_pack_kernel", "_up_kernel", "_sums_kernel"]),
             ((False, True, False, False, False), ["_wgrad_kernel", "_split_k_kernel"]),
             ((False, False, False, False, False), []),
         ):
@@ -450,6 +511,184 @@ def test_kernels_for_unneeded_gradients_are_not_launched() -> None:
             ran.clear()
             gpu.backward(it.backward._replace(needs=needs), False)
             assert ran == expected
+
+
+# --- a network in training ----------------------------------------------------------------------------------
+
+
+def chain_call(groups: int = 1) -> TrainCall:
+    """Return a call of three layers, of which one has a BatchNorm."""
+    layers = [
+        Layer(False, 16, act="leaky_relu"),
+        Layer(False, 32, norm=True, act="leaky_relu"),
+        Layer(True, 3, act="tanh"),
+    ]
+    call = call_of(layers, torch.randn(4, 3, 8, 8), groups)
+    return with_tensors(call, {name: t.detach() for name, t in tensors_of(call).items()})
+
+
+CHAIN = [
+    *("_pack_kernel", "_down_narrow_kernel", "_down_kernel", "_forward_kernel", "_up_narrow_kernel"),
+    *("_prologue_kernel", "_down_narrow_kernel", "_backward_kernel", "_apply_kernel"),
+    *("_wgrad_kernel", "_split_k_kernel"),
+    *("_wgrad_kernel", "_split_k_kernel", "_up_kernel"),
+    *("_wgrad_kernel", "_split_k_kernel", "_up_narrow_kernel"),
+    "_track_kernel",
+]
+"""The launches of a step with fused prologues."""
+PRODUCTS = ("_down_narrow_kernel", "_down_kernel", "_up_narrow_kernel", "_up_kernel")
+
+
+class ChainStep(NamedTuple):
+    """A step of a network: the arguments of its passes and the running statistics that it updates."""
+
+    call: TrainCall
+    dy: Tensor
+    running: list[Tensor]
+    """The mean, the variance and the number of batches of its BatchNorm."""
+
+    def run(self, change: Callable[[str, Tensor], Tensor] = lambda name, t: t) -> dict[str, Tensor]:
+        """Run both passes, with ``change(name, tensor)`` in place of what the forward keeps.
+
+        Returns what it keeps, and the gradients.
+        """
+        found = train_chain.specs(self.call)
+        y, saved, stats, packed = gpu.train_forward(found, self.call)
+        kept = {"y": y, "stats": stats[0], "packed": packed}
+        kept |= {f"saved {i}": t for i, t in enumerate(saved)}
+        kept = {name: change(name, t) for name, t in kept.items()}
+        every, norm = [True] * 3, [False, True, False]
+        back = TrainBackward(
+            self.dy, kept["y"], [kept["saved 0"], kept["saved 1"]], [kept["stats"]], kept["packed"],
+            True, every, norm, norm, self.call,
+        )  # fmt: skip
+        gradients = train_chain.empty_gradients(back)
+        gpu.train_backward(found, back, gradients)
+        mean, var, batches = self.running
+        gpu.track([mean], [var], [batches], stats, [0.1], [16 // self.call.groups])
+        names = {"x": gradients.x, "gamma": gradients.gamma[1], "beta": gradients.beta[1]}
+        names |= {f"weight {i}": t for i, t in enumerate(gradients.weight)}
+        return kept | {f"d{name}": t for name, t in names.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        running = dict(zip(("mean", "var", "batches"), self.running, strict=True))
+        return tensors_of(self.call) | {"dy": self.dy} | running
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> ChainStep:
+        """Return the step with ``change(name, tensor)`` in place of each tensor."""
+        made = {name: change(name, t) for name, t in self.tensors().items()}
+        running = [made[name] for name in ("mean", "var", "batches")]
+        return ChainStep(with_tensors(self.call, made), made["dy"], running)
+
+
+def chain_step(groups: int = 1) -> ChainStep:
+    return ChainStep(
+        chain_call(groups), torch.randn(4, 3, 4, 4), [torch.randn(32), torch.rand(32), torch.tensor(0)]
+    )
+
+
+@pytest.mark.parametrize(("groups", "fused"), [(1, False), (2, True)])
+def test_the_second_step_of_a_network_equals_the_first(
+    monkeypatch: pytest.MonkeyPatch, groups: int, fused: bool
+) -> None:
+    """No new plan; all arguments are the second step's, whose forward packs the weights of both passes."""
+    use_prologues(monkeypatch, fused)
+    first = chain_step(groups)
+    second = first.map(lambda name, t: copied(t))
+    first_results = first.run()
+    count, plans = len(launched), len(launcher._plans)
+    results = second.run()
+    names = CHAIN if fused else [*CHAIN[:4], "_prologue_kernel", *CHAIN[4:]]
+    assert [launch.kernel for launch in launched] == names + names
+    assert len(launcher._plans) == plans
+    assert [described(launch) for launch in launched[:count]] == [
+        described(launch) for launch in launched[count:]
+    ]
+    taken = pointers(launched[count:])
+    for name, t in (first.tensors() | first_results).items():
+        assert t.data_ptr() not in taken, name
+    for name, t in (second.tensors() | results).items():
+        assert t.data_ptr() in taken, name
+    packed, *others = launched[count:]
+    buffers = [t for t in packed.arguments if isinstance(t, Tensor)][-2:]
+    products = [launch for launch in others if launch.kernel in PRODUCTS]
+    read = [launch.arguments[len(Pointers._fields)] for launch in products]
+    storages = [t.untyped_storage().data_ptr() for t in read]
+    assert storages == [t.untyped_storage().data_ptr() for t in buffers for _ in range(3)]
+
+
+@pytest.mark.usefixtures("_no_compilation")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "standalone"])
+def test_each_number_of_groups_has_its_plans(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """All but those of the packing, and of weight gradients, which are sums over all images."""
+    use_prologues(monkeypatch, fused)
+    counts = []
+    steps = [chain_step(groups) for groups in (1, 2, 4)]
+    for it in steps * 2:
+        it.run()
+        counts.append(len(launcher._plans))
+    each = (
+        len(CHAIN) if fused else len(CHAIN) + 2
+    )  # the prologue of the last layer, and its product's own plan
+    shared = 1 + 2 * 3
+    assert counts == [each, 2 * each - shared, *[3 * each - 2 * shared] * 4]
+
+
+@pytest.mark.usefixtures("_no_compilation")
+@pytest.mark.parametrize(
+    ("name", "plans"),
+    [
+        ("x", 2),  # the first product, and its wgrad
+        ("weight 1", 1),  # its packing
+        ("gamma 1", 1),
+        ("beta 1", 1),
+        ("dy", 1),  # of the last activation's derivative
+        ("mean", 1),
+        ("batches", 1),
+        ("y", 1),
+        ("stats", 3),  # dgrad, the merge of its sums, and apply
+        ("saved 0", 2),  # dgrad and wgrad
+        ("saved 1", 2),  # dgrad and apply
+        ("packed", 3),
+    ],
+)
+def test_each_alignment_of_a_network_has_its_plans(name: str, plans: int) -> None:
+    it = chain_step()
+
+    def change(given: str, t: Tensor) -> Tensor:
+        return unaligned(t) if given == name else t
+
+    it.run()
+    before = len(launcher._plans)
+    for _ in range(2):
+        it.map(change).run(change)
+        assert len(launcher._plans) == before + plans
+
+
+@pytest.mark.usefixtures("_no_compilation")
+def test_plans_depend_on_every_option_of_a_network() -> None:
+    """Each new option needs another compile-time constant or scalar argument somewhere."""
+    it = chain_step()
+    stages = list(it.call.stages)
+    it.run()
+    for call in (
+        it.call._replace(slope=0.5),
+        it.call._replace(stages=[stages[0], stages[1]._replace(eps=0.5), stages[2]]),
+        it.call._replace(stages=[stages[0], stages[1]._replace(act="relu"), stages[2]]),
+        it.call._replace(stages=[*stages[:2], stages[2]._replace(act="sigmoid")]),
+        it.call._replace(stages=[stages[0], stages[1]._replace(gamma=None), stages[2]]),
+        it.call._replace(channels_last=False),
+    ):
+        before = len(launcher._plans)
+        it._replace(call=call).run()
+        assert len(launcher._plans) > before
+    before = len(launcher._plans)
+    for momentum, count in ((0.2, 16), (-1.0, 16), (0.1, 17)):
+        mean, var, batches = it.running
+        for _ in range(2):
+            gpu.track([mean], [var], [batches], [torch.empty(4, 1, 32)], [momentum], [count])
+        before += 1
+        assert len(launcher._plans) == before
 
 
 # --- registers ----------------------------------------------------------------------------------------------
@@ -460,7 +699,7 @@ def up_launch(tile: Tile) -> Launch:
     it = call(True, 512, 256, 4, False)._replace(stats=True, out_act="none")
     spec = ops.check(it, True)
     product = executor.fprop(spec, it, ops.empty(spec)[0])
-    return up.UP.launch(product, up.pack(it.weight), torch.empty(2, 4, 256), tile)
+    return up.UP.launch(product, torch.empty(up.LAYOUT.shape(it.weight.shape)), torch.empty(2, 4, 256), tile)
 
 
 @pytest.mark.parametrize(

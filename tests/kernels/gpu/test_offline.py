@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcgan.kernels.gpu import offline, tiles, tuning
+from dcgan.kernels import gpu, train_chain
+from dcgan.kernels.gpu import batchnorm, launcher, offline, packing, tiles, tuning
+from dcgan.kernels.gpu.bce import backward_launch, forward_launch
 from dcgan.kernels.gpu.launcher import INT32_MAX, Launch
 from dcgan.kernels.gpu.tools.inspect import tiles_of
 from dcgan.kernels.gpu.tools.layers import (
@@ -16,6 +18,7 @@ from dcgan.kernels.gpu.tools.layers import (
     SM_COUNTS,
     Launches,
     Layer,
+    Shape,
     discriminator,
     evaluation,
     generator,
@@ -23,7 +26,7 @@ from dcgan.kernels.gpu.tools.layers import (
     training,
 )
 from dcgan.kernels.gpu.tools.predict import default_tile
-from dcgan.kernels.spec import Operand
+from dcgan.kernels.spec import Operand, TrainBackward, TrainCall, TrainStage
 
 
 def cases(channels: int, dtype: str) -> list[Layer]:
@@ -38,15 +41,15 @@ def check(layer: Layer, arch: int) -> None:
 
 
 def training_cases(channels: int, dtype: str, batch: int = 64) -> list[Layer]:
-    """Return the forward, dgrad and wgrad of every layer of both networks."""
+    """Return the forward, dgrad and wgrad of every layer of both networks; D's images are in two groups."""
     return [
         layer
-        for shapes in networks(channels).values()
-        for layer in training(shapes, batch, dtype, input_gradient=True)
+        for name, shapes in networks(channels).items()
+        for layer in training(shapes, batch, dtype, input_gradient=True, groups=2 if name == "D" else 1)
     ]
 
 
-SIZES = ("SIZE", "STRIDE", "X", "OUT_STRIDE", "C")
+SIZES = ("SIZE", "STRIDE", "X", "OUT_STRIDE", "C", "PER_TILE", "BLOCK_T")
 
 
 def code_key(launch: Launch, without: tuple[str, ...] = ()) -> Hashable:
@@ -97,11 +100,9 @@ def described(layer: Layer) -> str:
 
 
 def named_launches(layer: Layer, launches: Launches) -> Iterator[tuple[str, Launch]]:
-    """Yield the product, then the prologue kernels before it and the reduction after it."""
-    yield described(layer), launches.product
-    for launch in (*launches.prologues, launches.reduction):
-        if launch is not None:
-            yield described(layer), launch
+    """Yield the product, then the prologue kernels before it and what follows it."""
+    for launch in (launches.product, *launches.prologues, *launches.after):
+        yield described(layer), launch
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_a_spilling_tile_is_a_fault() -> None:
 
 
 def test_default_tiles_in_training() -> None:
-    """Prologue and reduction kernels are compiled for one size: their code differs in constants alone."""
+    """Kernels before and after a product are compiled for one size: their code differs in constants alone."""
     distinct: dict[Hashable, tuple[str, Launch]] = {}
     for layer in training_cases(1, "bfloat16"):
         tile = default_tile(layer, SM_COUNTS[90], 90)
@@ -171,10 +172,11 @@ def test_default_tiles_in_training() -> None:
             distinct.setdefault(key, (name, launch))
     names = {launch.kernel.__name__ for _, launch in distinct.values()}
     assert {
+        "_apply_kernel",
+        "_backward_kernel",
+        "_forward_kernel",
         "_prologue_kernel",
         "_split_k_kernel",
-        "_statistics_kernel",
-        "_sums_kernel",
         "_wgrad_kernel",
     } <= names
     check_all(distinct.values(), 90)
@@ -239,13 +241,132 @@ def test_every_default_tile_in_training(dtype: str, arch: int) -> None:
     check_all(distinct.values(), arch)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("source", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_packing(source: str, dtype: str, arch: int) -> None:
+    """A network's weights for fprop and dgrad compile without spills, wide ones with 16-byte accesses."""
+    for shapes in networks(3).values():
+        jobs: list[packing.Job] = []
+        for layer in training(shapes, 64, dtype, input_gradient=True):
+            if layer.kernel.layout is not None:
+                weight = torch.empty(layer.spec.weight, dtype=DTYPES[source], device="meta")
+                jobs.append((weight, layer.kernel.layout))
+        wide = [job for job in jobs if min(job[0].shape[:2]) > 3]
+        for some in (jobs, wide):
+            _, total = packing.offsets([(weight.shape, layout) for weight, layout in some])
+            launch = packing.launch([torch.empty(total, dtype=DTYPES[dtype], device="meta")], [some])
+            report = offline.inspect(launch, arch)
+            assert offline.faults(launch, report, arch) == []
+        assert report.loads_by_width.keys() == report.stores_by_width.keys() == {16}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("targets", [(0.9,), (0.9, 0.0)], ids=str)
+def test_loss(targets: tuple[float, ...], arch: int) -> None:
+    """Also without the gradient of the probability, which the kernel then does not read."""
+    logits = torch.empty(64, dtype=torch.bfloat16, device="meta")
+    each = torch.empty(len(targets), device="meta")
+    both = backward_launch(logits, targets, each, each, logits)
+    one = backward_launch(logits, targets, each, None, logits)
+    forward = forward_launch(logits, targets, each, each)
+    check_all([("forward", forward), ("backward", both), ("backward", one)], arch)
+    assert offline.inspect(both, arch).loads_by_width == {2: 1, 4: 2}
+    assert offline.inspect(one, arch).loads_by_width == {2: 1, 4: 1}
+
+
+MORE = [(1, 64), (2, 512), *((groups, c) for groups in (1, 2) for c in (1, 5, 24, 128, 256))]
+
+
+def batchnorm_launches(channels: int, groups: int) -> dict[str, Launch]:
+    """Return the launches between the products of a network in bfloat16 with float32 parameters."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    stats, coefficients, vector = empty(4, groups, channels), empty(2, groups, channels), empty(channels)
+    sums = empty(2, groups * 2048, channels)
+    y = empty(4 * groups, channels, 32, 32, dtype=torch.bfloat16)
+    batches = [empty(dtype=torch.int64)] * 3
+    return {
+        "forward": batchnorm.forward_launch(
+            batchnorm.Partial(sums, 65536, 4, 128), vector, vector, 1e-5, stats
+        ),
+        "backward": batchnorm.backward_launch(sums, stats, coefficients, vector, vector, 65536, 1e-5),
+        "both": batchnorm.apply_launch(y, y, stats, coefficients, y, "leaky_relu", 0.2),
+        "du": batchnorm.apply_launch(y, y, stats, coefficients, None, "leaky_relu", 0.2),
+        "x̂": batchnorm.apply_launch(None, y, stats, None, y, "leaky_relu", 0.2),
+        "track": batchnorm.track_launch(
+            [vector] * 3, [vector] * 3, batches, [stats] * 3, [0.1, -1.0, 1.0], [9] * 3
+        ),
+    }
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("groups", "channels"), [(2, 64), (1, 512), *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)]
+)
+def test_batchnorm(groups: int, channels: int, arch: int) -> None:
+    """No spills; ``apply`` accesses channels that are a multiple of 8 by 16 bytes, in maps and in vectors."""
+    for name, launch in batchnorm_launches(channels, groups).items():
+        report = offline.inspect(launch, arch)
+        assert offline.faults(launch, report, arch) == [], name
+        if launch.kernel.__name__ == "_apply_kernel" and channels % 8 == 0:
+            assert report.loads_by_width.keys() == report.stores_by_width.keys() == {16}, name
+
+
+def launches_of_a_network(shapes: list[Shape], groups: int, arch: int) -> list[Launch]:
+    """Return the launches of both passes, at default tiles, in bfloat16 with float32 parameters."""
+    found: list[Launch] = []
+
+    def choose(problem: tiles.Problem, device: torch.device, spills: Any, trial: Any = None) -> tiles.Tile:
+        return tuning.estimate(problem, SM_COUNTS[arch], tiles.SHARED_LIMIT[arch], spills)
+
+    stages = []
+    for shape in shapes:
+        order = (shape.c_in, shape.c_out) if shape.transposed else (shape.c_out, shape.c_in)
+        stage = TrainStage(shape.transposed, torch.empty(*order, 4, 4), act=shape.act)
+        stage = stage._replace(norm=shape.norm, stride=shape.stride, padding=shape.padding)
+        vectors = {"gamma": torch.empty(shape.c_out), "beta": torch.empty(shape.c_out)}
+        stages.append(stage._replace(**vectors) if shape.norm else stage)
+    size = shapes[0].size
+    call = TrainCall(torch.empty(64, shapes[0].c_in, size, size).bfloat16(), stages, groups=groups)
+    specs = train_chain.specs(call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "_plans", {})
+        patch.setattr(Launch, "__call__", lambda launch: found.append(launch))
+        patch.setattr(Launch, "spills", lambda launch: offline.spills(launch, arch))
+        patch.setattr(tuning, "choose", choose)
+        y, saved, stats, packed = gpu.train_forward(specs, call)
+        norm = [shape.norm for shape in shapes]
+        needs = True, [True] * len(shapes), norm, norm
+        back = TrainBackward(torch.empty_like(y), y, list(saved), stats, packed, *needs, call)
+        gpu.train_backward(specs, back, train_chain.empty_gradients(back))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["G", "D"])
+def test_every_launch_of_a_network_in_two_groups(name: str, arch: int) -> None:
+    """As they are launched on a GPU; the epilogues of all products but the first are those of training."""
+    found = launches_of_a_network(networks(1)[name], 2, arch)
+    products = [launch.constants["SPEC"] for launch in found if "SPEC" in launch.constants]
+    assert len(products) == 3 * 5
+    assert {spec.groups for spec in products} == {1, 2}
+    assert [spec.y.function for spec in products].count("gradient") == (4 if name == "G" else 3)
+    distinct: dict[Hashable, tuple[str, Launch]] = {}
+    for launch in found:
+        distinct.setdefault(code_key(launch), (launch.kernel.__name__, launch))
+    check_all(distinct.values(), arch)
+
+
 def test_narrow_accesses_of_a_prologue_kernel_are_a_fault() -> None:
     """As reported for channels that are not contiguous."""
-    layer = next(x for x in training_cases(1, "bfloat16") if x.phase == "dgrad" and x.kernel_name == "down")
+    layer = next(x for x in training_cases(1, "bfloat16") if x.problem.has_prologue)
     (launch,) = layer.launches(tiles.Tile(128, 64, 64, 4, 4, fused=False), 132).prologues
     report = offline.inspect(launch, 90)
     assert offline.faults(launch, report, 90) == []
-    narrow = report._replace(loads_by_width={16: 2, 2: 8}, stores_by_width={4: 4})
+    narrow = report._replace(loads_by_width={16: 1, 2: 8}, stores_by_width={4: 4})
     assert [fault.split(":")[0] for fault in offline.faults(launch, narrow, 90)] == [
         "loads not 16 bytes wide, counts by width",
         "stores not 16 bytes wide, counts by width",

@@ -17,7 +17,17 @@ from dcgan.kernels.gpu import aten, tiles, tuning
 from dcgan.kernels.gpu.launcher import Product
 from dcgan.kernels.gpu.tools import simulated_gpu, tune
 from dcgan.kernels.gpu.tools.compilers import Compilers
-from dcgan.kernels.gpu.tools.layers import Layer, all_layers, discriminator, generator, launches, training
+from dcgan.kernels.gpu.tools.layers import (
+    Layer,
+    all_layers,
+    discriminator,
+    generator,
+    launches,
+    networks,
+    pass_layers,
+    step_passes,
+    training,
+)
 from dcgan.kernels.gpu.tools.predict import KEEP, candidates, shortlist
 
 SHARED = tiles.SHARED_LIMIT[90]
@@ -33,6 +43,16 @@ def test_training_at_batch_64_is_tuned_first() -> None:
     phases = [layer.phase for layer in tune.untuned(64, "bfloat16", {})]
     assert phases.index("eval") == len(phases) - phases.count("eval")
     assert set(phases) == {"forward", "dgrad", "wgrad", "eval"}
+
+
+@pytest.mark.parametrize("batch", [64, 1024])
+def test_every_product_of_a_training_step_is_tuned(batch: int) -> None:
+    """Also those of D on real and on generated images in one pass of twice the batch."""
+    keys = {layer.problem.key() for layer in tune.untuned(batch, "bfloat16", {})}
+    passes = step_passes(batch)
+    assert passes[0].images == (128 if batch == 64 else 1024)
+    for of in passes:
+        assert {layer.problem.key() for layer in pass_layers(networks(), of, "bfloat16")} <= keys
 
 
 def test_shortlists_and_candidates() -> None:

@@ -1,0 +1,154 @@
+"""Faults in the training chain's sources, one at a time: the tests of this folder must find each of them.
+
+The tests run in a process of their own, in a copy of the sources with the fault in it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = ("tests/interpreter/test_batchnorm.py", "tests/interpreter/test_train_chain.py")
+
+
+class Mutant(NamedTuple):
+    """A fault: ``new`` in place of every ``old``, of which there are ``count``."""
+
+    file: str
+    old: str
+    new: str
+    count: int = 1
+
+
+BATCHNORM, DEVICE = "kernels/gpu/batchnorm.py", "kernels/gpu/device_functions.py"
+REDUCE, TRAINING = "kernels/gpu/reduce.py", "kernels/gpu/training.py"
+MUTANTS = {
+    # the merge of statistics
+    "the last tile counts as full": Mutant(REDUCE, "M - (t // PER", "M + BLOCK_M - (t // PER", 2),
+    "a tile's rows of partials count as tiles": Mutant(REDUCE, "(t // PER_TILE)", "t", 2),
+    "parities are not counted": Mutant(REDUCE, "rows = M * 1.0 * PER_TILE", "rows = M * 1.0"),
+    "statistics of the first group": Mutant(
+        BATCHNORM, "own = partial_ptr + group * tiles * C\n    mean", "own = partial_ptr\n    mean"
+    ),
+    "statistics of all groups": Mutant(
+        BATCHNORM, "tiles = TILES // GROUPS\n    own", "tiles = TILES\n    own"
+    ),
+    "gamma needs beta": Mutant(BATCHNORM, "if AFFINE[0]:", "if AFFINE[0] and AFFINE[1]:"),
+    "no eps in the forward": Mutant(
+        BATCHNORM, "scale = _reciprocal_root(var + eps)", "scale = _reciprocal_root(var)"
+    ),
+    # the sums of the backward
+    "sums of the first group": Mutant(
+        BATCHNORM, "own = partial_ptr + group * tiles * C\n        first", "own = partial_ptr\n        first"
+    ),
+    "factor's sign": Mutant(BATCHNORM, "-(second * root * per_count)", "second * root * per_count"),
+    "factor without one root": Mutant(BATCHNORM, "-(second * root * per_count)", "-(second * per_count)"),
+    "offset's sign": Mutant(BATCHNORM, "-(first * per_count)", "first * per_count"),
+    "dgamma of the last group": Mutant(BATCHNORM, "dgamma += second", "dgamma = second"),
+    "dbeta of the last group": Mutant(BATCHNORM, "dbeta += first", "dbeta = first"),
+    "the pixels of all groups": Mutant(TRAINING, "// y.shape[1] // self.forward.groups", "// y.shape[1]"),
+    # du and x̂
+    "the mean for y - mean": Mutant(BATCHNORM, "centred * factor[None, :]", "(mean * factor)[None, :]"),
+    "du without its scale": Mutant(BATCHNORM, "du = scale[None, :] * (g", "du = (g"),
+    "x̂ without its shift": Mutant(BATCHNORM, "scale[None, :] + shift[None, :]", "scale[None, :]"),
+    "x̂ without its slope": Mutant(BATCHNORM, "shift[None, :], slope, ACT)", "shift[None, :], 1.0, ACT)"),
+    "mean and scale of the first group": Mutant(
+        BATCHNORM, "vectors = stats_ptr + group * C + c", "vectors = stats_ptr + c"
+    ),
+    "shift of the first group": Mutant(
+        BATCHNORM, "stats_ptr + 3 * GROUPS * C + group * C + c", "stats_ptr + 3 * GROUPS * C + c"
+    ),
+    "coefficients of the first group": Mutant(
+        BATCHNORM, "vectors = coefficients_ptr + group * C + c", "vectors = coefficients_ptr + c"
+    ),
+    # running statistics
+    "a cumulative weight for all groups": Mutant(BATCHNORM, "(seen + group + 1)", "(seen + 1)"),
+    "the biased variance is tracked": Mutant(BATCHNORM, "other=0.0) * (COUNT / (COUNT - 1))", "other=0.0)"),
+    "the momentum of the old mean": Mutant(
+        BATCHNORM, "_lerp(mean.to(tl.float32), values,", "_lerp(values, mean.to(tl.float32),"
+    ),
+    "a momentum of 1 is not exact": Mutant(
+        BATCHNORM, "end - (1.0 - weight) * difference", "start + weight * difference"
+    ),
+    "groups count as one batch": Mutant(BATCHNORM, "seen + GROUPS)", "seen + 1)"),
+    # groups of rows
+    "tiles take turns among groups": Mutant(DEVICE, "group = tile // tiles", "group = tile % GROUPS"),
+    "a tile too many where groups fill theirs": Mutant(
+        DEVICE, "(of_group + BLOCK_M - 1)", "(of_group + BLOCK_M)"
+    ),
+    "a tile straddles groups": Mutant(DEVICE, "inside = m < of_group", "inside = group * of_group + m < M"),
+    "rows of the first group": Mutant(DEVICE, "m = group * of_group + m", "m = m"),
+    "vectors of the first group": Mutant(DEVICE, "ptr + group * C + channel", "ptr + channel"),
+    "the head's vectors of the first group": Mutant(
+        "kernels/gpu/dense.py", "group = n // (M // SPEC.groups)", "group = 0 * n"
+    ),
+    "tiles as if there were no groups": Mutant(
+        "kernels/gpu/tiles.py", "return groups * -(-rows // groups // block_m)", "return -(-rows // block_m)"
+    ),
+    "a standalone prologue without groups": Mutant(
+        "kernels/gpu/prologue_kernel.py", '"GROUPS": spec.groups', '"GROUPS": 1'
+    ),
+    # the products of the backward
+    "g times its scale": Mutant(
+        DEVICE, 'acc = g if Y.function == "gradient" else g * scale', "acc = g * scale"
+    ),
+    "dgamma's sum over x̂": Mutant(DEVICE, "tl.sum(g * x, axis=0)", "tl.sum(g * activated, axis=0)"),
+    "a weight's gradient from raw y": Mutant(
+        TRAINING,
+        "        del y\n        if x_hat is not None:\n            self._wgrad(i, x_hat, du)",
+        "        if x_hat is not None:\n            self._wgrad(i, y, du)",
+    ),
+    "du is not applied": Mutant(TRAINING, "batchnorm.apply(g, y,", "batchnorm.apply(None, y,"),
+    "no derivative of the last activation": Mutant(
+        TRAINING, 'if call.y is None or act == "none":', "if True:"
+    ),
+    "no derivative without a BatchNorm": Mutant(
+        TRAINING, 'strides, "adjoint", before.act, other_stride=strides)', 'strides, "affine")'
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the sources."""
+    to = tmp_path_factory.mktemp("sources")
+    for name in ("dcgan", "kernels", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", to)
+    return to
+
+
+def run(sources: Path) -> subprocess.CompletedProcess[str]:
+    """Run the fast tests until one fails, but for one that needs gigabytes."""
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-k", "not beyond_int32", *TESTS]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_is_found(name: str, copied: Path) -> None:
+    file, old, new, count = MUTANTS[name]
+    source = copied / file
+    text = source.read_text()
+    assert text.count(old) == count, "the sources have changed: update the fault"
+    source.write_text(text.replace(old, new))
+    try:
+        done = run(copied)
+    finally:
+        source.write_text(text)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_the_copy_passes_without_a_fault(copied: Path) -> None:
+    done = run(copied)
+    assert done.returncode == pytest.ExitCode.OK, done.stdout[-3000:]
