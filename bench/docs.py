@@ -177,5 +177,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "discriminate": lambda: race("cpu-discriminate.jsonl"),
     "train": lambda: race("train.jsonl"),
     "situations": situations,
-    "predict": lambda: section("predict-h100.md", "Steps"),
+    "predict": lambda: section("predict-h200.md", "Steps"),
 }

@@ -11,7 +11,7 @@ selects the kernel of a product and runs it from a cached plan.
 are a kernel developer's. Kernels work in NHWC internally; tensors may have any strides.
 """
 
-from . import dense, down, up, wgrad  # noqa: F401  (each registers its kernels)
+from . import dense, down, up, up_block, wgrad  # noqa: F401  (each registers its kernels)
 from .executor import backward, bce, bce_backward, forward
 from .launcher import kernel_for, why_not, why_not_here
 from .training import backward as train_backward

@@ -91,8 +91,11 @@ def convolve(it: Product, x: Tensor, y: Tensor | None = None) -> Tensor:
     return result
 
 
-def apply_epilogue(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
-    """Apply the epilogue to the raw product; returns (y, *sums) as :func:`compute` does."""
+def apply_epilogue(raw: Tensor, it: Product, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Apply the epilogue to the raw product; returns (y, *sums) as :func:`compute` does.
+
+    The sums of 'gradient' are those of g rounded to ``dtype``, by default the raw product's.
+    """
     operand, y, slope = it.spec.y, it.y, it.spec.slope
     value = raw.to(accumulator_dtype(raw.dtype))
     if operand.function == "statistics":
@@ -111,7 +114,7 @@ def apply_epilogue(raw: Tensor, it: Product) -> tuple[Tensor, ...]:
         if operand.scaled:
             g = activation_backward(value, activate(_normalise(x, y), operand.act, slope), operand.act, slope)
             if operand.function == "gradient":
-                g = g.to(raw.dtype).to(g.dtype)
+                g = g.to(dtype or raw.dtype).to(g.dtype)
             groups = it.spec.groups
             sums = _sums(g, groups), _sums(g * (x - _channels(y.center, x)), groups)
             value = g if operand.function == "gradient" else g * _channels(y.scale, g)
@@ -152,14 +155,11 @@ def exact(it: Product) -> tuple[Tensor, ...]:
     if it.spec.kind == "wgrad":
         return (convolve(it, x, apply_prologue(it.spec.y, it.y, it.spec.slope).double()),)
     wide = cast(it, torch.float64)
-    return apply_epilogue(convolve(wide, x), wide)
+    return apply_epilogue(convolve(wide, x), wide, it.spec.dtype)
 
 
-def merged(it: Product, partial: Tensor | None, per_tile: int, block_m: int) -> tuple[Tensor, ...]:
-    """Return a kernel's results as :func:`exact` does, from its output and its partial sums.
-
-    ``per_tile`` rows of the partial sums belong to each tile of ``block_m`` rows.
-    """
+def merged(it: Product, partial: Tensor | None) -> tuple[Tensor, ...]:
+    """Return a kernel's results as :func:`exact` does, from its output and its partial sums."""
     if it.spec.kind == "wgrad":
         assert partial is not None
         c_small, c_large, k_h, k_w = it.spec.weight
@@ -171,12 +171,10 @@ def merged(it: Product, partial: Tensor | None, per_tile: int, block_m: int) -> 
     partial = partial.unflatten(1, (groups, -1))
     if it.spec.y.function != "statistics":
         return y, *partial.sum(2).flatten(1)
-    rows = y.numel() // y.shape[1] // per_tile // groups
-    first = torch.arange(partial.shape[2], device=y.device) // per_tile * block_m
-    count = (rows - first).clamp(max=block_m)[:, None].double()
-    means, squares = partial.double()
-    mean = (count * means).sum(1) / (rows * per_tile)
-    var = (squares + count * (means - mean[:, None]) ** 2).sum(1) / (rows * per_tile)
+    means, squares, count = partial.double()
+    rows = count.sum(1)
+    mean = (count * means).sum(1) / rows
+    var = (squares + count * (means - mean[:, None]) ** 2).sum(1) / rows
     return y, mean.flatten(), var.flatten()
 
 

@@ -18,7 +18,7 @@ beta, as :mod:`..train_chain` returns them; ``coefficients`` is [2, groups, C]: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,18 +30,6 @@ from .reduce import BLOCK_C, MERGE_WARPS, merge_statistics, merge_sums, rows_per
 from .tiles import next_power_of_two, row_tiles
 
 
-class Partial(NamedTuple):
-    """A product's partial sums, and what the merge must know of the tiles that they belong to."""
-
-    sums: Tensor
-    """[2, T, C], the tiles of one group after those of another."""
-    rows: int
-    """Rows of all row tiles of a group."""
-    per_tile: int
-    """Rows of ``sums`` per row tile."""
-    block_m: int
-
-
 @triton.jit
 def _reciprocal_root(x):
     return tl.div_rn(1.0, tl.sqrt_rn(x))
@@ -49,17 +37,14 @@ def _reciprocal_root(x):
 
 @triton.jit
 def _forward_kernel(
-    partial_ptr,  # [2, TILES, C]
+    partial_ptr,  # [3, TILES, C]
     gamma_ptr,
     beta_ptr,
     stats_ptr,  # [4, GROUPS, C]
     TILES,
-    M,
     eps,
     C: tl.constexpr,
     GROUPS: tl.constexpr,
-    PER_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     AFFINE: tl.constexpr,  # (has gamma, has beta)
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -68,7 +53,7 @@ def _forward_kernel(
     c = (tl.program_id(0) // GROUPS) * BLOCK_C + tl.arange(0, BLOCK_C)
     tiles = TILES // GROUPS
     own = partial_ptr + group * tiles * C
-    mean, var = merge_statistics(own, TILES * C, tiles, M, c, C, PER_TILE, BLOCK_M, BLOCK_T, BLOCK_C)
+    mean, var = merge_statistics(own, TILES * C, tiles, c, C, BLOCK_T, BLOCK_C)
     mask = c < C
     scale = _reciprocal_root(var + eps)
     shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -227,13 +212,12 @@ def _track_kernel(
 
 
 def forward_launch(
-    partial: Partial, gamma: Tensor | None, beta: Tensor | None, eps: float, stats: Tensor
+    partial: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stats: Tensor
 ) -> Launch:
-    """Return the launch of stats [4, groups, C]."""
-    sums, _, _, _ = partial
-    channels, groups, tiles = sums.shape[2], stats.shape[1], sums.shape[1]
+    """Return the launch of stats [4, groups, C] from partial [3, T, C], group after group."""
+    channels, groups, tiles = partial.shape[2], stats.shape[1], partial.shape[1]
     tensors: dict[str, Any] = {
-        "partial_ptr": sums,
+        "partial_ptr": partial,
         "gamma_ptr": stats if gamma is None else gamma,
         "beta_ptr": stats if beta is None else beta,
         "stats_ptr": stats,
@@ -241,23 +225,21 @@ def forward_launch(
     constants = {
         "C": channels,
         "GROUPS": groups,
-        "PER_TILE": partial.per_tile,
-        "BLOCK_M": partial.block_m,
         "AFFINE": (gamma is not None, beta is not None),
         "BLOCK_T": rows_per_step(tiles // groups),
         "BLOCK_C": BLOCK_C,
     }
-    scalars: dict[str, int | float] = {"TILES": tiles, "M": partial.rows, "eps": float(eps)}
+    scalars: dict[str, int | float] = {"TILES": tiles, "eps": float(eps)}
     count = -(-channels // BLOCK_C) * groups
     return Launch(_forward_kernel, count, tensors, scalars, constants, MERGE_WARPS)
 
 
-def forward(partial: Partial, gamma: Tensor | None, beta: Tensor | None, eps: float, stats: Tensor) -> None:
+def forward(partial: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stats: Tensor) -> None:
     """Merge a product's partial statistics into stats [4, groups, C]; gamma and beta [C], any dtype."""
     gamma, beta = (None if v is None else v.contiguous() for v in (gamma, beta))
     dtypes = tuple(None if v is None else v.dtype for v in (gamma, beta))
-    key = ("batchnorm", partial.sums.shape, stats.shape, stats.device, dtypes, *partial[1:], eps)
-    tensors = (partial.sums, *(stats if v is None else v for v in (gamma, beta)), stats)
+    key = ("batchnorm", partial.shape, stats.shape, stats.device, dtypes, eps)
+    tensors = (partial, *(stats if v is None else v for v in (gamma, beta)), stats)
     run_planned(key, tensors, lambda: forward_launch(partial, gamma, beta, eps, stats))
 
 

@@ -148,52 +148,147 @@ def load(x_rows, other_rows, dh, dw, c, group, mask, x, slope, per_count, X: tl.
     return prologue(value, other, mask, c[None, :], group, x, slope, per_count, X)
 
 
+# --- the accumulator ---------------------------------------------------------------------------------------
+#
+# It is [BLOCK_M, BLOCK_N], rows × columns, or, if SPEC.swapped, [BLOCK_N, BLOCK_M]. In the layout of a matrix
+# instruction's result a thread has many elements of the second axis and few of the first. Swapped, a sum over
+# rows takes one addition per element; otherwise it takes seven instructions, almost half of them shuffles.
+
+
+@triton.jit
+def of_rows(vector, SWAPPED: tl.constexpr):
+    """Expand a vector over the rows to broadcast against the accumulator."""
+    return vector[None, :] if SWAPPED else vector[:, None]
+
+
+@triton.jit
+def of_columns(vector, SWAPPED: tl.constexpr):
+    """Expand a vector over the columns to broadcast against the accumulator."""
+    return vector[:, None] if SWAPPED else vector[None, :]
+
+
+@triton.jit
+def zeros(SPEC: tl.constexpr):
+    """Return an empty accumulator."""
+    FIRST: tl.constexpr = SPEC.block_n if SPEC.swapped else SPEC.block_m
+    SECOND: tl.constexpr = SPEC.block_m if SPEC.swapped else SPEC.block_n
+    return tl.zeros((FIRST, SECOND), dtype=tl.float32)
+
+
+@triton.jit
+def multiply(x_hat, w, acc, SPEC: tl.constexpr):
+    """Add x̂ [BLOCK_M, BLOCK_K] · w [BLOCK_K, BLOCK_N] to the accumulator."""
+    if SPEC.swapped:
+        acc = tl.dot(tl.trans(w), tl.trans(x_hat), acc, input_precision=SPEC.precision)
+    else:
+        acc = tl.dot(x_hat, w, acc, input_precision=SPEC.precision)
+    return acc
+
+
+@triton.jit
+def column_slices(acc, SLICES: tl.constexpr, SWAPPED: tl.constexpr):
+    """Split an accumulator into SLICES tiles of adjacent columns: one or four.
+
+    An epilogue that reads a second tensor needs several registers per element. Beside a large accumulator
+    these fit only for a few columns at a time.
+    """
+    tl.static_assert(SLICES == 1 or SLICES == 4)
+    if SLICES == 1:
+        slices = (acc,)
+    else:
+        left, right = _halves(acc, SWAPPED)
+        first, second = _halves(left, SWAPPED)
+        third, fourth = _halves(right, SWAPPED)
+        slices = (first, second, third, fourth)  # type: ignore[assignment]
+    return slices
+
+
+@triton.jit
+def _halves(acc, SWAPPED: tl.constexpr):
+    FIRST: tl.constexpr = acc.shape[0]
+    SECOND: tl.constexpr = acc.shape[1]
+    if SWAPPED:
+        halves = acc.reshape(2, FIRST // 2, SECOND).permute(1, 2, 0).split()
+    else:
+        halves = acc.reshape(FIRST, 2, SECOND // 2).permute(0, 2, 1).split()
+    return halves
+
+
 # --- epilogues ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def affine(acc, channel, group, y, slope, Y: tl.constexpr):
-    """Compute act(acc·scale[c] + shift[c]) for acc [BLOCK_M, BLOCK_N]; ``channel`` [BLOCK_N] gives c."""
+def affine(acc, channel, group, y, slope, Y: tl.constexpr, SWAPPED: tl.constexpr):
+    """Compute act(acc·scale[c] + shift[c]); ``channel`` gives c for each column."""
     ACT: tl.constexpr = Y.act
     if Y.scaled:
-        acc = acc * _vector(y.scale, channel, group, Y.size[0])[None, :]
+        acc = acc * of_columns(_vector(y.scale, channel, group, Y.size[0]), SWAPPED)
     if Y.shifted:
-        acc = acc + _vector(y.shift, channel, group, Y.size[0])[None, :]
+        acc = acc + of_columns(_vector(y.shift, channel, group, Y.size[0]), SWAPPED)
     return activate(acc, slope, ACT)
 
 
 @triton.jit
-def epilogue(acc, inside, channel, group, other_at, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
-    """Return the tile to store for acc [BLOCK_M, BLOCK_N] (0 in rows not ``inside``); store its partial sums.
+def load_other(inside, n, h, w, channel, y, Y: tl.constexpr, SWAPPED: tl.constexpr):
+    """Load the tile of the second tensor that an epilogue reads at [n, channel, h, w]; 0 if it reads none."""
+    other = 0.0
+    if Y.other_stride is not None:
+        rows = y.other + n * Y.other_stride[0] + h * Y.other_stride[2] + w * Y.other_stride[3]
+        mask = inside & of_columns(channel < Y.size[0], SWAPPED)
+        other = tl.load(rows + of_columns(channel * Y.other_stride[1], SWAPPED), mask=mask, other=0.0)
+    return other
 
-    The epilogues are those of :class:`..spec.Operand`. 'statistics' stores its rows' mean in
-    partial[0, tile] and their sum of squared deviations in partial[1, tile]; 'adjoint' and 'gradient', which
-    read the second tensor at ``other_at``, store Σ g and Σ g·(other - center[c]) there. ``tile`` [BLOCK_N] is
-    the row of partial [2, TILES, C] for each column.
+
+@triton.jit
+def epilogue(
+    acc,
+    other,
+    inside,
+    channel,
+    group,
+    tile,
+    y,
+    partial_ptr,
+    TILES,
+    slope,
+    Y: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the tile to store for an accumulator that is 0 where not ``inside``; store its partial sums.
+
+    The epilogues are those of :class:`..spec.Operand`. 'statistics' stores the mean of the rows in
+    partial[0, tile], their sum of squared deviations in partial[1, tile] and their number in
+    partial[2, tile]; 'adjoint' and 'gradient', which read the second tensor's tile ``other``, store Σ g and
+    Σ g·(other - center[c]) in the first two. ``tile`` is the row of partial [2 or 3, TILES, C], one for all
+    columns or one for each.
     """
     C: tl.constexpr = Y.size[0]
     ACT: tl.constexpr = Y.act
+    ROWS: tl.constexpr = 1 if SWAPPED else 0
     if Y.function == "affine":
-        acc = affine(acc, channel, group, y, slope, Y)
+        acc = affine(acc, channel, group, y, slope, Y, SWAPPED)
     else:
         at = partial_ptr + tile * C + channel
         if Y.function == "statistics":
-            mean = tl.sum(acc, axis=0) / tl.sum(inside.to(tl.float32), axis=0)
-            deviation = tl.where(inside[:, None], acc - mean[None, :], 0.0)
+            tl.static_assert(inside.shape[1 - ROWS] == 1)  # the same rows for all columns
+            count = tl.sum(inside.to(tl.float32))
+            mean = tl.sum(acc, axis=ROWS) / tl.maximum(count, 1.0)
+            deviation = tl.where(inside, acc - of_columns(mean, SWAPPED), 0.0)
             tl.store(at, mean, mask=channel < C)
-            tl.store(at + TILES * C, tl.sum(deviation * deviation, axis=0), mask=channel < C)
+            tl.store(at + TILES * C, tl.sum(deviation * deviation, axis=ROWS), mask=channel < C)
+            tl.store(at + 2 * TILES * C, tl.zeros_like(mean) + count, mask=channel < C)
         else:
             tl.static_assert(Y.function == "adjoint" or Y.function == "gradient")
-            x = tl.load(other_at, mask=inside[:, None] & (channel < C)[None, :], other=0.0).to(tl.float32)
+            x = other.to(tl.float32)
             if Y.scaled:
-                x = x - _vector(y.center, channel, group, C)[None, :]
-                scale = _vector(y.scale, channel, group, C)[None, :]
-                activated = activate(x * scale + _vector(y.shift, channel, group, C)[None, :], slope, ACT)
-                g = activate_backward(acc, activated, slope, ACT)
+                x = x - of_columns(_vector(y.center, channel, group, C), SWAPPED)
+                scale = of_columns(_vector(y.scale, channel, group, C), SWAPPED)
+                shift = of_columns(_vector(y.shift, channel, group, C), SWAPPED)
+                g = activate_backward(acc, activate(x * scale + shift, slope, ACT), slope, ACT)
                 if Y.function == "gradient":  # sums of what is stored, so that those of du vanish
                     g = g.to(y.ptr.dtype.element_ty).to(tl.float32)
-                tl.store(at, tl.sum(g, axis=0), mask=channel < C)
-                tl.store(at + TILES * C, tl.sum(g * x, axis=0), mask=channel < C)
+                tl.store(at, tl.sum(g, axis=ROWS), mask=channel < C)
+                tl.store(at + TILES * C, tl.sum(g * x, axis=ROWS), mask=channel < C)
                 acc = g if Y.function == "gradient" else g * scale
             else:
                 acc = activate_backward(acc, activate(x, slope, ACT), slope, ACT)
@@ -201,16 +296,30 @@ def epilogue(acc, inside, channel, group, other_at, tile, y, partial_ptr, TILES,
 
 
 @triton.jit
-def store(acc, inside, n, h, w, channel, group, tile, y, partial_ptr, TILES, slope, Y: tl.constexpr):
-    """Apply the epilogue to acc [BLOCK_M, BLOCK_N] and store it at y[n, channel, h, w].
+def store(
+    acc,
+    other,
+    inside,
+    n,
+    h,
+    w,
+    channel,
+    group,
+    tile,
+    y,
+    partial_ptr,
+    TILES,
+    slope,
+    Y: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Apply the epilogue to an accumulator and store it at y[n, channel, h, w].
 
-    n, h and w broadcast against acc; ``channel`` [BLOCK_N] is C or more in columns that are not stored.
+    n, h, w and ``inside`` broadcast against acc, which is 0 where not ``inside``; ``channel`` is C or more in
+    columns that are not stored. ``other`` is from :func:`load_other`.
     """
-    other_at = y.other + channel[None, :]
-    if Y.other_stride is not None:
-        other_rows = y.other + n * Y.other_stride[0] + h * Y.other_stride[2] + w * Y.other_stride[3]
-        other_at = other_rows + channel[None, :] * Y.other_stride[1]
-    acc = epilogue(acc, inside, channel, group, other_at, tile, y, partial_ptr, TILES, slope, Y)
+    acc = epilogue(acc, other, inside, channel, group, tile, y, partial_ptr, TILES, slope, Y, SWAPPED)
     y_rows = y.ptr + n * Y.stride[0] + h * Y.stride[2] + w * Y.stride[3]
-    mask = inside[:, None] & (channel < Y.size[0])[None, :]
-    tl.store(y_rows + channel[None, :] * Y.stride[1], acc.to(y.ptr.dtype.element_ty), mask=mask)
+    mask = inside & of_columns(channel < Y.size[0], SWAPPED)
+    y_at = y_rows + of_columns(channel * Y.stride[1], SWAPPED)
+    tl.store(y_at, acc.to(y.ptr.dtype.element_ty), mask=mask)

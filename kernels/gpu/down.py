@@ -24,7 +24,18 @@ import triton
 import triton.language as tl
 
 from ..spec import ConvSpec
-from .device_functions import load, prologue, row_pointers, rows, store
+from .device_functions import (
+    column_slices,
+    load,
+    load_other,
+    multiply,
+    of_rows,
+    prologue,
+    row_pointers,
+    rows,
+    store,
+    zeros,
+)
 from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem, is_strided
 from .packing import Layout
 from .tiles import Problem
@@ -32,7 +43,7 @@ from .tiles import Problem
 
 @triton.jit
 def _down_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.constexpr):
-    # w [C_OUT, 16, C_IN], partial [2, TILES, C_OUT]
+    # w [C_OUT, 16, C_IN], partial [2 or 3, TILES, C_OUT]
     X: tl.constexpr = SPEC.x
     Y: tl.constexpr = SPEC.y
     BLOCK_M: tl.constexpr = SPEC.block_m
@@ -44,12 +55,13 @@ def _down_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.
     COLUMN_TILES: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     row_tile = pid // COLUMN_TILES
     inside, group, n, p, q = rows(row_tile, M, Y.size[1], Y.size[2], BLOCK_M, SPEC.wide, SPEC.groups)
-    co = (pid % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = (pid % COLUMN_TILES) * BLOCK_N
+    co = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
     x_rows, other_rows = row_pointers(x, n, 2 * p, 2 * q, X)
     w_columns = w_ptr + co * (16 * C_IN)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = zeros(SPEC)
     for step in range(0, 16 * ((C_IN + BLOCK_K - 1) // BLOCK_K)):  # the tap is the inner index, as in up
         tap = step % 16
         c = (step // 16) * BLOCK_K + k
@@ -61,15 +73,23 @@ def _down_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.
         x_hat = load(x_rows, other_rows, dh, dw, c, group, mask, x, slope, per_count, X)  # [BLOCK_M, BLOCK_K]
         w_at = w_columns[None, :] + (tap * C_IN + c)[:, None]
         w = tl.load(w_at, mask=(co < C_OUT)[None, :] & (c < C_IN)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x_hat, w, acc, input_precision=SPEC.precision)
+        acc = multiply(x_hat, w, acc, SPEC)
 
-    n, p, q = n[:, None], p[:, None], q[:, None]
-    store(acc, inside, n, p, q, co, group, row_tile, y, partial_ptr, TILES, slope, Y)
+    SWAPPED: tl.constexpr = SPEC.swapped
+    n, p, q = of_rows(n, SWAPPED), of_rows(p, SWAPPED), of_rows(q, SWAPPED)
+    SLICES: tl.constexpr = SPEC.slices
+    WIDTH: tl.constexpr = BLOCK_N // SLICES
+    slices = column_slices(acc, SLICES, SWAPPED)
+    for i in tl.static_range(SLICES):
+        co = column + i * WIDTH + tl.arange(0, WIDTH)
+        at = of_rows(inside, SWAPPED), n, p, q, co
+        other = load_other(*at, y, Y, SWAPPED)
+        store(slices[i], other, *at, group, row_tile, y, partial_ptr, TILES, slope, Y, SWAPPED)
 
 
 @triton.jit
 def _down_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.constexpr):
-    # w [C_OUT, C_IN, 16], partial [2, TILES, C_OUT]
+    # w [C_OUT, C_IN, 16], partial [2 or 3, TILES, C_OUT]
     X: tl.constexpr = SPEC.x
     Y: tl.constexpr = SPEC.y
     BLOCK_M: tl.constexpr = SPEC.block_m
@@ -88,8 +108,11 @@ def _down_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SP
     valid = inside[:, None] & (h >= 0) & (h < X.size[1]) & (w >= 0) & (w < X.size[2])
     x_at, other_at = row_pointers(x, n[:, None], h, w, X)
     w_at = w_ptr + co[None, :] * (16 * C_IN) + tap[:, None]
+    SWAPPED: tl.constexpr = SPEC.swapped
+    at = of_rows(inside, SWAPPED), of_rows(n, SWAPPED), of_rows(p, SWAPPED), of_rows(q, SWAPPED), co
+    of_epilogue = load_other(*at, y, Y, SWAPPED)  # early: there is one step, whose latency hides this load's
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = zeros(SPEC)
     for c in tl.static_range(C_IN):
         patch = tl.load(x_at + c * X.stride[1], mask=valid, other=0.0)  # [BLOCK_M, 16]
         other = patch
@@ -97,10 +120,9 @@ def _down_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SP
             other = tl.load(other_at + c * X.other_stride[1], mask=valid, other=0.0)
         patch = prologue(patch, other, valid, c, group, x, slope, per_count, X)
         taps = tl.load(w_at + c * 16, mask=(co < C_OUT)[None, :], other=0.0)  # [16, BLOCK_N]
-        acc = tl.dot(patch, taps, acc, input_precision=SPEC.precision)
+        acc = multiply(patch, taps, acc, SPEC)
 
-    n, p, q = n[:, None], p[:, None], q[:, None]
-    store(acc, inside, n, p, q, co, group, row_tile, y, partial_ptr, TILES, slope, Y)
+    store(acc, of_epilogue, *at, group, row_tile, y, partial_ptr, TILES, slope, Y, SWAPPED)
 
 
 LAYOUT = Layout(False, ("out", "h", "w", "in"))

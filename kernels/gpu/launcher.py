@@ -86,8 +86,6 @@ class Kernel:
     """The shape of the partial sums for a tile and a number of SMs, or None if there are none."""
     layout: Layout | None = None
     """The layout of the packed weight; None for a wgrad."""
-    rows_per_tile: Callable[[ConvSpec], int] = lambda spec: 1
-    """Rows of an epilogue's partial sums per row tile."""
 
 
 _kernels: list[Kernel] = []
@@ -163,6 +161,8 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+    """Per thread: the compiler allocates no more, and would sooner spill."""
 
     def __call__(self) -> Any:
         """Launch on the current device and stream; returns Triton's compiled kernel."""
@@ -173,8 +173,12 @@ class Launch:
         return self.kernel.warmup(grid=(self.programs,), **self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return self.tensors | self.scalars | self.constants | options
+        return self.tensors | self.scalars | self.constants | self.options()
+
+    def options(self) -> dict[str, int]:
+        """Return the compiler's options."""
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found if self.max_registers is None else found | {"maxnreg": self.max_registers}
 
     def spills(self) -> bool:
         """Return whether the code for the current device spills registers or exceeds the device's resources.
@@ -236,13 +240,19 @@ class Constants(NamedTuple):
     block_m: int
     block_n: int
     block_k: int
+    slices: int
+    """Column slices of the accumulator, over which the epilogue runs one after another."""
+    swapped: bool
+    """Whether the accumulator is [BLOCK_N, BLOCK_M]: statistics are sums over rows."""
 
 
 def constants_of(spec: ConvSpec, x: Operand, y: Operand, rows: int, tile: Tile) -> Constants:
     """Return the constants of a product whose rows are numbered up to ``rows``."""
     precision = "tf32" if spec.precision == "tf32" else "ieee"
     blocks = tile.block_m, tile.block_n, tile.block_k
-    return Constants(x, y, precision, wide(spec, rows), spec.groups, *blocks)
+    epilogue = "affine" if spec.kind == "wgrad" else y.function
+    slices, swapped = tile.epilogue_slices(epilogue), epilogue == "statistics"
+    return Constants(x, y, precision, wide(spec, rows), spec.groups, *blocks, slices, swapped)
 
 
 def per_count(spec: ConvSpec) -> float:
@@ -257,7 +267,8 @@ def convolution_problem(
     kernel: str, spec: ConvSpec, rows: int, columns: int, depth: int, channels_in: int, copies: int = 1
 ) -> Problem:
     """Return a convolution's GEMM sizes with its functions and its number of inputs."""
-    fusion = f"{spec.x.function}+{spec.y.function}"
+    without_sums = spec.y.function == "adjoint" and not spec.y.sums
+    fusion = f"{spec.x.function}+{'derivative' if without_sums else spec.y.function}"
     elements = spec.images * math.prod(spec.x.size)
     sizes = rows, columns, depth, channels_in, copies
     return Problem(kernel, spec.precision, *sizes, fusion, (elements,), spec.groups)
@@ -271,7 +282,10 @@ def convolution(
     problem: Callable[[ConvSpec], Problem],
     rows_per_tile: Callable[[ConvSpec], int] = lambda spec: 1,
 ) -> Kernel:
-    """Register a convolution's kernel; the parameters of all of them are the same."""
+    """Register a convolution's kernel; the parameters of all of them are the same.
+
+    ``rows_per_tile`` returns the rows of an epilogue's partial sums per row tile.
+    """
 
     def tensors(it: Product, packed: Tensor | None, partial: Tensor | None) -> dict[str, Any]:
         y = it.y.ptr
@@ -288,15 +302,17 @@ def convolution(
         }
         constants = {"SPEC": constants_of(spec, spec.x, spec.y, sizes.rows, tile)}
         given = tensors(it, packed, partial)
-        return Launch(jit, programs(tile, sizes), given, scalars, constants, tile.num_warps, tile.num_stages)
+        options = tile.num_warps, tile.num_stages, tile.max_registers(sizes)
+        return Launch(jit, programs(tile, sizes), given, scalars, constants, *options)
 
     def partial(spec: ConvSpec, tile: Tile, sms: int) -> tuple[int, ...] | None:
         if not spec.y.sums:
             return None
         tiles = row_tiles(problem(spec).rows, tile.block_m, spec.groups)
-        return 2, tiles * rows_per_tile(spec), spec.y.size[0]
+        planes = 3 if spec.y.function == "statistics" else 2
+        return planes, tiles * rows_per_tile(spec), spec.y.size[0]
 
-    return register(Kernel(name, covers, problem, tensors, launch, partial, layout, rows_per_tile))
+    return register(Kernel(name, covers, problem, tensors, launch, partial, layout))
 
 
 # --- plans --------------------------------------------------------------------------------------------------
@@ -406,7 +422,7 @@ def _first_run(it: Product, kernel: Kernel, packed: Tensor | None, key: Hashable
             if output is not None:
                 output.fill_(math.nan)
         launch()
-        return aten.merged(it, partial, kernel.rows_per_tile(it.spec), tile.block_m)
+        return aten.merged(it, partial)
 
     def expected() -> tuple[Tensor, ...]:
         from . import aten

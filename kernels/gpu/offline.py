@@ -37,6 +37,7 @@ class Report(NamedTuple):
     async_copies: dict[int, int]  # asynchronous global → shared copies, by bytes per thread
     loads_by_width: dict[int, int]  # global loads into registers, by bytes per thread
     stores_by_width: dict[int, int]
+    epilogue: int  # instructions after the last matrix instruction
 
     @property
     def loads(self) -> int:
@@ -68,8 +69,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         else:
             signature[name] = specialize((i,), value)
     source = ASTSource(launch.kernel, signature, launch.constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options())
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -118,6 +118,7 @@ def inspect(launch: Launch, capability: int) -> Report:
     compiled = compile_launch(launch, capability)
     usage, sass = machine_code(compiled)
     numbers = _usage(usage)
+    last_matrix = max(sass.rfind("HGMMA"), sass.rfind("HMMA"), 0)
     return Report(
         registers=numbers["REG"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
@@ -127,6 +128,7 @@ def inspect(launch: Launch, capability: int) -> Report:
         async_copies=_by_width("LDGSTS", sass),
         loads_by_width=_by_width("LDG", sass),
         stores_by_width=_by_width("STG", sass),
+        epilogue=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass[last_matrix:], re.MULTILINE)),
     )
 
 
@@ -173,7 +175,8 @@ def faults(launch: Launch, report: Report, capability: int) -> list[str]:
 
     No launch may spill or exceed the shared memory limit. Operands with contiguous channels must be loaded by
     asynchronous 16-byte copies, besides 4-byte copies of per-channel vectors; without a prologue, epilogue
-    vectors or a second tensor there must be no other loads at all. Standalone prologue kernels must load and
+    vectors or a second tensor there must be no other loads at all. Outputs with contiguous channels must be
+    stored at least 8 bytes at a time, besides 4-byte partial sums. Standalone prologue kernels must load and
     store such tensors 16 bytes at a time, and the split-K reduction must load its partials so.
     """
     constants = launch.constants
@@ -187,10 +190,21 @@ def faults(launch: Launch, report: Report, capability: int) -> list[str]:
     spec: Constants | None = constants.get("SPEC")
     if spec is None or spec.block_m == 1:
         return found + _narrow_accesses(launch, report)  # no matrix instruction, no staged operands
+    name = launch.kernel.__name__
+    y = launch.tensors["y"].ptr if "y" in launch.tensors else None  # type: ignore[union-attr]
+    # Columns of a dense layer that span pixels have no contiguous channels.
+    spans_pixels = name.startswith("_dense") and spec.y.size[0] % (spec.block_n // spec.slices)
+    if y is not None and not spans_pixels and _vectorizable(y, spec.y.size[0], spec.y.stride):
+        narrow = {width for width in report.stores_by_width if width < 8} - ({4} if spec.y.sums else set())
+        if narrow:
+            found.append(f"stores of {sorted(narrow)} bytes, counts by width: {report.stores_by_width}")
     operands = _operands(launch)
+    if name == "_dense_outer_kernel":
+        return found  # no matrix instruction, no staged operands
     if operands[0][1].dtype != torch.float32 or spec.precision == "tf32":
-        # wgmma needs 64 rows.
-        expected = "HGMMA" if capability >= 90 and spec.block_m >= 64 else "HMMA"
+        # wgmma needs 64 elements of the accumulator's first axis; the narrow weight gradient avoids it.
+        wgmma = (spec.block_n if spec.swapped else spec.block_m) >= 64 and name != "_wgrad_narrow_kernel"
+        expected = "HGMMA" if capability >= 90 and wgmma else "HMMA"
         if report.matrix != expected:
             found.append(f"matrix instruction {report.matrix} instead of {expected}")
     if all(_vectorizable(t, operand.size[0], operand.stride) for operand, t in operands):
@@ -204,8 +218,7 @@ def faults(launch: Launch, report: Report, capability: int) -> list[str]:
             found.append(
                 f"operands not loaded by asynchronous 16-byte copies, counts by width: {report.async_copies}"
             )
-        y = spec.y
-        simple = y.function in ("affine", "statistics") and not (y.scaled or y.shifted)
+        simple = spec.y.function in ("affine", "statistics") and not (spec.y.scaled or spec.y.shifted)
         if plain and simple and report.loads:
             found.append(f"{report.loads} loads that are not asynchronous copies")
     return found

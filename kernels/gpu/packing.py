@@ -9,7 +9,7 @@ A packed weight (:class:`Layout`) is a permutation of the weight's axes, zero-pa
 split into halves and parities where a kernel treats parities separately. All layouts are thus the same loop:
 
     packed[o·s₀ + c·s₁ + (h // 2)·s₂ + (h % 2)·s₃ + (w // 2)·s₄ + (w % 2)·s₅]
-        = weight(o, c, kh = h - border, kw = w - border), or 0 outside the weight
+        = weight(o, c, h, w), or 0 for a channel c beyond the weight's
 
 A program belongs to one packed weight. It loads a tile of [BLOCK_R pairs of channels (o, c), BLOCK_T taps],
 whose taps are usually contiguous in memory, and stores it, usually with contiguous channels. Weights may have
@@ -57,7 +57,8 @@ class _Jobs(NamedTuple):
     """With padding."""
     packed_stride: tuple[tuple[int, ...], ...]
     """Of (o, c, h // 2, h % 2, w // 2, w % 2)."""
-    border: tuple[int, ...]
+    gap: tuple[int, ...]
+    """Elements behind the packed weight, up to the start of the next."""
     wide: tuple[bool, ...]
     """Whether an offset needs 64 bits."""
     block_r: tuple[int, ...]
@@ -70,7 +71,6 @@ def _pack_tile(weight_ptr, packed_ptr, tile, JOBS: tl.constexpr, INDEX: tl.const
     STRIDE: tl.constexpr = JOBS.stride[INDEX]
     PACKED: tl.constexpr = JOBS.packed_size[INDEX]
     TO: tl.constexpr = JOBS.packed_stride[INDEX]
-    BORDER: tl.constexpr = JOBS.border[INDEX]
     BLOCK_R: tl.constexpr = JOBS.block_r[INDEX]
     BLOCK_T: tl.constexpr = JOBS.block_t[INDEX]
     ROWS: tl.constexpr = PACKED[0] * PACKED[1]
@@ -86,20 +86,22 @@ def _pack_tile(weight_ptr, packed_ptr, tile, JOBS: tl.constexpr, INDEX: tl.const
     w = tap % PACKED[3]
 
     inside = (row < ROWS)[:, None] & (tap < TAPS)[None, :]
-    valid = inside & ((o < SIZE[0]) & (c < SIZE[1]))[:, None]
-    if BORDER == 0 and STRIDE[2] == SIZE[3] * STRIDE[3]:
+    valid = inside & (c < SIZE[1])[:, None]
+    from_tap = h * STRIDE[2] + w * STRIDE[3]
+    if STRIDE[2] == SIZE[3] * STRIDE[3]:
         from_tap = tap * STRIDE[3]  # computed from h and w, contiguous taps would be loaded one at a time
-    else:
-        kh = h - BORDER
-        kw = w - BORDER
-        valid = valid & ((kh >= 0) & (kh < SIZE[2]) & (kw >= 0) & (kw < SIZE[3]))[None, :]
-        from_tap = kh * STRIDE[2] + kw * STRIDE[3]
     weight_at = weight_ptr + (o * STRIDE[0] + c * STRIDE[1])[:, None] + from_tap[None, :]
     values = tl.load(weight_at, mask=valid, other=0.0)
 
     to_tap = (h // 2) * TO[2] + (h % 2) * TO[3] + (w // 2) * TO[4] + (w % 2) * TO[5]
     packed_at = packed_ptr + (o * TO[0] + c * TO[1])[:, None] + to_tap[None, :]
     tl.store(packed_at, values.to(packed_ptr.dtype.element_ty), mask=inside)
+
+    GAP: tl.constexpr = JOBS.gap[INDEX]
+    if GAP > 0 and tile == 0:  # so that the same weights give the same buffer
+        behind = tl.arange(0, 64)  # ALIGNMENT
+        zeros = tl.zeros((64,), dtype=packed_ptr.dtype.element_ty)
+        tl.store(packed_ptr + ROWS * TAPS + behind, zeros, mask=behind < GAP)
 
 
 @triton.jit
@@ -132,10 +134,6 @@ class Layout:
 
     The taps are "h" and "w", or "h//2", "h%2", "w//2" and "w%2" of a kernel of even size.
     """
-    border: int = 0
-    """Rows and columns of zeros on each side of the taps."""
-    out_multiple: int = 1
-    """C_out is padded with zeros to a multiple."""
     in_multiple: int = 1
     """C_in is padded with zeros to a multiple."""
 
@@ -157,8 +155,7 @@ class Layout:
     def padded(self, weight: Sequence[int]) -> tuple[int, ...]:
         """Return the packed weight's sizes of (o, c, h, w), padding included."""
         o, c, h, w = self.ordered(weight)
-        o, c = _round_up(o, self.out_multiple), _round_up(c, self.in_multiple)
-        return o, c, h + 2 * self.border, w + 2 * self.border
+        return o, _round_up(c, self.in_multiple), h, w
 
     def strides(self, weight: Sequence[int]) -> tuple[int, ...]:
         """Return the packed weight's strides of (o, c, h // 2, h % 2, w // 2, w % 2)."""
@@ -238,7 +235,7 @@ def pack_into(buffers: Sequence[Tensor], jobs: Sequence[Sequence[Job]]) -> None:
 
     Args:
         buffers: as for :func:`views`, of one dtype, float16, bfloat16 or float32: that of the packed weights.
-            Gaps between packed weights are not written.
+            Gaps behind packed weights are zero.
         jobs: for each buffer the weights, of any strides, float16, bfloat16 or float32 each, on the buffers'
             device, and their layouts. A weight may occur more than once. A buffer without weights is [0].
 
@@ -289,8 +286,9 @@ def launch(buffers: Sequence[Tensor], jobs: Sequence[Sequence[Job]]) -> Launch:
             block_r = min(_TILE // block_t, next_power_of_two(o * c))
             first, end = end, end + -(-o * c // block_r) * -(-h * w // block_t)
             wide = max(extent(size, stride), total) + _TILE > INT32_MAX
+            gap = -math.prod(packed) % ALIGNMENT
             sizes = size, stride, packed, layout.strides(weight.shape)
-            found.append((first, end, i, start, *sizes, layout.border, wide, block_r, block_t))
+            found.append((first, end, i, start, *sizes, gap, wide, block_r, block_t))
     weights = tuple([weight for own in jobs for weight, _ in own])
     tensors: dict[str, Any] = {"weights": weights, "buffers": tuple(buffers)}
     return Launch(_pack_kernel, end, tensors, {}, {"JOBS": _Jobs(*zip(*found, strict=True))})

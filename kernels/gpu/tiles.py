@@ -20,9 +20,26 @@ from typing import Any
 import triton
 
 DIRECTORY = Path(__file__).parent / "configs"
-KERNELS = ("up", "up_narrow", "down", "down_narrow", "dense", "dense_narrow", "wgrad", "wgrad_narrow")
+KERNELS = (
+    "up",
+    "up_block",
+    "up_narrow",
+    "down",
+    "down_narrow",
+    "dense",
+    "dense_outer",
+    "dense_narrow",
+    "wgrad",
+    "wgrad_narrow",
+)
 PRECISIONS = ("16bit", "tf32", "ieee")
 REFUSED = "refused.json"
+SLICED_FROM = 64
+"""Accumulators per thread from which an epilogue runs over column slices.
+
+At 128 it spills otherwise; at 64 it needs at most 128 registers instead of up to 216, so that two CTAs of 8
+warps fit on an SM.
+"""
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Maximum shared memory per CTA in bytes, by compute capability (CUDA C++ Programming Guide, table 24)."""
 
@@ -38,6 +55,18 @@ class Tile:
     num_stages: int
     fused: bool = True
     """Whether prologues are fused; otherwise :mod:`.prologue_kernel` materializes each of them."""
+
+    def epilogue_slices(self, epilogue: str) -> int:
+        """Return into how many column slices the accumulator is split for :attr:`Problem.epilogue`."""
+        per_thread = self.block_m * self.block_n // (32 * self.num_warps)
+        reads_other = epilogue in ("derivative", "adjoint", "gradient")
+        return 4 if reads_other and self.block_n >= 64 and per_thread >= SLICED_FROM else 1
+
+    def max_registers(self, problem: Problem) -> int | None:
+        """Return a limit with which two CTAs of 8 warps fit on an SM, for products that need hardly more."""
+        few = self.num_warps == 8 and self.block_m * self.block_n <= 64 * 32 * self.num_warps
+        statistics = problem.epilogue == "statistics" and problem.kernel in ("up", "down")
+        return 128 if few and statistics and not problem.has_prologue else None
 
     def __str__(self) -> str:
         shape = f"{self.block_m}×{self.block_n}×{self.block_k} w{self.num_warps} s{self.num_stages}"

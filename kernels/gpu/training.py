@@ -32,7 +32,7 @@ from ..spec import (
 )
 from . import batchnorm, packing, prologue_kernel, reduce
 from .executor import device_guard
-from .launcher import Pointers, Product, Result, kernel_for, precision, run
+from .launcher import Pointers, Product, kernel_for, precision, run
 
 # --- from a network to products -----------------------------------------------------------------------------
 
@@ -127,15 +127,6 @@ def _pack(specs: Sequence[ConvSpec], call: TrainCall) -> tuple[Tensor, Tensor]:
     return forward, backward
 
 
-def _partial(result: Result) -> batchnorm.Partial:
-    """Return the partial sums of a product with what their merge needs."""
-    spec, kernel = result.product.spec, result.kernel
-    assert result.partial is not None
-    per_tile = kernel.rows_per_tile(spec)
-    rows = kernel.problem(spec).rows // spec.groups
-    return batchnorm.Partial(result.partial, rows, per_tile, result.tile.block_m)
-
-
 def _normalized(y: Tensor, stats: Tensor | None) -> Pointers:
     """Return what a layer stores, with the vectors of its BatchNorm."""
     return Pointers(y) if stats is None else Pointers(y, None, stats[0], stats[2], stats[3])
@@ -156,11 +147,12 @@ def forward(specs: Sequence[ConvSpec], call: TrainCall) -> TrainOutputs:
         for spec, stage, weight in zip(forward_specs(specs), call.stages, packed, strict=True):
             y = torch.empty_strided(spec.shape, spec.y.stride, dtype=spec.dtype, device=spec.device)
             product = Product(spec, _normalized(x, stats), stage.weight, Pointers(y))
-            result = run(product, weight)
+            partial = run(product, weight).partial
             stats = None
             if stage.norm:
+                assert partial is not None
                 stats = x.new_empty((4, call.groups, stage.c_out), dtype=torch.float32)
-                batchnorm.forward(_partial(result), stage.gamma, stage.beta, stage.eps, stats)
+                batchnorm.forward(partial, stage.gamma, stage.beta, stage.eps, stats)
                 all_stats.append(stats)
             x = y
             if call.keep:

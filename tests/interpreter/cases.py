@@ -40,23 +40,37 @@ class Shape(NamedTuple):
 SHAPES = {
     name: Shape(*sizes)
     for name, sizes in {
-        "up": (True, 2, 20, 24, 4, 3, 4, 2, 1),
-        "up_wide": (True, 1, 33, 40, 3, 5, 4, 2, 1),
-        "up_few": (True, 2, 3, 20, 3, 4, 4, 2, 1),
+        "up": (True, 2, 20, 68, 4, 3, 4, 2, 1),
+        "up_wide": (True, 1, 33, 72, 3, 5, 4, 2, 1),
+        "up_few": (True, 2, 3, 66, 3, 4, 4, 2, 1),
+        "up_block": (True, 2, 20, 24, 4, 3, 4, 2, 1),
+        "up_block_5": (True, 3, 17, 5, 3, 5, 4, 2, 1),
+        "up_block_64": (True, 1, 33, 64, 2, 3, 4, 2, 1),
+        "up_block_pixel": (True, 5, 18, 7, 1, 1, 4, 2, 1),
+        "up_block_few": (True, 2, 3, 20, 3, 4, 4, 2, 1),
         "up_narrow_1": (True, 3, 24, 1, 5, 3, 4, 2, 1),
+        "up_narrow_2": (True, 2, 18, 2, 1, 6, 4, 2, 1),
         "up_narrow_3": (True, 2, 17, 3, 4, 4, 4, 2, 1),
+        "up_narrow_4": (True, 4, 33, 4, 1, 1, 4, 2, 1),
         "down": (False, 2, 20, 24, 6, 4, 4, 2, 1),
         "down_odd": (False, 2, 18, 20, 7, 5, 4, 2, 1),
+        "down_odd_wide": (False, 2, 66, 20, 5, 7, 4, 2, 1),
+        "down_odd_pixel": (False, 3, 6, 20, 3, 3, 4, 2, 1),
         "down_narrow_1": (False, 3, 1, 20, 6, 10, 4, 2, 1),
         "down_narrow_3": (False, 2, 3, 20, 8, 4, 4, 2, 1),
+        "down_narrow_odd": (False, 2, 2, 17, 9, 7, 4, 2, 1),
         "dense_up": (True, 5, 20, 12, 1, 1, 4, 1, 0),
-        "dense_up_few": (True, 5, 4, 12, 1, 1, 4, 1, 0),
+        "dense_outer_1": (True, 7, 1, 20, 1, 1, 3, 1, 0),
+        "dense_outer_4": (True, 5, 4, 12, 1, 1, 4, 1, 0),
         "dense_down": (False, 5, 12, 20, 4, 4, 4, 1, 0),
         "dense_narrow_1": (False, 5, 20, 1, 4, 4, 4, 1, 0),
         "dense_narrow_3": (False, 2, 16, 3, 3, 3, 3, 1, 0),
     }.items()
 }
-"""Names start with the kernel that serves the shape; with ``few`` channels the adjoint's kernel is narrow."""
+"""Names start with the kernel that serves the shape; with ``few`` channels the adjoint's kernel is narrow.
+
+The adjoint of ``down_odd`` is an up_block to maps of 2H+1 rows and columns, with ``wide`` an up.
+"""
 
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -280,13 +294,16 @@ def check(call: Call, transposed: bool, layout: str = "nhwc") -> dict[str, Tenso
 
 
 def shrunk(tile: tiles.Tile, kernel: str) -> tiles.Tile:
-    """Shrink a tile, keeping its proportions, so that the tests' small shapes cover several tiles."""
+    """Shrink a tile, keeping its proportions, so that the tests' small shapes cover several tiles.
+
+    All channels of a block of outputs must fit in the columns of one tile.
+    """
     if kernel == "dense_narrow":
         return replace(tile, block_k=tile.block_k // 16)
     return replace(
         tile,
         block_m=max(16, tile.block_m // 4),
-        block_n=max(16, tile.block_n // 4),
+        block_n=tile.block_n if kernel in ("up_block", "up_narrow") else max(16, tile.block_n // 4),
         block_k=max(16, tile.block_k // 4),
     )
 

@@ -20,8 +20,14 @@ from dcgan.kernels.gpu.launcher import INT32_MAX
 from dcgan.kernels.reference import activate
 from tests.interpreter import repair
 from tests.interpreter.cases import DTYPES, NAN, surrounded
-from tests.interpreter.test_training_kernels import SENTINEL, contiguous_output, written
-from tests.support.tolerance import relative
+from tests.interpreter.test_training_kernels import (
+    COUNTS,
+    SENTINEL,
+    assert_merged,
+    contiguous_output,
+    partial_statistics,
+    written,
+)
 
 VECTOR_DTYPES = (None, *DTYPES)
 EPS = 1e-3
@@ -51,44 +57,25 @@ def stats_of(groups: int, channels: int) -> Tensor:
 # --- forward ------------------------------------------------------------------------------------------------
 
 
-def partial_statistics(values: Tensor, block_m: int) -> Tensor:
-    """Return the partial statistics [2, T, C] that a product leaves of values [groups, rows, per_tile, C]."""
-    tiles = []
-    for group in values:
-        for rows in group.split(block_m):
-            mean = rows.mean(0)
-            tiles.append(torch.stack([mean, (rows - mean).square().sum(0)]))  # [2, per_tile, C]
-    return torch.cat(tiles, 1).float()
-
-
+@pytest.mark.parametrize("ratio", [1.0, 1e4])
 @pytest.mark.parametrize(
-    ("rows", "block_m", "per_tile", "groups", "channels"),
-    [
-        (1, 16, 1, 1, 1),
-        (1, 128, 4, 3, 3),
-        (15, 16, 1, 2, 20),
-        (16, 16, 16, 1, 8),
-        (17, 16, 16, 3, 9),
-        (33, 16, 4, 2, 17),
-        (16 * 128 + 1, 16, 1, 2, 3),
-        (16 * 70 + 3, 16, 16, 2, 3),  # more tiles than one step of the loop
-    ],
+    ("counts", "groups", "channels"),
+    [*zip(COUNTS, (1, 3, 2, 1, 3, 2, 2, 2), (1, 3, 20, 8, 9, 17, 3, 3), strict=True)],
 )
-def test_forward(rows: int, block_m: int, per_tile: int, groups: int, channels: int) -> None:
-    """The mean is 1000 standard deviations; the last tile of each group has fewer rows."""
-    center = 3000.0 / (1 + torch.arange(groups)).view(-1, 1, 1, 1)
-    values = center + 3.0 * torch.randn(groups, rows, per_tile, channels, dtype=torch.float64)
-    sums = bordered(partial_statistics(values, block_m))
-    exact = values.flatten(1, 2)
-    for dtypes in itertools.product(VECTOR_DTYPES, repeat=2) if rows == 17 else [VECTOR_DTYPES[:2]]:
+def test_forward(counts: str, groups: int, channels: int, ratio: float) -> None:
+    """The mean is ``ratio`` standard deviations; each group has its own mean and order of tiles."""
+    each = COUNTS[counts]
+    center = ratio / (1 + torch.arange(groups)).view(-1, 1, 1)
+    values = 3.0 * (center + torch.randn(groups, sum(each), channels, dtype=torch.float64))
+    of_groups = [partial_statistics(own, each[g:] + each[:g]) for g, own in enumerate(values)]
+    partial = bordered(torch.cat(of_groups, 1))
+    for dtypes in itertools.product(VECTOR_DTYPES, repeat=2) if channels == 9 else [VECTOR_DTYPES[:2]]:
         gamma, beta = (vector(dtype, channels) for dtype in dtypes)
         stats = contiguous_output(4, groups, channels)
-        partial = batchnorm.Partial(sums, rows, per_tile, block_m)
         batchnorm.forward_launch(partial, gamma, beta, EPS, stats)()
         mean, var, scale, shift = written(stats).double()
-        # As in test_statistics_are_merged.
-        assert relative(mean, exact.mean(1)) <= 24 * 2**-24
-        torch.testing.assert_close(var, exact.var(1, correction=0), rtol=1.2e-4, atol=1e-7)
+        for own_mean, own_var, own in zip(mean, var, values, strict=True):
+            assert_merged(own_mean, own_var, own, ratio)
         expected = (var + EPS).rsqrt() * (1 if gamma is None else gamma.double())
         torch.testing.assert_close(scale, expected, rtol=5e-7, atol=0)
         assert torch.equal(

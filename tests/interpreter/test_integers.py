@@ -75,4 +75,4 @@ def test_the_cases_cover_every_kernel_prologue_and_epilogue() -> None:
         assert shape.batch % 2, "the last row tile must be partially filled"
     assert kernels == set(tiles.KERNELS)
     assert prologues == {"none", "act", "affine", "gradient", "statistics"}
-    assert epilogues == {"affine", "statistics", "adjoint", "gradient"}
+    assert epilogues == {"affine", "statistics", "derivative", "adjoint", "gradient"}

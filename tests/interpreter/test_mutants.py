@@ -29,11 +29,22 @@ class Mutant(NamedTuple):
 
 BATCHNORM, DEVICE = "kernels/gpu/batchnorm.py", "kernels/gpu/device_functions.py"
 REDUCE, TRAINING = "kernels/gpu/reduce.py", "kernels/gpu/training.py"
+UP, UP_BLOCK, DOWN = "kernels/gpu/up.py", "kernels/gpu/up_block.py", "kernels/gpu/down.py"
 MUTANTS = {
     # the merge of statistics
-    "the last tile counts as full": Mutant(REDUCE, "M - (t // PER", "M + BLOCK_M - (t // PER", 2),
-    "a tile's rows of partials count as tiles": Mutant(REDUCE, "(t // PER_TILE)", "t", 2),
-    "parities are not counted": Mutant(REDUCE, "rows = M * 1.0 * PER_TILE", "rows = M * 1.0"),
+    "a lane counts its last tile alone": Mutant(REDUCE, "count += added", "count = added"),
+    "a lane keeps its first mean": Mutant(REDUCE, "mean += difference * share", "mean += 0.0 * share"),
+    "tiles of a lane weigh the same": Mutant(
+        REDUCE, "share = added / tl.maximum(count + added, 1.0)", "share = tl.where(added > 0, 0.5, 0.0)"
+    ),
+    "no deviations between the tiles of a lane": Mutant(
+        REDUCE, " + difference * difference * count * share", ""
+    ),
+    "no deviations between lanes": Mutant(REDUCE, "squares + count * deviation * deviation", "squares"),
+    "lanes weigh the same": Mutant(
+        REDUCE, "tl.sum(mean * count, axis=0) / tl.maximum(rows, 1.0)", "tl.sum(mean, axis=0)"
+    ),
+    "counts from the squares": Mutant(REDUCE, "at + 2 * plane", "at + plane"),
     "statistics of the first group": Mutant(
         BATCHNORM, "own = partial_ptr + group * tiles * C\n    mean", "own = partial_ptr\n    mean"
     ),
@@ -78,6 +89,37 @@ MUTANTS = {
         BATCHNORM, "end - (1.0 - weight) * difference", "start + weight * difference"
     ),
     "groups count as one batch": Mutant(BATCHNORM, "seen + GROUPS)", "seen + 1)"),
+    # blocks of outputs
+    "a block's rows from its columns": Mutant(UP_BLOCK, "kh = i + 2 - 2 * u", "kh = j + 2 - 2 * u"),
+    "a block's columns from its rows": Mutant(UP_BLOCK, "kw = j + 2 - 2 * v", "kw = i + 2 - 2 * v"),
+    "taps in reverse": Mutant(UP_BLOCK, "kh = i + 2 - 2 * u", "kh = 1 - i + 2 * u"),
+    "channels are not padded": Mutant(UP_BLOCK, "co = column % PADDED", "co = column % C_OUT"),
+    "positions of a block in C_OUT columns": Mutant(
+        UP_BLOCK, "j = column // PADDED % (2 * S)", "j = column // C_OUT % (2 * S)"
+    ),
+    "no row above the map": Mutant(UP_BLOCK, "top = S * p - 1", "top = S * p"),
+    "padding left of the map": Mutant(UP_BLOCK, "& (left + v >= 0) ", ""),
+    "outputs above the map": Mutant(UP_BLOCK, " & (h >= 0) & (h < Y.size[1])", " & (h < Y.size[1])"),
+    "outputs below the map": Mutant(UP_BLOCK, " & (h >= 0) & (h < Y.size[1])", " & (h >= 0)"),
+    "products that are no outputs have statistics": Mutant(
+        UP_BLOCK, "of_slice = tl.where(written, slices[s], 0.0)", "of_slice = slices[s]"
+    ),
+    "all rows count at the border": Mutant(
+        DEVICE, "count = tl.sum(inside.to(tl.float32))", "count = tl.sum(inside.to(tl.float32) * 0.0 + 1.0)"
+    ),
+    "a tile's positions share a row of partials": Mutant(
+        UP_BLOCK, "tile = row_tile * (4 * S * S) + position", "tile = row_tile * (4 * S * S) + 0 * position"
+    ),
+    "one row of blocks too few": Mutant(
+        UP_BLOCK, "spec.images * (h // (2 * s) + 1)", "spec.images * (h // (2 * s))"
+    ),
+    # column slices
+    "slices out of order": Mutant(
+        DEVICE, "slices = (first, second, third, fourth)", "slices = (first, third, second, fourth)"
+    ),
+    "halves out of order": Mutant(DEVICE, "left, right = _halves(", "right, left = _halves("),
+    "all of up's slices are the first": Mutant(UP, "co = column + i * WIDTH + tl", "co = column + tl"),
+    "all of down's slices are the first": Mutant(DOWN, "co = column + i * WIDTH + tl", "co = column + tl"),
     # groups of rows
     "tiles take turns among groups": Mutant(DEVICE, "group = tile // tiles", "group = tile % GROUPS"),
     "a tile too many where groups fill theirs": Mutant(
@@ -99,7 +141,7 @@ MUTANTS = {
     "g times its scale": Mutant(
         DEVICE, 'acc = g if Y.function == "gradient" else g * scale', "acc = g * scale"
     ),
-    "dgamma's sum over x̂": Mutant(DEVICE, "tl.sum(g * x, axis=0)", "tl.sum(g * activated, axis=0)"),
+    "dgamma's sum over x̂": Mutant(DEVICE, "tl.sum(g * x, axis=ROWS)", "tl.sum(g * x * scale, axis=ROWS)"),
     "a weight's gradient from raw y": Mutant(
         TRAINING,
         "        del y\n        if x_hat is not None:\n            self._wgrad(i, x_hat, du)",

@@ -83,10 +83,10 @@ def forward(layer: Layer) -> Tensor:
     """Return stats from the partial statistics that a product's epilogue leaves of the unrounded y."""
     tiles = tiles_of(layer.y)
     means = tiles.mean(1)
-    partial = torch.stack([means, (tiles - means[:, None]).square().sum(1)]).float()
+    squares, counts = (tiles - means[:, None]).square().sum(1), torch.full_like(means, TILE_ROWS)
+    partial = torch.stack([means, squares, counts]).float()
     stats = torch.full((4, 1, layer.y.shape[1]), float("nan"))
-    rows = len(layer.y)
-    batchnorm.forward(batchnorm.Partial(partial, rows, 1, TILE_ROWS), layer.gamma, layer.beta, EPS, stats)
+    batchnorm.forward(partial, layer.gamma, layer.beta, EPS, stats)
     return stats
 
 

@@ -14,10 +14,12 @@ from tests.support.float64_reference import op
 
 WITH_STATISTICS = [
     "up",
+    "up_block",
     "up_narrow_1",
     "down_odd",
     "down_narrow_3",
     "dense_up",
+    "dense_outer_4",
     "dense_down",
     "dense_narrow_3",
 ]
@@ -47,7 +49,7 @@ def copying(shape: Shape, x: Tensor) -> Call:
 @pytest.mark.parametrize("name", WITH_STATISTICS)
 def test_a_mean_of_a_thousand_standard_deviations(name: str) -> None:
     # Several row tiles, the last one partially filled.
-    shape = SHAPES[name]._replace(n=13 if name in ("up", "up_narrow_1") else 37)
+    shape = SHAPES[name]._replace(n=13 if name.startswith("up") else 37)
     x = 1000 + torch.randn(shape.n, shape.c_in, shape.h, shape.w)
     y, mean, var = statistics(copying(shape, x), shape.transposed)
     assert bool(torch.isin(y, x).all())
@@ -81,13 +83,17 @@ def test_statistics_use_the_unrounded_accumulator(name: str) -> None:
     [
         Shape(False, 1, 20, 24, 2, 2, 4, 2, 1),  # one element per channel
         pytest.param(Shape(False, 1, 3, 17, 3, 2, 4, 2, 1), marks=pytest.mark.slow),
-        Shape(True, 1, 20, 3, 1, 1, 4, 2, 1),  # one element per channel and parity
+        Shape(True, 1, 20, 3, 1, 1, 4, 2, 1),  # one element per channel and position of a block
+        pytest.param(Shape(True, 1, 20, 66, 1, 1, 4, 2, 1), marks=pytest.mark.slow),  # and parity
         Shape(True, 1, 20, 12, 1, 1, 4, 1, 0),  # one element per channel and pixel
         pytest.param(Shape(False, 1, 12, 20, 4, 4, 4, 1, 0), marks=pytest.mark.slow),
         Shape(False, 5, 5, 20, 2, 6, 4, 2, 1),  # 15 rows in a tile of 16; the next have 16 and 17
         pytest.param(Shape(False, 4, 5, 20, 2, 8, 4, 2, 1), marks=pytest.mark.slow),
         Shape(False, 1, 5, 20, 2, 34, 4, 2, 1),
+        Shape(True, 5, 5, 20, 2, 1, 4, 2, 1),  # 30 blocks of outputs; the next have 32 and 36
+        pytest.param(Shape(True, 4, 5, 20, 3, 1, 4, 2, 1), marks=pytest.mark.slow),
         pytest.param(Shape(True, 1, 5, 20, 17, 1, 4, 2, 1), marks=pytest.mark.slow),
+        pytest.param(Shape(True, 1, 5, 66, 17, 1, 4, 2, 1), marks=pytest.mark.slow),
         pytest.param(Shape(True, 17, 5, 4, 1, 1, 4, 1, 0), marks=pytest.mark.slow),
         Shape(False, 33, 3, 17, 2, 2, 2, 1, 0),
     ],

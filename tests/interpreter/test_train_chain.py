@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dcgan.kernels import gpu, ops, train_chain
-from dcgan.kernels.gpu import aten, cost_model, launcher, tiles, tuning
+from dcgan.kernels.gpu import aten, cost_model, launcher, tiles, tuning, up_block
 from dcgan.kernels.gpu.launcher import Launch
 from dcgan.kernels.reference import memory_format
 from dcgan.kernels.spec import TrainCall
@@ -149,6 +149,16 @@ CHAINS: dict[str, tuple[tuple[int, int, int], list[Layer]]] = {
         [Layer(DOWN, 6, act="leaky_relu"), Layer(DOWN, 33, act="none"), Layer(UP, 3, act="relu")],
     ),
     "one layer": ((3, 6, 7), [Layer(DOWN, 19, act="tanh")]),
+    "wide": (  # more channels than an up_block has
+        (5, 3, 2),
+        [
+            Layer(DOWN, 66, act="leaky_relu"),
+            Layer(UP, 70, norm=True, act="relu"),
+            Layer(UP, 68, norm=True, affine="gamma", act="leaky_relu"),
+            Layer(DOWN, 67, norm=True, act="relu"),
+            Layer(DOWN, 1),
+        ],
+    ),
 }
 """(C, H, W) of x, and the layers."""
 
@@ -214,6 +224,30 @@ def test_reference_networks(kind: str, dtype: str, channels: int, batch: int, gr
 )
 def test_chains(name: str, batch: int, groups: int, dtype: str) -> None:
     assert_accurate(cast(chain(name, batch, groups), *DTYPES[dtype]))
+
+
+@pytest.fixture
+def only_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the kernel for many channels or small maps run every transposed convolution."""
+    for limit in ("MAX_CHANNELS", "NARROW"):
+        monkeypatch.setattr(up_block, limit, 0)
+    launcher.kernel_for.cache_clear()
+    yield
+    monkeypatch.undo()
+    launcher.kernel_for.cache_clear()
+
+
+@pytest.mark.usefixtures("only_up")
+@pytest.mark.parametrize(
+    ("name", "batch", "groups", "dtype"),
+    and_slowly(
+        [("odd maps down", 2, 1, "bfloat16"), ("an image in the middle", 4, 2, "float32")],
+        ((n, *sizes, dtype) for n in CHAINS for sizes in ((2, 1), (6, 3)) for dtype in DTYPES),
+    ),
+)
+def test_chains_by_parities(launched: list[str], name: str, batch: int, groups: int, dtype: str) -> None:
+    assert_accurate(cast(chain(name, batch, groups), *DTYPES[dtype]))
+    assert not {"up_block", "up_narrow"} & {*launched}
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
@@ -459,36 +493,23 @@ DISCRIMINATOR = [
     Layer(DOWN, 7, norm=True, act="leaky_relu"),
     Layer(DOWN, 1, (2, 2), 1, 0, act="sigmoid"),
 ]
-WGRAD = ["wgrad", "split_k"]
+WGRAD, WGRAD_NARROW = ["wgrad", "split_k"], ["wgrad_narrow", "split_k"]
+HEAD = ["prologue", "dense_outer", "backward", "apply"]
+MIDDLE = ["up_block", "backward", "apply"]
 BACKWARD = {
-    "everything": [
-        "prologue",
-        *("dense", "backward", "apply", *WGRAD),
-        *("up", "backward", "apply", *WGRAD),
-        *(*WGRAD, "up"),
-        *(*WGRAD, "up_narrow"),
-    ],
-    "x": ["prologue", "dense", "backward", "apply", "up", "backward", "apply", "up", "up_narrow"],
-    "no weights": ["prologue", "dense", "backward", "apply", "up", "backward", "apply", "up", "up_narrow"],
-    "weights": [
-        "prologue",
-        *("dense", "backward", "apply", *WGRAD),
-        *("up", "backward", "apply", *WGRAD),
-        *(*WGRAD, "up"),
-        *WGRAD,
-    ],
-    "vectors": ["prologue", "dense", "backward", "apply", "up", "backward"],
-    "gamma 2": ["prologue", "dense", "backward"],
-    "beta 1": ["prologue", "dense", "backward", "apply", "up", "backward"],
+    "everything": [*HEAD, *WGRAD, *MIDDLE, *WGRAD, *WGRAD, "up_block", *WGRAD_NARROW, "up_narrow"],
+    "x": [*HEAD, *MIDDLE, "up_block", "up_narrow"],
+    "no weights": [*HEAD, *MIDDLE, "up_block", "up_narrow"],
+    "weights": [*HEAD, *WGRAD, *MIDDLE, *WGRAD, *WGRAD, "up_block", *WGRAD_NARROW],
+    "vectors": [*HEAD, "up_block", "backward"],
+    "gamma 2": HEAD[:-1],
+    "beta 1": [*HEAD, "up_block", "backward"],
     "weight 3": ["prologue", "apply", *WGRAD],
-    "weight 3, gamma 2": ["prologue", "dense", "backward", "apply", *WGRAD],
-    "weight 2": ["prologue", "dense", "backward", "apply", "apply", *WGRAD],
-    "weight 1": ["prologue", "dense", "backward", "apply", "up", "backward", "apply", *WGRAD],
-    "weight 0": ["prologue", "dense", "backward", "apply", "up", "backward", "apply", "up", *WGRAD],
-    "weight 3, weight 0": [
-        *("prologue", "dense", "backward", "apply", *WGRAD),
-        *("up", "backward", "apply", "up", *WGRAD),
-    ],
+    "weight 3, gamma 2": [*HEAD, *WGRAD],
+    "weight 2": [*HEAD, "apply", *WGRAD],
+    "weight 1": [*HEAD, *MIDDLE, *WGRAD],
+    "weight 0": [*HEAD, *MIDDLE, "up_block", *WGRAD_NARROW],
+    "weight 3, weight 0": [*HEAD, *WGRAD, *MIDDLE, "up_block", *WGRAD_NARROW],
     "nothing": ["prologue"],
 }
 """The launches of a backward by what it computes; 'weight 3, gamma 2' for those two."""
@@ -545,8 +566,8 @@ def use_tile(
         m, n, k = block_m, block_n, block_k
         if problem.kernel == "down_narrow":
             k = 16
-        if problem.kernel == "up_narrow":
-            n = 16
+        if problem.kernel in ("up_block", "up_narrow"):  # all columns in one tile
+            n = problem.columns
         if problem.kernel == "dense_narrow":
             m, n, k = 1, 1, 8 * block_k
         tile = tiles.Tile(m, n, k, 4, 1, fused or not problem.has_prologue)
@@ -581,6 +602,14 @@ def test_any_tile(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str) -> Non
     if dtype == "float32":  # in 16 bits other maps are rounded differently, which may flip signs
         for others in own[1:]:
             assert max(errors(others, own[0]).values()) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_slices(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The epilogues of all products with more than 32 channels run over column slices."""
+    monkeypatch.setattr(tiles, "SLICED_FROM", 1)
+    use_tile(monkeypatch, 16, 64, 128, True, 1)
+    assert_accurate(cast(chain("wide", 4, 2), *DTYPES[dtype]))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ bounds or not written makes a result NaN, and a write out of bounds changes the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from dcgan.kernels import gpu, ops
 from dcgan.kernels.gpu import executor, reduce, tiles, wgrad
 from dcgan.kernels.gpu.launcher import Product
-from dcgan.kernels.reference import empty_gradient
+from dcgan.kernels.reference import empty_gradient, memory_format
 from dcgan.kernels.spec import Backward, Call
 from tests.interpreter import repair
 from tests.interpreter.cases import (
@@ -37,19 +39,23 @@ PRECISION = {"16bit": torch.float16, "tf32": torch.float32, "ieee": torch.float3
 PRODUCTS = [name for name in tiles.KERNELS if not name.startswith("wgrad")]
 FORWARD = {  # by kernel: shape, prologue, tail
     "up": ("up", "affine_relu", "statistics"),
+    "up_block": ("up_block", "affine_leaky_relu", "statistics"),
     "up_narrow": ("up_narrow_3", "affine_relu", "scale_shift_tanh"),
     "down": ("down", "affine_leaky_relu", "statistics"),
     "down_narrow": ("down_narrow_3", "affine", "statistics"),
     "dense": ("dense_up", "affine_tanh", "statistics"),
+    "dense_outer": ("dense_outer_4", "affine_tanh", "statistics"),
     "dense_narrow": ("dense_narrow_3", "affine_leaky_relu", "shift_sigmoid"),
 }
 ADJOINT = {
-    "up": ("down_odd", "affine_leaky_relu", "statistics"),
+    "up": ("down_odd_wide", "affine_leaky_relu", "statistics"),
+    "up_block": ("down_odd", "affine_leaky_relu", "statistics"),
     "up_narrow": ("down_narrow_3", "plain", "statistics"),
     "down": ("up", "affine_relu", "statistics"),
     "down_narrow": ("up_narrow_3", "affine_relu", "statistics"),
     "dense": ("dense_down", "affine_leaky_relu", "statistics"),
-    "dense_narrow": ("dense_up_few", "plain", "statistics"),
+    "dense_narrow": ("dense_outer_4", "plain", "statistics"),
+    "dense_outer": ("dense_narrow_3", "affine_relu", "statistics"),
 }
 WEIGHT = {  # over 72 pixels: 4½ K steps of 16
     "wgrad": Shape(False, 3, 20, 24, 12, 8, 4, 2, 1),
@@ -85,25 +91,24 @@ def written(t: Tensor) -> Tensor:
     return values
 
 
-def run_product(product: Product, kernel: str, tile: tiles.Tile) -> tuple[Tensor | None, int, int]:
-    """Launch a product; returns (partial sums or None, rows, rows of the partial sums per row tile)."""
+def run_product(product: Product, kernel: str, tile: tiles.Tile) -> Tensor | None:
+    """Launch a product; returns its partial sums."""
     spec = product.spec
     chosen = gpu.kernel_for(spec)
     assert chosen is not None
     assert chosen.layout is not None
-    assert chosen.name.startswith(kernel)
-    rows, group = chosen.problem(spec).rows, chosen.rows_per_tile(spec)
+    assert chosen.problem(spec).kernel == kernel
     packed = chosen.layout.pack(product.weight, spec.dtype)
     packed = surrounded(packed.flatten()).view(packed.shape)
     shape = chosen.partial(spec, tile, 132)
     if shape is None:
         chosen.launch(product, packed, None, tile)()
-        return None, rows, group
+        return None
     partial = contiguous_output(*shape)
     chosen.launch(product, packed, partial, tile)()
     found = written(partial)
     assert not found.isnan().any()
-    return surrounded(found.flatten()).view(found.shape), rows, group
+    return surrounded(found.flatten()).view(found.shape)
 
 
 def forward_results(
@@ -113,11 +118,11 @@ def forward_results(
     y = strided_output(ops.empty(spec)[0]) if y is None else y
     # The layout of y is the tensor's here, not that of a newly allocated one.
     spec = spec._replace(y=spec.y._replace(stride=y.stride()))
-    partial, rows, group = run_product(executor.fprop(spec, call, y), kernel, tile)
+    partial = run_product(executor.fprop(spec, call, y), kernel, tile)
     if partial is None:
         return {"y": y}
     mean, var = contiguous_output(y.shape[1]), contiguous_output(y.shape[1])
-    reduce.statistics_launch(partial, mean, var, rows, group, tile.block_m)()
+    reduce.statistics_launch(partial, mean, var)()
     return {"y": y, "mean": written(mean), "var": written(var)}
 
 
@@ -125,7 +130,7 @@ def adjoint_results(
     it: Backward, transposed: bool, kernel: str, tile: tiles.Tile, dx: Tensor | None = None
 ) -> dict[str, Tensor]:
     dx = strided_output(empty_gradient(it.x)) if dx is None else dx
-    partial, _, _ = run_product(executor.dgrad(it, transposed, dx), kernel, tile)
+    partial = run_product(executor.dgrad(it, transposed, dx), kernel, tile)
     if partial is None:
         return {"dx": dx}
     assert it.scale is not None
@@ -195,13 +200,41 @@ def test_any_number_of_splits(kernel: str, splits: int) -> None:
     assert_accurate(actual, call, shape.transposed, grad_outputs)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("c_image", "layout", "dtype", "after"),
+    [
+        (1, "nchw", torch.float32, "statistics"),
+        (2, "nhwc", torch.float16, "tanh"),
+        (3, "nchw", torch.bfloat16, "scale_shift_leaky_relu"),
+        (3, "nhwc", torch.float32, "tanh"),
+        (4, "expanded", torch.float16, "raw"),
+    ],
+    ids=str,
+)
+def test_images(c_image: int, layout: str, dtype: torch.dtype, after: str, transposed: bool) -> None:
+    """As x or as du, with prologues on both operands: 3 row tiles, up to 4 column tiles, 2 splits of 2 steps.
+
+    A second run gives the same bits.
+    """
+    sizes = (3, 37, c_image, 4, 5) if transposed else (3, c_image, 37, 8, 10)
+    shape = Shape(transposed, *sizes, 4, 2, 1)
+    call = training_call(shape, "affine_leaky_relu", after, dtype, layout == "nhwc")._replace(out_scale=None)
+    dy, dmean, dvar = cotangents(call, transposed, layout)
+    it = backward_of(call, transposed, (dy, dmean, dvar))
+    found, again = (weight_results(it, transposed, tiles.Tile(16, 16, 16, 4, 1), 2) for _ in range(2))
+    assert torch.equal(found["dweight"], again["dweight"])
+    assert_accurate(found, call, transposed, (dy, dmean, dvar))
+
+
 # --- offsets ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", FORWARD)
 def test_outputs_beyond_int32(kernel: str) -> None:
     """y of the forward, and dx of dgrad, whose epilogue also reads x beyond int32."""
-    sizes = {"dense_narrow": (1, 1, 128), "up_narrow": (16, 16, 32), "down_narrow": (16, 32, 16)}
+    sizes = {"dense_narrow": (1, 1, 128), "down_narrow": (16, 32, 16)}
+    sizes |= {"up_narrow": (16, 64, 32), "up_block": (16, 128, 32)}  # all columns in one tile
     tile = tiles.Tile(*sizes.get(kernel, (16, 32, 32)), 4, 1)
     name, before, after = FORWARD[kernel]
     shape = SHAPES[name]._replace(n=2)
@@ -227,37 +260,51 @@ def test_outputs_beyond_int32(kernel: str) -> None:
 # --- reductions ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rows", "block_m", "group", "channels"),
-    [
-        (1, 16, 1, 1),
-        (1, 128, 4, 3),
-        (15, 16, 1, 20),
-        (16, 16, 1, 8),
-        (17, 16, 1, 9),
-        (33, 16, 4, 20),
-        (16 * 128, 16, 1, 3),
-        (16 * 128 + 1, 16, 1, 3),
-        (16 * 70 + 3, 16, 4, 3),  # more tiles than one step of the loop
-    ],
-)
-def test_statistics_are_merged(rows: int, block_m: int, group: int, channels: int) -> None:
-    """The mean is 1000 standard deviations; the last row tile has fewer rows."""
-    values = 3000.0 + 3.0 * torch.randn(group, rows, channels, dtype=torch.float64)
-    count = -(-rows // block_m)
-    partial = torch.empty(2, count, group, channels)
-    for t in range(count):
-        part = values[:, t * block_m : (t + 1) * block_m]
-        partial[0, t] = part.mean(1)
-        partial[1, t] = (part - part.mean(1, keepdim=True)).square().sum(1)
-    partial = surrounded(partial.flatten()).view(2, count * group, channels)
+COUNTS: dict[str, list[int]] = {
+    "one value": [1],
+    "one tile": [16],
+    "the last tile has fewer": [16] * 7 + [3],
+    "each tile has its own": list(range(1, 41)),
+    "some have none": [0, 5, 0, 0, 128, 1, 0],
+    "none but the last": [0] * 20 + [3],
+    "more than one step": [(7 * t) % 17 for t in range(2500)],
+    "lanes without any": [t % 4 if t % 1024 < 7 else 0 for t in range(1100)],
+}
+"""Rows of each tile, of any product."""
+
+
+def partial_statistics(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the partial statistics [3, T, C] of values [rows, C] in T tiles of ``counts`` rows.
+
+    A tile without rows may have any mean.
+    """
+    columns = []
+    for rows in values.split(list(counts)):
+        mean = rows.mean(0) if len(rows) else torch.full(rows.shape[1:], 5.0, dtype=rows.dtype)
+        columns.append(torch.stack([mean, (rows - mean).square().sum(0), torch.full_like(mean, len(rows))]))
+    return torch.stack(columns, 1).float()
+
+
+def assert_merged(mean: Tensor, var: Tensor, values: Tensor, ratio: float) -> None:
+    """Compare statistics [C] with those of values [rows, C], of which a mean is ``ratio`` deviations.
+
+    The tiles' means are float32 numbers, accurate to ratio·2⁻²⁴ deviations; the variance is off by at most
+    twice that, and by the same in the lanes' means. E[y²] - E[y]² would be off by ratio²·2⁻²⁴.
+    """
+    assert relative(mean, values.mean(0)) <= 24 * 2**-24
+    bound = 4 * ratio * 2**-24 + 2e-6
+    torch.testing.assert_close(var.double(), values.var(0, correction=0), rtol=bound, atol=1e-7)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e3, 1e4])
+@pytest.mark.parametrize(("counts", "channels"), [*zip(COUNTS, [1, 3, 20, 8, 9, 17, 3, 5], strict=True)])
+def test_statistics_are_merged(counts: str, channels: int, ratio: float) -> None:
+    """The mean is ``ratio`` standard deviations."""
+    values = 3.0 * (ratio + torch.randn(sum(COUNTS[counts]), channels, dtype=torch.float64))
+    partial = partial_statistics(values, COUNTS[counts])
     mean, var = contiguous_output(channels), contiguous_output(channels)
-    reduce.statistics_launch(partial, mean, var, rows, group, block_m)()
-    exact = values.reshape(-1, channels)
-    # 17 sums per lane and a tree over 128. The tiles' means are float32 numbers of 1000 standard deviations,
-    # accurate to 6e-5 of one: the variance is off by at most twice that, E[y²] - E[y]² would be by 6e-2.
-    assert relative(written(mean), exact.mean(0)) <= 24 * 2**-24
-    torch.testing.assert_close(written(var).double(), exact.var(0, correction=0), rtol=1.2e-4, atol=1e-7)
+    reduce.statistics_launch(surrounded(partial.flatten()).view(partial.shape), mean, var)()
+    assert_merged(written(mean), written(var), values, ratio)
 
 
 @pytest.mark.parametrize(("count", "channels"), [(1, 1), (5, 20), (128, 8), (129, 9), (300, 3)])
@@ -277,13 +324,25 @@ def test_sums_are_reduced(count: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("size", "splits"), [((20, 24, 4, 4), 3), ((3, 5, 3, 3), 1), ((1, 1, 1, 1), 9)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("size", "splits"),
+    [
+        ((20, 24, 4, 4), 3),
+        ((3, 5, 3, 3), 1),
+        ((1, 1, 1, 1), 9),
+        ((17, 1, 4, 4), 391),  # one tap and 8 elements per program
+        ((6, 3, 5, 2), 70),
+        ((2, 3, 1, 2), 1100),  # more splits than a program loads at once
+    ],
+)
 def test_split_k_partials_are_reduced(
-    size: tuple[int, int, int, int], splits: int, dtype: torch.dtype
+    size: tuple[int, int, int, int], splits: int, channels_last: bool, dtype: torch.dtype
 ) -> None:
     c_small, c_large, k_h, k_w = size
     partial = torch.randn(splits, k_h * k_w, c_small, c_large)
-    dweight = strided_output(torch.empty(size, dtype=dtype))
+    like = torch.empty(size, dtype=dtype).contiguous(memory_format=memory_format(channels_last))
+    dweight = strided_output(like)
     reduce.split_k_launch(surrounded(partial.flatten()).view(partial.shape), dweight)()
     exact = partial.double().sum(0).view(k_h, k_w, c_small, c_large).permute(2, 3, 0, 1)
     bound = 1e-6 + (0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)

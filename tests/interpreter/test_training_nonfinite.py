@@ -24,7 +24,8 @@ from tests.support.float64_reference import pairwise
 
 NAN, INF = float("nan"), float("inf")
 GEOMETRIES = {  # the window of the smaller map's middle pixel contains no padding
-    "up": Shape(True, 2, 20, 24, 3, 3, 4, 2, 1),
+    "up": Shape(True, 2, 20, 66, 3, 3, 4, 2, 1),
+    "up_block": Shape(True, 2, 20, 24, 3, 3, 4, 2, 1),
     "down": Shape(False, 2, 20, 24, 6, 6, 4, 2, 1),
     "down_narrow": Shape(False, 2, 3, 20, 6, 6, 4, 2, 1),
     "dense_up": SHAPES["dense_up"],
@@ -42,7 +43,7 @@ SOME = [
     (*("relu", "scale_shift_leaky_relu"), "dy", NAN),
     (*("relu", "statistics"), "x", -INF),  # which the ReLU stops
 ]
-FEWER = {"down": SOME[::2], "dense_down": SOME[1::2], "dense_up": [], "dense_narrow": []}
+FEWER = {"up": SOME[::2], "down": SOME[1::2], "dense_down": SOME[::3], "dense_up": [], "dense_narrow": []}
 FAST = [(name, *row) for name in GEOMETRIES for row in FEWER.get(name, SOME)]
 PAIRS = [
     (row["name"], row["before"], row["after"], *row["non_finite"])
@@ -124,15 +125,60 @@ def test_the_window_of_a_border_pixel(transposed: bool) -> None:
             assert torch.equal(result.isnan(), expected[key].isnan()), key
 
 
-@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "adjoint"])
-def test_up_narrow_spreads_to_the_next_pixel(transposed: bool) -> None:
-    """Some of its 3×3 taps are 0 by construction, and NaN·0 is NaN; but NaN spreads no farther."""
-    shape = Shape(transposed, 2, 20, 3, 5, 5, 4, 2, 1)
-    if not transposed:
-        shape = Shape(False, 2, 3, 20, 10, 10, 4, 2, 1)
-    call, grad_outputs = with_non_finite(shape, "plain", "raw", "x" if transposed else "dy", NAN)
-    key = "y" if transposed else "dx"
-    wrong = triton_results(call, transposed, grad_outputs)[key].isnan()
-    expected = exact_results(call, transposed, grad_outputs)[key].isnan()
-    assert (wrong >= expected).all()
-    assert (wrong <= (F.max_pool2d(expected.double(), 3, 1, 1) > 0)).all()
+def blocks_that_read(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return which pixels of a map of ``size`` lie in an up_narrow's blocks that read a marked pixel.
+
+    Block P has output rows 4P-1 … 4P+2 and reads input rows 2P-1 … 2P+1; the same holds for columns.
+    """
+    read = F.max_pool2d(F.pad(x.double(), (1, 3, 1, 3)), 3, 2)
+    return read.repeat_interleave(4, -2).repeat_interleave(4, -1)[..., 1:, 1:][..., : size[0], : size[1]] > 0
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("pixel", [None, (0, 0), (1, 2), (4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(True, 2, 20, 3, 5, 4, 4, 2, 1),
+        Shape(False, 2, 3, 20, 10, 8, 4, 2, 1),
+        Shape(False, 2, 1, 20, 11, 9, 4, 2, 1),
+    ],
+    ids=["forward", "adjoint", "odd adjoint"],
+)
+def test_up_narrow_spreads_to_its_blocks(shape: Shape, pixel: tuple[int, int] | None, value: float) -> None:
+    """Of the 3×3 inputs of a block of 4×4 outputs, each output multiplies five by zeros, and NaN·0 is NaN.
+
+    The outputs that depend on the value are those of float64; no other block has any.
+    """
+    place, key = ("x", "y") if shape.transposed else ("dy", "dx")
+    call, grad_outputs = with_non_finite(shape, "plain", "raw", place, value, pixel)
+    actual = triton_results(call, shape.transposed, grad_outputs)[key]
+    expected = exact_results(call, shape.transposed, grad_outputs)[key]
+    source = call.x if shape.transposed else grad_outputs[0]
+    assert source is not None
+    wrong = blocks_that_read(~source.isfinite().all(1, keepdim=True), actual.shape[2:])
+    assert torch.equal(~actual.isfinite(), wrong.expand_as(actual))
+    depends = ~expected.isfinite()
+    assert (depends <= wrong).all()
+    assert torch.equal(actual.double()[depends].isnan(), expected[depends].isnan())
+    assert actual[wrong.expand_as(actual) & ~depends].isnan().all()
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize(
+    "pixel", [(1, 2), *(pytest.param(p, marks=pytest.mark.slow) for p in ((0, 0), (4, 3)))]
+)
+@pytest.mark.parametrize("c", [5, 66], ids=["up_block", "up"])
+@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "odd adjoint"])
+def test_up_spreads_to_the_outputs_that_depend_on_it(
+    transposed: bool, c: int, pixel: tuple[int, int], value: float
+) -> None:
+    """Exactly those of float64: no product multiplies a value by a zero of its own."""
+    shape = Shape(True, 2, 20, c, 5, 4, 4, 2, 1) if transposed else Shape(False, 2, c, 20, 11, 9, 4, 2, 1)
+    place, key = ("x", "y") if transposed else ("dy", "dx")
+    call, grad_outputs = with_non_finite(shape, "plain", "raw", place, value, pixel)
+    actual = triton_results(call, transposed, grad_outputs)[key]
+    expected = exact_results(call, transposed, grad_outputs)[key]
+    assert expected.isfinite().any()
+    for is_kind in (torch.isnan, torch.isinf):
+        assert torch.equal(is_kind(actual), is_kind(expected))

@@ -13,11 +13,14 @@ from tests.interpreter.cases import SHAPES, backward_of, cotangents, training_ca
 
 CASES = {  # geometry, prologue, tail
     "up": ("up", "affine_relu", "statistics"),
-    "up_odd": ("down_odd", "affine_leaky_relu", "statistics"),
+    "up_odd": ("down_odd_wide", "affine_leaky_relu", "statistics"),
+    "up_block": ("up_block", "affine_relu", "statistics"),
+    "up_block_odd": ("down_odd", "affine_leaky_relu", "statistics"),
     "up_narrow": ("up_narrow_3", "affine_relu", "scale_shift_tanh"),
     "down": ("down", "affine_leaky_relu", "statistics"),
     "down_narrow": ("down_narrow_3", "affine", "statistics"),
     "dense": ("dense_up", "affine_tanh", "statistics"),
+    "dense_outer": ("dense_outer_4", "affine_tanh", "statistics"),
     "dense_narrow": ("dense_narrow_3", "affine_leaky_relu", "shift_sigmoid"),
     "plain": ("down", "plain", "statistics"),
 }
@@ -37,7 +40,13 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tiles.Problem, tuning.
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="float32", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, id="bfloat16"),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_a_trial_compares_results_with_the_reference(
     trials: list[tuple[tiles.Problem, tuning.Trial]], case: str, dtype: torch.dtype

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcgan.kernels.gpu import aten, executor, kernel_for
+from dcgan.kernels.gpu import aten, executor, kernel_for, up_block
 from dcgan.kernels.gpu.launcher import Pointers, Product
 from dcgan.kernels.gpu.tiles import Problem, Tile
 from dcgan.kernels.gpu.tools.layers import outputs
@@ -47,6 +47,7 @@ class Shape(NamedTuple):
 SHAPES = {  # one per kernel, with each of the prologues
     "G1": Shape(True, 100, 512, 1, 1, 0, "", True, "none", 333),
     "G2": Shape(True, 512, 256, 4, 2, 1, "relu", True, "none", 333),
+    "G4": Shape(True, 128, 64, 16, 2, 1, "relu", True, "none", 85),
     "G5": Shape(True, 64, 1, 32, 2, 1, "relu", False, "tanh", 83),
     "D1": Shape(False, 1, 64, 64, 2, 1, "", False, "leaky_relu", 83),
     "D2": Shape(False, 64, 128, 32, 2, 1, "", True, "none", 85),
@@ -64,8 +65,13 @@ def divides(count: int) -> bool:
 
 
 def shrunk(shape: Shape, batch: int, factor: int) -> Shape:
-    """Shrink a layer: ``batch`` images, smaller maps and, in wide layers, channels divided by ``factor``."""
+    """Shrink a layer: ``batch`` images, smaller maps and, in wide layers, channels divided by ``factor``.
+
+    Of the channels that decide between the kernels up and up_block, more than 64 stay so.
+    """
     c_in, c_out = (c if c <= 4 else -(-c // factor) for c in (shape.c_in, shape.c_out))
+    if shape.stride == 2 and shape.transposed and shape.c_out > up_block.MAX_CHANNELS:
+        c_out = up_block.MAX_CHANNELS + 2
     size = shape.size if shape.size <= 4 else max(8, shape.size // 4)
     return shape._replace(c_in=c_in, c_out=c_out, size=size, batch=batch)
 

@@ -321,14 +321,12 @@ def launches(it: Product, tile: Tile, sms: int, x_hat: bool = True) -> Launches:
     shape = kernel.partial(inner.spec, tile, sms)
     partial = None if shape is None else torch.empty(shape, dtype=torch.float32, device=it.x.ptr.device)
     product = kernel.launch(inner, packed, partial, tile)
-    after, results = ((), ()) if partial is None else _after(inner, kernel, tile, partial, x_hat)
+    after, results = ((), ()) if partial is None else _after(inner, partial, x_hat)
     written += [*results, *([] if partial is None else [partial])]
     return Launches(tuple(before), product, after, results, partial, tuple(written))
 
 
-def _after(
-    it: Product, kernel: Kernel, tile: Tile, partial: Tensor, x_hat: bool
-) -> tuple[tuple[Launch, ...], tuple[Tensor, ...]]:
+def _after(it: Product, partial: Tensor, x_hat: bool) -> tuple[tuple[Launch, ...], tuple[Tensor, ...]]:
     """Return :attr:`Launches.after` and :attr:`Launches.results`."""
     spec, y = it.spec, it.y
     if spec.kind == "wgrad":
@@ -338,10 +336,8 @@ def _after(
     gamma, beta = partial.new_ones(2, channels)
     if spec.y.function == "statistics":
         stats = partial.new_empty(4, groups, channels)
-        rows = kernel.problem(spec).rows // groups
-        sums = batchnorm.Partial(partial, rows, kernel.rows_per_tile(spec), tile.block_m)
         results = stats[0].flatten(), stats[1].flatten()
-        return (batchnorm.forward_launch(sums, gamma, beta, EPS, stats),), results
+        return (batchnorm.forward_launch(partial, gamma, beta, EPS, stats),), results
     if spec.y.function != "gradient":
         return (), ()
     stats = stats_of(it)
@@ -371,7 +367,7 @@ def outputs(it: Product, tile: Tile, sms: int) -> tuple[Tensor, ...]:
     made.poison()
     for launch in (*made.prologues, made.product):
         launch()
-    return aten.merged(it, made.partial, kernel.rows_per_tile(it.spec), tile.block_m)
+    return aten.merged(it, made.partial)
 
 
 def positive(text: str) -> int:

@@ -3,8 +3,10 @@
 Every layer and phase is compiled for sm_90 at its default tile. Registers and shared memory give the
 occupancy in CTAs/SM, the grid gives the waves, and :mod:`..cost_model` gives the time. A kernel marked "+
 prologue" follows a standalone prologue kernel. The column "alt. prologue" is the time with the other prologue
-placement: standalone where the default is fused, fused where it is standalone. ``--measured`` fills the last
-column from the results of ``make gpu``.
+placement: standalone where the default is fused, fused where it is standalone. The columns "measured before"
+and "cuDNN" are measured times of the same layer and phase, cuDNN's of the convolution alone. In a checkout
+they are those of an earlier commit on an H200, from bench/results/h200-kernels.jsonl; ``--measured`` names
+another file, for example of ``make gpu``.
 
 A step is D's forward and backward on real and on generated images, G's, and in G's update D's on the
 generated images, without weight gradients (:func:`.layers.step_passes`). :func:`rest` lists every other
@@ -32,12 +34,22 @@ CAPABILITY = 90
 KEEP = 10  # tiles per problem that are worth timing; each takes a second or two to compile
 COLUMNS = (
     *("layer", "phase", "kernel", "M", "N", "K", "GFLOP", "MB", "tile", "CTAs", "regs", "KB", "CTAs/SM"),
-    *("waves", "bound", "µs", "roofline", "share", "alt. prologue", "measured"),
+    *("waves", "bound", "µs", "roofline", "share", "alt. prologue", "measured before", "cuDNN"),
 )
 STEP_COLUMNS = (
     *("batch", "D's halves", "launches", "products µs", "prologues, BatchNorm, split-K µs", "rest µs"),
-    *("step µs", "images/s", "roofline µs", "images/s"),
+    *(
+        "step µs",
+        "images/s",
+        "roofline µs",
+        "images/s",
+        "measured before µs",
+        "cuDNN µs",
+        "cuDNN / predicted",
+    ),
 )
+PROVIDERS = ("ours", "cudnn")
+MEASURED = Path(__file__).resolve().parents[3] / "bench/results/h200-kernels.jsonl"
 
 
 def predict(
@@ -97,6 +109,15 @@ def default_tile(layer: Layer, sms: int, capability: int) -> Tile:
     return tuning.estimate(layer.problem, sms, SHARED_LIMIT[capability], spills)
 
 
+def resources_of(report: offline.Report, estimated: cost_model.Resources) -> cost_model.Resources:
+    """Return the resources of compiled code; what it does not tell is as estimated."""
+    stores = report.stores_by_width
+    width = max(stores, key=lambda one: one * stores[one])  # that of the result, not of its partial sums
+    epilogue = 0 if report.matrix == "FFMA" else report.epilogue
+    compiled = report.registers, report.shared, width
+    return cost_model.Resources(*compiled, stalls=estimated.stalls, epilogue=epilogue)
+
+
 class Row(NamedTuple):
     """One layer in one phase. ``seconds`` includes the kernels before and after the product.
 
@@ -119,12 +140,9 @@ def predicted(of: Pass, layer: Layer, gpu: Gpu = H100, compiled: bool = True) ->
     problem, sms = layer.problem, cost_model.SM_COUNT
     tile = default_tile(layer, sms, CAPABILITY) if compiled else tuning.estimate(problem, sms)
     launches = layer.launches(tile, sms)
+    resources = cost_model.estimate_resources(problem if tile.fused else problem.without_prologue(), tile)
     if compiled:
-        report = offline.inspect(launches.product, CAPABILITY)
-        resources = cost_model.Resources(report.registers, report.shared)
-    else:
-        seen = problem if tile.fused else problem.without_prologue()
-        resources = cost_model.estimate_resources(seen, tile)
+        resources = resources_of(offline.inspect(launches.product, CAPABILITY), resources)
     other = replace(tile, fused=not tile.fused)
     possible = problem.has_prologue and (tile.fused or cost_model.fits(problem, other))
     alternative = predict(layer, other, gpu=gpu)[1] if possible else None
@@ -199,22 +217,39 @@ def rest(
     return found
 
 
-def _measured(path: Path) -> dict[tuple[Any, ...], float]:
-    """Read measured times in µs by (network, layer, phase, batch, dtype). Raises ValueError or OSError."""
-    keys = ("network", "layer", "phase", "batch", "dtype")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {tuple(line[key] for key in keys): line["ours_us"] for line in lines if "ours_us" in line}
-    if not found:
+class Measured(NamedTuple):
+    """Measured times in µs, of ``ours`` and of ``cudnn``."""
+
+    layers: dict[tuple[Any, ...], float]
+    """By (network, layer, phase, batch, dtype, provider)."""
+    steps: dict[tuple[Any, ...], float]
+    """Of whole steps, by (batch, dtype, provider); cuDNN's as one CUDA graph."""
+
+    def layer(self, row: Row, dtype: str, provider: str) -> float | None:
+        """Return a layer's time; that of a pass over several groups is the sum of theirs."""
+        of = row.of
+        key = of.network, row.layer.name, row.layer.phase, of.images // of.groups, dtype, provider
+        found = self.layers.get(key)
+        return None if found is None else of.groups * found
+
+
+def read_measured(path: Path) -> Measured:
+    """Read measured times. Raises ValueError or OSError."""
+    keys = ("network", "layer", "phase", "batch", "dtype", "contestant")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row.get("us") is not None]
+    layers = {tuple(row[key] for key in keys): row["us"] for row in rows if row["kind"] == "kernels"}
+    if not layers:
         raise ValueError(f"{path} has no kernel times; make gpu STAGE=kernels writes them")
-    return found
+    steps = {tuple(row[key] for key in keys[3:]): row["us"] for row in rows if row["kind"] == "step"}
+    return Measured(layers, steps)
 
 
-def _key(row: Row, dtype: str) -> tuple[Any, ...]:
-    """Return the key of :func:`_measured` for a row."""
-    return row.of.network, row.layer.name, row.layer.phase, row.of.images, dtype
+def _us(time: float | None) -> str:
+    return "–" if time is None else f"{time:.1f}"
 
 
-def _cells(row: Row, measured: float | None) -> list[str]:
+def _cells(row: Row, measured: Iterable[float | None]) -> list[str]:
     problem, tile, p = row.layer.problem, row.tile, row.prediction
     prologue = "" if tile.fused else " + prologue"
     splits = row.launches.product.constants.get("SPLITS", 1)
@@ -239,8 +274,8 @@ def _cells(row: Row, measured: float | None) -> list[str]:
         f"{1e6 * row.seconds:.1f}",
         f"{1e6 * p.roofline:.1f}",
         f"{100 * p.roofline / row.seconds:.0f}%",
-        "–" if row.alternative is None else f"{1e6 * row.alternative:.1f}",
-        "–" if measured is None else f"{measured:.1f}",
+        _us(None if row.alternative is None else 1e6 * row.alternative),
+        *map(_us, measured),
     ]
 
 
@@ -295,7 +330,8 @@ def _described(of: Pass) -> str:
     return name if of.weight_gradients else f"{name}, without weight gradients"
 
 
-def _step_cells(batch: int, passes: Sequence[Pass], total: Step) -> list[str]:
+def _step_cells(batch: int, passes: Sequence[Pass], total: Step, before: Sequence[float | None]) -> list[str]:
+    cudnn = before[-1]
     return [
         str(batch),
         "one pass" if passes[0].groups > 1 else "two passes",
@@ -304,6 +340,8 @@ def _step_cells(batch: int, passes: Sequence[Pass], total: Step) -> list[str]:
         f"{batch / total.seconds:,.0f}",
         f"{1e6 * total.roofline:,.0f}",
         f"{batch / total.roofline:,.0f}",
+        *("–" if one is None else f"{one:,.0f}" for one in before),
+        "–" if cudnn is None else f"{1e-6 * cudnn / total.seconds:.2f}",
     ]
 
 
@@ -314,15 +352,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch", type=positive, nargs="+", default=[64, 256, 1024], help="batch sizes (64 256 1024)")
     add("--dtype", choices=("bfloat16", "float16", "tf32"), default="bfloat16", help="dtype (bfloat16)")
     add("--channels", type=positive, default=1, help="channels of the image (1)")
-    add("--gpu", choices=tuple(cost_model.GPUS), default="h100", help="the GPU (h100)")
+    add("--gpu", type=str.lower, choices=tuple(cost_model.GPUS), default="h100", help="the GPU (h100)")
     limit = coverage.MAX_IMAGES_TOGETHER
     hint = f"largest batch at which D runs on real and on generated images in one pass ({limit})"
     add("--max-together", type=positive, metavar="N", default=limit, help=hint)
-    add("--measured", type=Path, metavar="JSONL", help="measured times, written by make gpu")
+    default = MEASURED if MEASURED.exists() else None
+    hint = "measured times, for example kernels.jsonl of make gpu (an H200's, in a checkout)"
+    add("--measured", type=Path, metavar="JSONL", default=default, help=hint)
+    add("--estimated", action="store_true", help="estimate registers and shared memory instead of compiling")
     add("--out", type=Path, metavar="MD", help="also write the tables to this file")
     args = parser.parse_args(arguments)
     try:
-        measured = {} if args.measured is None else _measured(args.measured)
+        measured = Measured({}, {}) if args.measured is None else read_measured(args.measured)
     except (OSError, ValueError) as error:
         parser.error(f"--measured: {error}")
     gpu = cost_model.GPUS[args.gpu]
@@ -330,29 +371,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"# Predicted: training on an {gpu.name}, {args.dtype}, {args.channels} channel(s)",
         "GFLOP = 2·M·N·K (times the number of products before M); MB: each operand, output and weight once. "
         f"Rates: {gpu.flops(PRECISIONS[args.dtype]) / 1e12:.0f} TFLOP/s, {gpu.hbm / 1e12:.1f} TB/s HBM "
-        f"bandwidth, {cost_model.L2_TO_SMEM_BW / 1e12:.0f} TB/s L2-to-SMEM bandwidth, "
-        f"{cost_model.INSTRUCTIONS_PER_CLOCK} instructions per clock and SM at "
-        f"{cost_model.CLOCK / 1e9:.3f} GHz; "
-        f"{1e6 * cost_model.PIPELINE_LATENCY:.0f} µs to fill and drain a pipeline, "
-        f"{1e6 * cost_model.LAUNCH_GAP:.0f} µs launch gap. K/n: split-K with n splits. "
+        f"bandwidth, {cost_model.SHARED_BYTES_PER_CLOCK} bytes of shared memory per clock and SM at "
+        f"{cost_model.CLOCK / 1e9:.2f} GHz; {1e6 * cost_model.PIPELINE_LATENCY:.1f} µs before and after a "
+        f"program's loop, {1e6 * cost_model.LAUNCH_GAP:.1f} µs launch gap. K/n: split-K with n splits. "
         "“+ prologue”: after a standalone prologue kernel; alt. prologue: µs with the other placement "
         "(fused or standalone). µs includes standalone prologues, BatchNorm's kernels after the product and "
-        "the reduction of split-K; roofline is the larger of GFLOP and MB at their rates.",
+        "the reduction of split-K; roofline is the larger of GFLOP and MB at their rates. Measured before: "
+        "the times of the kernels of an earlier commit; cuDNN: the convolution alone, and in the steps "
+        "everything, as one CUDA graph.",
     ]
     print("\n\n".join(text))
     shapes, steps = networks(args.channels), []
     for batch in args.batch:
         passes = step_passes(batch, args.max_together)
-        found, parts = rows(shapes, passes, args.dtype, gpu), rest(shapes, passes, args.dtype, gpu)
+        found = rows(shapes, passes, args.dtype, gpu, not args.estimated)
+        parts = rest(shapes, passes, args.dtype, gpu)
         section = [f"## Batch {batch}"]
         for of in passes:
-            body = [_cells(row, measured.get(_key(row, args.dtype))) for row in found if row.of == of]
+            body = [
+                _cells(row, [measured.layer(row, args.dtype, provider) for provider in PROVIDERS])
+                for row in found
+                if row.of == of
+            ]
             section += [f"### {_described(of)}", markdown(COLUMNS, body)]
         body = [[part.name, str(part.launches), f"{1e6 * part.seconds:.1f}"] for part in parts]
         section += ["### The rest", markdown(("what", "launches", "µs"), body)]
         print("\n" + "\n\n".join(section), flush=True)
         text += section
-        steps.append(_step_cells(batch, passes, step(found, parts)))
+        before = [measured.steps.get((batch, args.dtype, provider)) for provider in PROVIDERS]
+        steps.append(_step_cells(batch, passes, step(found, parts), before))
     section = ["## Steps", markdown(STEP_COLUMNS, steps)]
     print("\n" + "\n\n".join(section))
     if args.out is not None:

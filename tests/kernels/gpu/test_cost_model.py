@@ -1,10 +1,17 @@
-"""The cost model that ranks tiles: properties of its predictions that hold whatever its constants are."""
+"""The cost model that ranks tiles.
+
+Its predictions are compared with times measured on an H200; other properties hold whatever its constants are.
+"""
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,11 +183,136 @@ def test_wide_products_in_training_have_standalone_prologues() -> None:
     found = [
         problem
         for problem in problems("bfloat16", 64, 1024)
-        if problem.kernel in ("up", "down") and problem.has_prologue
+        if problem.kernel in ("up", "down") and problem.epilogue == "statistics" and problem.has_prologue
     ]
-    assert len(found) == 10
-    assert {problem.epilogue for problem in found} == {"statistics"}
+    assert found
     assert not any(tuning.estimate(problem, 132).fused for problem in found)
+
+
+# --- against measured times ---------------------------------------------------------------------------------
+
+MEASURED = Path(__file__).parents[3] / "bench/results/h200-kernels.jsonl"
+"""Times of the kernels of commit e87fe32 on an H200.
+
+A line has all that determines the launches of a layer and phase, as those kernels are no longer here:
+standalone prologue kernels, which read and write the bytes ``sweeps``, a product, and a merge of
+``partial_rows`` rows of partial sums or the reduction of split-K. Resources are those of Triton 3.6's code.
+``us`` is null where the result was wrong. Training's were replayed in a CUDA graph of the launches of several
+sets of tensors, of which none was in L2.
+"""
+COLD = cost_model.H200._replace(l2_size=0)
+INSTRUCTIONS = {"statistics": 20, "adjoint": 23}  # per element, of the measured kernels' epilogues
+GRAPH_START = 4.5e-6  # of a graph: its share is what packing, the same work, takes longer in smaller graphs
+SETS = {64: 24, 1024: 2}  # of tensors in a graph, by batch size
+
+
+def measured(kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in MEASURED.read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind and row["contestant"] == "ours"]
+
+
+def predicted(row: dict[str, Any], gpu: cost_model.Gpu) -> float:
+    """Return the predicted seconds of the launches of a measured layer and phase."""
+    problem = Problem(**row["problem"] | {"elements": tuple(row["problem"]["elements"])})
+    tile, splits = Tile(**row["tile"]), row["splits"]
+    solved = problem if tile.fused else problem.without_prologue()
+    outputs_of_thread = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    instructions = INSTRUCTIONS.get(problem.epilogue, 0) * outputs_of_thread
+    if instructions:
+        instructions += cost_model.PROGRAM_INSTRUCTIONS - cost_model.BEFORE_LOOP_INSTRUCTIONS
+    resources = cost_model.Resources(**row["resources"], epilogue=instructions)
+    seconds = cost_model.predict(solved, tile, splits, resources, gpu=gpu).seconds
+    seconds += sum(cost_model.sweep_seconds(size, gpu) for size in row["sweeps"])
+    if problem.kernel.startswith("wgrad"):
+        return seconds + cost_model.split_k_seconds(problem, splits, gpu, in_flight=8)
+    if row["partial_rows"]:
+        loops = 2 if problem.epilogue == "statistics" else 1  # for the mean, then for the variance
+        seconds += cost_model.merge_seconds(loops * -(-row["partial_rows"] // 1024))
+    return seconds
+
+
+def test_the_times_of_an_h200_are_predicted() -> None:
+    """Of all layers and phases: within 10% in the median, and within 30% at worst."""
+    errors = {}
+    for row in measured("kernels"):
+        if row["us"] is None:
+            continue
+        start = 0.0 if row["phase"] == "eval" else GRAPH_START / SETS[row["batch"]]
+        ratio = 1e6 * (predicted(row, COLD) + start) / row["us"]
+        key = row["network"], row["layer"], row["phase"], row["batch"]
+        errors[key] = max(ratio, 1 / ratio)
+    assert len(errors) == 57
+    assert statistics.median(errors.values()) < 1.1
+    assert max(errors.values()) < 1.3, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+def test_the_steps_of_an_h200_are_predicted() -> None:
+    """Whole training steps of those kernels, within 15%; their tensors are in L2 where they fit.
+
+    D runs forward and backward on real and on generated images, and in G's update once more, where only its
+    last dgrad reaches the image. Of the step's other launches most are as short as a launch can be.
+    """
+    for step in measured("step"):
+        if "small_launches" not in step:  # not of tuned tiles
+            continue
+        shortest = cost_model.PIPELINE_LATENCY + cost_model.LAUNCH_GAP
+        seconds = step["small_launches"] * shortest
+        for row in measured("kernels"):
+            if row["batch"] != step["batch"] or row["phase"] == "eval":
+                continue
+            runs = 1
+            if row["network"] == "D" and (row["layer"], row["phase"]) != ("1→64 @64→32", "dgrad"):
+                runs = 2 if row["phase"] == "wgrad" else 3
+            seconds += runs * predicted(row, cost_model.H200)
+        assert 1e6 * seconds == pytest.approx(step["us"], rel=0.15)
+
+
+def test_a_tile_of_128_by_64_is_bound_by_shared_memory() -> None:
+    """Its loop takes 1.75 times as long as the tensor cores need; that of 128 × 256 is hardly longer."""
+    large = replace(UP, rows=2**20, fusion="none+affine")
+    small, full = Tile(128, 64, 64, 4, 4), Tile(128, 256, 64, 8, 3)
+    prediction = cost_model.predict(large, small)
+    assert prediction.bound == "shared memory"
+    tensor = prediction.flops / (2 * cost_model.FMA_PER_CLOCK["16bit"] * cost_model.CLOCK * 132)
+    assert 1.75 * tensor < prediction.seconds < 2.2 * tensor
+    assert cost_model.predict(large, full).seconds < 1.5 * tensor
+
+
+def test_stores_of_partial_sectors_take_longer() -> None:
+    problem = Problem("dense", "16bit", 1024, 8192, 100, 100, elements=(102400,))
+    tile = Tile(16, 64, 64, 4, 3)
+    resources = cost_model.estimate_resources(problem, tile)
+    seconds = [
+        cost_model.predict(problem, tile, resources=resources._replace(store_bytes=width)).seconds
+        for width in (16, 8, 4, 2)
+    ]
+    assert seconds[0] == seconds[1] < seconds[2] < seconds[3]
+
+
+def test_a_load_that_each_step_waits_for_takes_longer() -> None:
+    problem = Problem(
+        "wgrad_narrow", "16bit", 64, 16, 2**20, 2**20, elements=(2**26, 2**22), fusion="none+none"
+    )
+    tile = Tile(64, 16, 64, 4, 3)
+    resources = cost_model.estimate_resources(problem, tile)._replace(stalls=0)
+    without, waiting = (
+        cost_model.predict(problem, tile, 128, resources._replace(stalls=stalls)).seconds for stalls in (0, 1)
+    )
+    steps = 2**20 // 64 // 128
+    assert without < waiting <= without + steps * cost_model.LOAD_LATENCY
+
+
+def test_a_sliced_epilogue_leaves_registers_for_two_programs() -> None:
+    """Over four column slices of the accumulator: of 128 registers, two CTAs of 8 warps fit on an SM."""
+    for epilogue in ("statistics", "gradient"):
+        problem = replace(UP, fusion=f"none+{epilogue}")
+        for tile, registers, ctas in (
+            (Tile(128, 128, 64, 8, 3), 128, 2),
+            (Tile(128, 256, 64, 8, 3), 255, 1),
+            (Tile(256, 128, 64, 8, 3), 255, 1),
+        ):
+            assert cost_model.estimate_resources(problem, tile).registers <= registers
+            assert cost_model.predict(problem, tile).ctas_per_sm == ctas
 
 
 def test_more_bytes_take_more_time_and_two_passes_take_more_than_one() -> None:
@@ -190,11 +322,11 @@ def test_more_bytes_take_more_time_and_two_passes_take_more_than_one() -> None:
         times = [cost_model.sweep_seconds(size, gpu) for size in sizes]
         assert times == sorted(times)
         assert times[0] > cost_model.LAUNCH_GAP
-    assert cost_model.sweep_seconds(10**9, cost_model.GPUS["h200"]) < cost_model.sweep_seconds(10**9)
+    assert cost_model.sweep_seconds(10**9, cost_model.H200) < cost_model.sweep_seconds(10**9)
     for merge in (cost_model.batchnorm_forward_seconds, cost_model.batchnorm_backward_seconds):
-        times = [merge((2, tiles, 64)) for tiles in (2, 2000, 4000, 16000)]
+        times = [merge((3, tiles, 64)) for tiles in (2, 2000, 4000, 16000)]
         assert times == sorted(times)
-        assert merge((2, 128, 64), 2) < 2 * merge((2, 64, 64))
+        assert merge((3, 128, 64), 2) < 2 * merge((3, 64, 64))
     assert cost_model.apply_bytes(1000, "16bit") == 8000
     assert cost_model.apply_bytes(1000, "tf32", x_hat=False) == 12000
 

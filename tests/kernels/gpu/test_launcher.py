@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from dcgan.kernels import gpu, ops, train_chain
-from dcgan.kernels.gpu import dense, down, executor, launcher, offline, packing, tuning, up
+from dcgan.kernels.gpu import dense, down, executor, launcher, offline, packing, tuning, up, up_block
 from dcgan.kernels.gpu.launcher import Launch, Pointers
 from dcgan.kernels.gpu.tiles import Problem, Tile
 from dcgan.kernels.gpu.tools.simulated_gpu import Driver
@@ -54,13 +54,17 @@ class Recorder(Driver):
 
 
 @pytest.fixture(autouse=True)
-def _recorder() -> Iterator[None]:
+def _recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Record launches; small maps run as up_block, too."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(Recorder())
+    monkeypatch.setattr(up_block, "MIN_BLOCKS", 0)
+    launcher.kernel_for.cache_clear()
     launched.clear()
     launcher._plans.clear()
     yield
     launcher._plans.clear()
+    launcher.kernel_for.cache_clear()
     triton.runtime.driver._active = before
 
 
@@ -92,14 +96,16 @@ def pointers(launches: list[Launched]) -> set[int]:
 @pytest.mark.parametrize(
     ("transposed", "c_in", "c_out", "size"),
     [
+        (True, 32, 72, 8),
         (True, 32, 16, 8),
         (True, 32, 1, 8),
         (True, 20, 16, 1),
+        (True, 4, 16, 1),
         (False, 16, 32, 8),
         (False, 3, 32, 8),
         (False, 32, 1, 4),
     ],
-    ids=["up", "up_narrow", "dense_up", "down", "down_narrow", "dense_narrow"],
+    ids=["up", "up_block", "up_narrow", "dense_up", "dense_outer", "down", "down_narrow", "dense_narrow"],
 )
 def test_the_second_launch_equals_the_first(
     transposed: bool, c_in: int, c_out: int, size: int, vectors: bool
@@ -225,12 +231,13 @@ def unaligned(t: Tensor) -> Tensor:
 TRAINED = pytest.mark.parametrize(
     ("transposed", "c_in", "c_out", "size", "kernel", "adjoint"),
     [
-        (True, 32, 16, 8, "_up_kernel", "_down_kernel"),
-        (False, 16, 32, 8, "_down_kernel", "_up_kernel"),
+        (True, 32, 72, 8, "_up_kernel", "_down_kernel"),
+        (True, 32, 16, 8, "_up_block_kernel", "_down_kernel"),
+        (False, 72, 32, 8, "_down_kernel", "_up_kernel"),
         (True, 20, 16, 1, "_dense_kernel", "_dense_kernel"),
-        (False, 3, 32, 8, "_down_narrow_kernel", "_up_kernel"),
+        (False, 3, 32, 8, "_down_narrow_kernel", "_up_block_kernel"),
     ],
-    ids=["up", "down", "dense", "narrow"],
+    ids=["up", "up_block", "down", "dense", "narrow"],
 )
 
 
@@ -276,7 +283,7 @@ def test_the_second_step_equals_the_first(
 
     Packing adds one for each layout of the weight.
     """
-    chosen_for = [] if fused else use_standalone_prologues(monkeypatch)
+    chosen_for = use_prologues(monkeypatch, fused)
     first = step(transposed, c_in, c_out, size)
     second = first.map(lambda name, t: copied(t))
     first.run(transposed)
@@ -284,7 +291,8 @@ def test_the_second_step_equals_the_first(
     second.run(transposed)
     names = [launch.kernel for launch in launched]
     forward = [*packings(kernel), kernel, "_statistics_kernel"]
-    backward = ["_pack_kernel", adjoint, "_sums_kernel", "_wgrad_kernel", "_split_k_kernel"]
+    wgrad = "_wgrad_narrow_kernel" if c_in <= launcher.NARROW else "_wgrad_kernel"
+    backward = ["_pack_kernel", adjoint, "_sums_kernel", wgrad, "_split_k_kernel"]
     if not fused:
         forward.insert(len(packings(kernel)), "_prologue_kernel")
         backward.insert(3, "_prologue_kernel")
@@ -325,11 +333,19 @@ def test_the_product_reads_what_the_standalone_prologue_writes(monkeypatch: pyte
 
 @TRAINED
 def test_every_training_call_packs_the_current_weight(
-    transposed: bool, c_in: int, c_out: int, size: int, kernel: str, adjoint: str
+    monkeypatch: pytest.MonkeyPatch,
+    transposed: bool,
+    c_in: int,
+    c_out: int,
+    size: int,
+    kernel: str,
+    adjoint: str,
 ) -> None:
     """Even if neither version nor address of the weight reveals that it has changed."""
+    use_prologues(monkeypatch, True)
     layouts = {
         "_up_kernel": up.LAYOUT,
+        "_up_block_kernel": up_block.LAYOUT,
         "_down_kernel": down.LAYOUT,
         "_down_narrow_kernel": down.NARROW_LAYOUT,
     }
@@ -366,8 +382,7 @@ def test_a_weight_is_packed_once_per_product(
     fused: bool,
 ) -> None:
     """By the call that plans the product and by later calls, with fused and with standalone prologues."""
-    if not fused:
-        use_standalone_prologues(monkeypatch)
+    use_prologues(monkeypatch, fused)
     it = step(transposed, c_in, c_out, size)
     for _ in range(3):
         launched.clear()
@@ -382,7 +397,7 @@ def test_packing_reuses_its_plan() -> None:
 
     def weights() -> list[packing.Job]:
         wide, narrow = torch.randn(16, 8, 4, 4), torch.randn(8, 3, 4, 4).bfloat16()
-        return [(wide, up.LAYOUT), (wide, down.LAYOUT), (narrow, up.NARROW_LAYOUT)]
+        return [(wide, up.LAYOUT), (wide, down.LAYOUT), (narrow, up_block.LAYOUT)]
 
     def buffer(jobs: list[packing.Job]) -> Tensor:
         return torch.empty(packing.offsets([(weight.shape, layout) for weight, layout in jobs])[1])
@@ -397,8 +412,8 @@ def test_packing_reuses_its_plan() -> None:
 
     wide = first[0][0]
     for changed in (
-        [*first[:2], (first[2][0].float(), up.NARROW_LAYOUT)],
-        [*first[:2], (unaligned(first[2][0]), up.NARROW_LAYOUT)],
+        [*first[:2], (first[2][0].float(), up_block.LAYOUT)],
+        [*first[:2], (unaligned(first[2][0]), up_block.LAYOUT)],
         [(wide, down.LAYOUT), *first[1:]],
         [(wide.contiguous(memory_format=torch.channels_last), up.LAYOUT), *first[1:]],
         first[:2],
@@ -495,15 +510,16 @@ def test_a_new_geometry_of_a_step_gets_a_new_plan() -> None:
 
 
 @pytest.mark.usefixtures("_no_compilation")
-def test_kernels_for_unneeded_gradients_are_not_launched() -> None:
+def test_kernels_for_unneeded_gradients_are_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_prologues(monkeypatch, True)
     ran: list[str] = []
     it = step(False, 16, 32, 8)
     original = Launch.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "__call__", lambda self: (ran.append(self.kernel.__name__), original(self))[1])
         for needs, expected in (
-            ((True, False, False, False, False), ["_pack_kernel", "_up_kernel"]),
-            ((False, False, True, False, False), ["_pack_kernel", "_up_kernel", "_sums_kernel"]),
+            ((True, False, False, False, False), ["_pack_kernel", "_up_block_kernel"]),
+            ((False, False, True, False, False), ["_pack_kernel", "_up_block_kernel", "_sums_kernel"]),
             ((False, True, False, False, False), ["_wgrad_kernel", "_split_k_kernel"]),
             ((False, False, False, False, False), []),
         ):
@@ -530,13 +546,13 @@ def chain_call(groups: int = 1) -> TrainCall:
 CHAIN = [
     *("_pack_kernel", "_down_narrow_kernel", "_down_kernel", "_forward_kernel", "_up_narrow_kernel"),
     *("_prologue_kernel", "_down_narrow_kernel", "_backward_kernel", "_apply_kernel"),
-    *("_wgrad_kernel", "_split_k_kernel"),
-    *("_wgrad_kernel", "_split_k_kernel", "_up_kernel"),
-    *("_wgrad_kernel", "_split_k_kernel", "_up_narrow_kernel"),
+    *("_wgrad_narrow_kernel", "_split_k_kernel"),
+    *("_wgrad_kernel", "_split_k_kernel", "_up_block_kernel"),
+    *("_wgrad_narrow_kernel", "_split_k_kernel", "_up_narrow_kernel"),
     "_track_kernel",
 ]
 """The launches of a step with fused prologues."""
-PRODUCTS = ("_down_narrow_kernel", "_down_kernel", "_up_narrow_kernel", "_up_kernel")
+PRODUCTS = ("_down_narrow_kernel", "_down_kernel", "_up_narrow_kernel", "_up_block_kernel")
 
 
 class ChainStep(NamedTuple):
@@ -699,7 +715,7 @@ def up_launch(tile: Tile) -> Launch:
     it = call(True, 512, 256, 4, False)._replace(stats=True, out_act="none")
     spec = ops.check(it, True)
     product = executor.fprop(spec, it, ops.empty(spec)[0])
-    return up.UP.launch(product, torch.empty(up.LAYOUT.shape(it.weight.shape)), torch.empty(2, 4, 256), tile)
+    return up.UP.launch(product, torch.empty(up.LAYOUT.shape(it.weight.shape)), torch.empty(3, 4, 256), tile)
 
 
 @pytest.mark.parametrize(
