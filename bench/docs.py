@@ -178,4 +178,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": lambda: race("train.jsonl"),
     "situations": situations,
     "predict": lambda: section("predict-h200.md", "Steps"),
+    "predict_inference": lambda: section("predict-h200-inference.md", "Replays"),
 }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcgan.capturing import capturing
+from dcgan.kernels.capturing import capturing
 
 Times = dict[str, list[float]]
 
@@ -25,6 +25,8 @@ MIN_CALLS = 3
 MAX_CALLS = 2000  # per CUDA burst
 GRAPH_BATCH = 64  # above this batch, launch overhead is hidden behind the kernels
 GRAPH_CALLS = 8  # per captured graph
+AHEAD = 32  # calls enqueued while the device waits: the launches of a few hundred fit its queue
+CLOCK = 2e9  # cycles per second of a fast GPU
 FLUSH_BYTES = 256 << 20  # several times any L2
 
 REPLAY_SECONDS = 0.03  # of replays per measurement
@@ -138,10 +140,11 @@ class CpuSampler(Sampler):
 class CudaSampler(Sampler):
     """Measure short, stateless calls with device events.
 
-    ``warm`` times back-to-back calls, including launch gaps. ``cold`` overwrites L2 before each call.
-    ``graph``, for batches up to GRAPH_BATCH, replays GRAPH_CALLS calls captured in one CUDA graph, which
-    excludes launch overhead. It is absent if ``capture`` is false, as for a provider that already replays
-    graphs, and where capturing fails.
+    ``warm`` times back-to-back calls, including launch gaps and, where the host is slower, waiting for it.
+    ``cold`` overwrites L2 before each call. ``graph``, for batches up to GRAPH_BATCH, excludes launch
+    overhead: it replays GRAPH_CALLS calls captured in one CUDA graph, and is absent where capturing fails. If
+    ``capture`` is false, as for a provider that already replays graphs, its calls are enqueued while the
+    device is busy instead (:func:`ahead`).
     """
 
     overhead = FLUSH_BYTES
@@ -150,18 +153,22 @@ class CudaSampler(Sampler):
         super().__init__(run, inputs)
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=inputs[0].device)
         self._graph = None
-        if capture and inputs[0].shape[0] <= GRAPH_BATCH:
+        small = inputs[0].shape[0] <= GRAPH_BATCH
+        self._ahead = small and not capture
+        if capture and small:
             try:
                 self._graph = _captured([partial(self._call, i) for i in range(GRAPH_CALLS)])
             except RuntimeError:
                 torch.cuda.synchronize()
 
     def burst(self, seconds: float) -> Times:
-        share = seconds / (2 if self._graph is None else 3)
+        share = seconds / (3 if self._graph is not None or self._ahead else 2)
         times = {"warm": events(self._call, share), "cold": events(self._call, share, self._flush)}
         if self._graph is not None:
             replay = self._graph.replay
             times["graph"] = [t / GRAPH_CALLS for t in events(lambda i: replay(), share)]
+        elif self._ahead:
+            times["graph"] = ahead(self._call, share)
         return times
 
 
@@ -190,6 +197,30 @@ def events(
         after.record()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) / 1e3 for before, after in marks]
+
+
+def ahead(call: Callable[[int], object], seconds: float) -> list[float]:
+    """Return the device seconds of each call, none of which waits for the host.
+
+    A kernel that only waits keeps the device busy while the host enqueues the next AHEAD calls.
+    """
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(AHEAD):
+        call(i)
+    wait = int(3 * (time.perf_counter() - start) * CLOCK)
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while not times or time.perf_counter() < start + seconds:
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(AHEAD)]
+        torch.cuda._sleep(wait)
+        for i, (before, after) in enumerate(marks):
+            before.record()
+            call(i)
+            after.record()
+        torch.cuda.synchronize()
+        times += [before.elapsed_time(after) / 1e3 for before, after in marks]
+    return times
 
 
 def replay(calls: Sequence[Callable[[], Any]], *, cold: bool, seconds: float = REPLAY_SECONDS) -> Spread:

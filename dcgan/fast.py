@@ -6,8 +6,9 @@
 (and, so that prepacked weights are never stale, the methods through which weights change). A convolution, its
 BatchNorm and its activation are one op of :mod:`dcgan.kernels.ops`:
 
-* eval: BatchNorm is folded into the op's epilogue, from the live parameters and running statistics. On a CPU,
-  when no gradients are needed, all layers run in one call (:mod:`dcgan.kernels.chain`).
+* eval: BatchNorm is folded into the op's epilogue, from the live parameters and running statistics. When no
+  gradients are needed, the network is one operator (:mod:`dcgan.kernels.chain`): one call of the native
+  engine, or on a GPU a handful of launches, which become a CUDA graph where small batches recur.
 * train: the network is one operator with one autograd node (:mod:`dcgan.kernels.train_chain`), and a layer
   saves one tensor for the backward. Running statistics and ``num_batches_tracked`` are updated as in
   ``nn.BatchNorm2d``. Where that operator does not apply (a module with hooks, a BatchNorm in eval mode,
@@ -53,11 +54,11 @@ class _Fast(nn.Module):
     def refresh(self) -> None:
         """Discard everything cached for the weights, by this or any other network that shares them.
 
-        On a CPU this is needed only after an in-place edit that bypasses the tensor's version counter
-        (``p.data``, a NumPy view, another process) and changes so few elements that the sampled weights miss
-        it; :mod:`dcgan.kernels.weight_cache` gives the probability. On a GPU in eval mode it is needed after
-        any in-place edit of ``p.data``, and after a CUDA graph other than a TrainStep's has written to the
-        weights.
+        This is needed only after an in-place edit that bypasses the tensor's version counter (``p.data``, a
+        NumPy view, another process, a CUDA graph other than a TrainStep's) and changes so few elements that
+        the sampled weights miss it; :mod:`dcgan.kernels.weight_cache` gives the probability. On a GPU in eval
+        mode it is also needed after any such edit of a network whose layers run one by one, because of hooks,
+        foreign layers or gradients.
         """
         weight_cache.thaw(self)
         weight_cache.invalidate(self.parameters())
@@ -218,13 +219,17 @@ class Explanation(NamedTuple):
 class Explanations(list[Explanation]):
     """The layers of a network, in order; prints as a table."""
 
+    note = ""
+    """How a whole network is launched, where its layers are one operator on a GPU."""
+
     def __str__(self) -> str:
         rows = [("modules", "op", "engine", "why"), *self]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
+        lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def explain(model: models.Generator | models.Discriminator, x: Tensor) -> Explanations:
@@ -264,6 +269,8 @@ def explain(model: models.Generator | models.Discriminator, x: Tensor) -> Explan
             rows.append(Explanation(layer.names, kinds, "eager", layer.reason))
         else:
             rows.append(Explanation(layer.names, *next(remaining)))
+    if not model.training and len(rows) == len(choices) and all(c.engine == "triton" for c in choices):
+        rows.note = layers.chain.described(x, len(rows))
     return rows
 
 

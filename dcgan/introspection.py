@@ -14,14 +14,10 @@ from .batchnorm import SyncBatchNorm2d
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of a module that hold the hooks which run when it is called or in its backward."""
 
-# Methods that a call goes through. Setting one on an instance overrides the class's.
-_METHODS = (
-    "forward",
-    "_conv_forward",
-    "_check_input_dim",
-    "_call_impl",
-    "_wrapped_call_impl",
-    "_slow_forward",
+# Methods that a call goes through. Setting one on an instance overrides the class's. Every call of a network
+# checks them in each module, so that why_eager writes the loop over them out.
+_METHODS = frozenset(
+    ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl", "_slow_forward")
 )
 
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -53,9 +49,15 @@ def why_eager(module: Any) -> str:
         or attributes["_backward_pre_hooks"]
     ):
         return "the module has hooks"
-    for method in _METHODS:
-        if method in attributes:
-            return f"the module's {method} has been replaced"
+    if (
+        "forward" in attributes
+        or "_conv_forward" in attributes
+        or "_check_input_dim" in attributes
+        or "_call_impl" in attributes
+        or "_wrapped_call_impl" in attributes
+        or "_slow_forward" in attributes
+    ):
+        return f"the module's {min(_METHODS & attributes.keys())} has been replaced"
     if kind.forward is not own:
         return f"{kind.__name__}.forward has been replaced"
     if attributes.get("_compiled_call_impl") is not None:

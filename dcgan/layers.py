@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -232,10 +233,11 @@ def convolution_weights(main: nn.Module) -> list[Tensor]:
 
 def _is_channels_last(t: Tensor) -> bool:
     """Decide from the strides as aten does, also where one channel or a 1×1 map would fit both formats."""
-    if t.ndim != 4 or t.shape[1] * t.shape[2] * t.shape[3] == 1:
+    if t.ndim != 4:
         return False
-    row, column = t.stride(2), t.stride(3)
-    return t.stride(1) == 1 and column >= t.shape[1] and row >= t.shape[3] * column
+    _, c, h, w = t.shape
+    _, channel, row, column = t.stride()
+    return channel == 1 and column >= c and row >= w * column and c * h * w != 1
 
 
 # --- chains -------------------------------------------------------------------------------------------------
@@ -271,12 +273,17 @@ def stages(modules: NamedModules) -> list[chain.Stage]:
 # The attributes of each module type, besides its tensors, that _group and _stage read.
 _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
 _NORM = ("eps", "momentum", "track_running_stats", "training")
-_ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
-    **dict.fromkeys((nn.Conv2d, nn.ConvTranspose2d), _CONVOLUTION),
-    **dict.fromkeys((nn.BatchNorm2d, *SYNC_BATCHNORMS), _NORM),
-    nn.LeakyReLU: ("negative_slope",),
+_ATTRIBUTES: dict[type[nn.Module], Callable[[Any], tuple[Any, ...]]] = {
+    **dict.fromkeys((nn.Conv2d, nn.ConvTranspose2d), itemgetter(*_CONVOLUTION)),
+    **dict.fromkeys((nn.BatchNorm2d, *SYNC_BATCHNORMS), itemgetter(*_NORM)),
+    nn.LeakyReLU: itemgetter("negative_slope", "inplace"),
 }
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def fingerprint(main: nn.Module) -> list[Any]:
+    """Return everything in ``main`` that decides how it runs, except tensors' values and memory."""
+    return [why_main_runs_eagerly(main), *_fingerprint(named_modules(main))]
 
 
 def _fingerprint(modules: NamedModules) -> list[Any]:
@@ -287,14 +294,20 @@ def _fingerprint(modules: NamedModules) -> list[Any]:
     fingerprint: list[Any] = [ops.engine()]
     for _, module in modules:
         kind = type(module)
-        fingerprint.append(kind)
-        fingerprint.append(why_eager(module))
         attributes = _ATTRIBUTES.get(kind)
-        if attributes is not None:
-            state = module.__dict__
-            fingerprint += map(state.get, attributes)
-            for tensors in (state["_parameters"], state["_buffers"], state):
-                fingerprint += map(id, map(tensors.get, _TENSORS))
+        if attributes is None:
+            fingerprint += (kind, why_eager(module))
+            continue
+        state = module.__dict__
+        fingerprint += (kind, why_eager(module), *attributes(state))
+        if kind is nn.LeakyReLU:
+            continue
+        parameters, buffers = state["_parameters"], state["_buffers"]
+        fingerprint += (id(parameters.get("weight")), id(parameters.get("bias")))
+        if buffers:
+            fingerprint += map(id, buffers.values())
+        if "weight" in state or "bias" in state or "running_mean" in state or "running_var" in state:
+            fingerprint += map(id, map(state.get, _TENSORS))
     return fingerprint
 
 

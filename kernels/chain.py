@@ -7,28 +7,43 @@
         x_{i+1} = act((conv(x_i, weight) + bias[c] - mean[c])·scale[c]/√(var[c] + eps) + shift[c])
 
 This is a sequence of :func:`.ops.conv2d_fused` and :func:`.ops.conv_transpose2d_fused`, and it is computed
-as such where the native engine does not cover every layer. Where it does, the chain is one native call: the
-activations between two layers stay in a workspace of bounded size, one block of images at a time, and are
-never materialized as tensors. 16-bit tensors are rounded once, at the end.
+as such where no engine covers every layer.
+
+* The native engine runs the chain in one call: the activations between two layers stay in a workspace of
+  bounded size, one block of images at a time, and are never materialized as tensors. 16-bit tensors are
+  rounded once, at the end.
+* The Triton engine runs one kernel that folds BatchNorms and packs weights, and one product per layer
+  (:mod:`.gpu.inference`), whose results are rounded to x's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, ops
+from . import cpu, ops, weight_cache
 from .ops import LIBRARY, Choice
 from .reference import accumulator_dtype
 from .spec import Call, ConvSpec, Shaped, Stage
 
 
 def runs_as_one_call(x: Tensor) -> bool:
-    """Return whether x's device can run a chain as one call; elsewhere it is a sequence of ops."""
-    return x.device.type == "cpu"
+    """Return whether x's device has an engine that can run a chain as one call."""
+    return x.device.type in ("cpu", "cuda")
+
+
+def described(x: Tensor, layers: int) -> str:
+    """Describe how a chain of so many layers is launched on x's GPU."""
+    from .gpu import inference
+
+    text = f"one operator: {layers + 1} launches per call"
+    if inference.captures(x):
+        call = inference.CAPTURED_CALL
+        text += f", and from call {call} with one shape on a CUDA graph (DCGAN_GRAPHS=0 turns graphs off)"
+    return text
 
 
 def fold_epilogue(stage: Stage, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -146,30 +161,37 @@ def _choose_engines(specs: Sequence[ConvSpec], stages: Sequence[Stage]) -> tuple
     return tuple(ops.choose(spec, stage.weight) for spec, stage in zip(specs, stages, strict=True))
 
 
-def _runs_as_one_call(choices: Sequence[Choice], x: Tensor) -> bool:
-    """Return whether one native call can run the whole chain."""
-    return (
-        all(choice.engine == "native" for choice in choices)
-        and len(choices) <= cpu.MAX_LAYERS
-        and x.numel() > 0
-    )
+def _engine_of(choices: Sequence[Choice], x: Tensor) -> str:
+    """Return the engine that can run the whole chain, '' if none can."""
+    engines = {choice.engine for choice in choices}
+    if x.numel() == 0 or len(engines) > 1:
+        return ""
+    (engine,) = engines
+    covered = engine == "triton" or (engine == "native" and len(choices) <= cpu.MAX_LAYERS)
+    return engine if covered else ""
 
 
 def _implementation(x: Tensor, *columns: Any) -> Tensor:
     stages, channels_last = arguments(columns)
-    choices = _choose_engines(specs(x, stages, channels_last), stages)
-    if not _runs_as_one_call(choices, x):
+    found = specs(x, stages, channels_last)
+    choices = _choose_engines(found, stages)
+    engine = _engine_of(choices, x)
+    if not engine:
         return _one_by_one(x, stages, channels_last, ops.run)
     for choice in choices:
         ops.record(choice)
+    if engine == "triton":
+        from . import gpu
+
+        return gpu.run_once(x, found, stages)
     return cpu.Prepared(x.shape, stages, torch.get_num_threads())(x, channels_last)
 
 
 class Chain:
     """A chain prepared for repeated calls: plans and packed weights are cached per input shape and dtype.
 
-    It follows its tensors: a changed weight is repacked (:mod:`.weight_cache`), and vectors are read at every
-    call.
+    It follows its tensors: a changed weight is repacked (:mod:`.weight_cache`, :mod:`.gpu.prepare`), and
+    vectors are read at every call.
     """
 
     _MAX_PREPARED = 16  # input shapes cached; when full, the cache is cleared
@@ -180,14 +202,18 @@ class Chain:
         tensors = (t for stage in stages for t in stage[1:7] if t is not None)
         self._plain_tensors = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         self._prepared: dict[Any, tuple[tuple[Choice, ...], cpu.Prepared]] = {}
+        self._engines: dict[Hashable, tuple[str, tuple[Choice, ...]]] = {}  # of calls on a GPU
+        self._network: Any = None  # a gpu.Network
 
     def __call__(
         self, x: Tensor, channels_last: bool = True, freeze: Callable[[], None] = lambda: None
     ) -> Tensor:
         """Run as :func:`conv_chain`; ``freeze`` is called before weights are packed."""
-        if not (self._plain_tensors and ops.can_bypass_dispatcher(x)):
+        if not (self._plain_tensors and ops.can_bypass_dispatcher(x, autocast=x.is_cuda)):
             freeze()
             return conv_chain(x, self.stages, channels_last)
+        if x.is_cuda or ops.engine() == "triton":
+            return self._on_gpu(x, channels_last, freeze)
         threads = torch.get_num_threads()
         key = (x.shape, x.dtype, channels_last, threads, ops.engine())
         found = self._prepared.get(key)
@@ -195,7 +221,7 @@ class Chain:
         if found is None or held is None:
             freeze()
             choices = _choose_engines(specs(x, self.stages, channels_last), self.stages)
-            if not _runs_as_one_call(choices, x):
+            if _engine_of(choices, x) != "native":
                 return conv_chain(x, self.stages, channels_last)
             if len(self._prepared) >= self._MAX_PREPARED:
                 self._prepared.clear()
@@ -205,6 +231,51 @@ class Chain:
         for choice in choices:
             ops.record(choice)
         return prepared(x, channels_last)
+
+    def _on_gpu(self, x: Tensor, channels_last: bool, freeze: Callable[[], None]) -> Tensor:
+        from . import gpu
+
+        networks = weight_cache.networks_of_graph()
+        if networks is None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return conv_chain(x, self.stages, channels_last)  # the graph packs weights at every replay
+        cast = ops.autocast_dtype(x)
+        dtype = x.dtype if cast is None else cast
+        tensor = x.shape, x.stride(), x.dtype, x.device
+        key = *tensor, cast, channels_last, ops.engine(), gpu.precision(dtype)
+        if cast is not None:
+            x = x.to(cast)
+
+        def call_specs() -> list[ConvSpec]:
+            return specs(x, self.stages if cast is None else self._cast_stages(dtype), channels_last)
+
+        found = self._engines.get(key)
+        if found is None:
+            if len(self._engines) >= gpu.MAX_PREPARED:
+                self._engines.clear()
+            choices = _choose_engines(call_specs(), self.stages)
+            found = self._engines[key] = _engine_of(choices, x), choices
+        engine, choices = found
+        if engine != "triton":
+            freeze()
+            return conv_chain(x, self.stages, channels_last)
+        for choice in choices:
+            ops.record(choice)
+        if networks is not None:
+            if self not in networks:
+                networks[self] = gpu.Network(self.stages, of_a_graph=True)
+            return networks[self].run(key, x, call_specs, freeze)  # type: ignore[no-any-return]
+        if self._network is None:
+            self._network = gpu.Network(self.stages)
+        return self._network.run(key, x, call_specs, freeze)  # type: ignore[no-any-return]
+
+    def _cast_stages(self, dtype: torch.dtype) -> list[Stage]:
+        """Return the stages with weights as autocast casts them, of which only the shapes are right."""
+        found = []
+        for stage in self.stages:
+            w = stage.weight
+            shaped: Any = Shaped(w.shape, dtype, w.device, w.stride())
+            found.append(stage if w.dtype == torch.float64 else stage._replace(weight=shaped))
+        return found
 
 
 def _fake(x: Tensor, *columns: Any) -> Tensor:

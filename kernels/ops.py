@@ -486,15 +486,16 @@ def under_transform() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def can_bypass_dispatcher(x: Tensor) -> bool:
+def can_bypass_dispatcher(x: Tensor, autocast: bool = False) -> bool:
     """Return whether a call on x may bypass the dispatcher and call an engine directly.
 
-    That is so if no autograd, autocast, transform, tracing, fake tensor or dispatch mode is active.
+    That is so if no autograd, transform, tracing, fake tensor or dispatch mode is active, nor, unless the
+    caller casts itself, autocast.
     """
     return (
         type(x) is Tensor
         and (x.is_cpu or x.is_cuda)
-        and not torch.is_autocast_enabled(x.device.type)
+        and (autocast or not torch.is_autocast_enabled(x.device.type))
         and torch._C._get_tracing_state() is None
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0

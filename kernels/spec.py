@@ -229,6 +229,8 @@ class ConvSpec(NamedTuple):
     """'16bit', or on a GPU for float32 'tf32' or 'ieee', by PyTorch's setting."""
     groups: int = 1
     """Equal parts of the images that have statistics and vectors of their own."""
+    dependent: bool = False
+    """Whether the launch may start before the previous one on its stream has completed, which it awaits."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -23,8 +23,12 @@ constant with :func:`freeze`, and a cached result is reused only while all of th
   every replay: cached tensors must not lie in a graph's memory pool, and a graph must not hold the address of
   a cached tensor that may be freed (except under :func:`collecting`).
 
-The remaining cases need ``refresh()``: on a CPU, an edit of a few elements that bumps no version; on CUDA,
-any in-place edit of ``p.data``, or a foreign CUDA graph that writes to a frozen weight.
+A whole network that runs on CUDA as one operator keeps its packed weights elsewhere, under the same rules,
+and there the device samples values (:mod:`.gpu.prepare`).
+
+The remaining cases need ``refresh()``: an edit of a few elements that bumps no version, and, in a network on
+CUDA whose layers run one by one, any in-place edit of ``p.data`` and a foreign CUDA graph that writes to a
+frozen weight.
 """
 
 from __future__ import annotations
@@ -175,16 +179,25 @@ def epoch() -> int:
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[list[Tensor]]:
+def collecting(networks: dict[Any, Any]) -> Iterator[list[Tensor]]:
     """In this context, a CUDA graph under capture may use cached tensors, which are listed for its owner.
 
     The owner must keep them alive as long as the graph, and recapture when :func:`epoch` has increased.
+
+    Args:
+        networks: the graph's own packed weights of whole networks (:mod:`.gpu.inference`), which a replay
+            keeps up to date itself. The owner passes the same dict for warm-up and capture.
     """
-    _local.tensors = []
+    _local.tensors, _local.networks = [], networks
     try:
         yield _local.tensors
     finally:
-        del _local.tensors
+        del _local.tensors, _local.networks
+
+
+def networks_of_graph() -> dict[Any, Any] | None:
+    """Return the dict passed to the enclosing :func:`collecting`, or None outside of one."""
+    return getattr(_local, "networks", None)
 
 
 @contextlib.contextmanager
@@ -220,19 +233,19 @@ def make_once(
     return tuple([t.detach() for t in results])  # aliases: no operator may return the same tensor twice
 
 
-@contextlib.contextmanager
-def called_from_python() -> Iterator[None]:
+class called_from_python:
     """Mark this thread's ops as called from Python, so that their results on CUDA may be cached.
 
     A compiled program never enters this context: an op called outside it was called by a compiled program,
     whose memory may belong to a CUDA graph.
     """
-    before = getattr(_local, "eager", False)
-    _local.eager = True
-    try:
-        yield
-    finally:
-        _local.eager = before
+
+    def __enter__(self) -> None:
+        self._before = getattr(_local, "eager", False)
+        _local.eager = True
+
+    def __exit__(self, *_: object) -> None:
+        _local.eager = self._before
 
 
 def cached_from(weight: Tensor, key: Hashable, result: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ A step can be captured again at any time, after the state it depends on has chan
 that. Autograd accumulates a gradient on the stream on which its parameter was first used in a graph that is
 still alive, and a capture that depends on a stream outside of it fails; so every warm-up step and capture
 starts with parameters that have no such stream (:func:`reset_accumulation_streams`). And a failed capture
-would leave the process in capture mode; :mod:`dcgan.capturing` restores it.
+would leave the process in capture mode; :mod:`dcgan.kernels.capturing` restores it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dcgan.capturing import capturing
 from dcgan.kernels import weight_cache
 from dcgan.training.reference_step import Result
 
@@ -34,7 +33,7 @@ MAX_SHAPES = 4  # batch shapes whose graphs are kept: the regular one, the short
 
 
 class Backend(Protocol):
-    """Runs and captures steps. :class:`Cuda` is the real one; tests use a simulated one."""
+    """Runs and captures steps: :class:`dcgan.kernels.capturing.Cuda`, or in tests a simulated one."""
 
     def device_context(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which steps run, are captured and are replayed."""
@@ -47,33 +46,6 @@ class Backend(Protocol):
 
         If the step cannot be captured, raise, and restore the state of the process.
         """
-
-
-class Cuda:
-    """CUDA graphs on one device, in one memory pool: results must be copied before another graph replays."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def device_context(self) -> contextlib.AbstractContextManager[object]:
-        return torch.cuda.device(self._device)
-
-    def run(self, step: Callable[[], Result]) -> Result:
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = step()
-        current.wait_stream(self._stream)
-        return result
-
-    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may do CUDA work meanwhile, such as pinning memory for the next batch.
-        with capturing(graph, self._stream, self._pool, "thread_local"):
-            result = step()
-        return graph.replay, result
 
 
 def reset_accumulation_streams(parameters: Iterable[Tensor]) -> None:

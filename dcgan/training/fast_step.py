@@ -20,9 +20,10 @@ from torch.optim.swa_utils import AveragedModel
 from dcgan import fast, models
 from dcgan.introspection import HOOKS, why_all_eager, why_eager
 from dcgan.kernels import coverage, ops, weight_cache
+from dcgan.kernels.capturing import Cuda
 from dcgan.kernels.loss import bce_with_logits, grouped_bce_with_logits
 from dcgan.kernels.reference import accumulator_dtype
-from dcgan.training.captured_step import Backend, Cuda, Graphs
+from dcgan.training.captured_step import Backend, Graphs
 from dcgan.training.config import Loss
 from dcgan.training.reference_step import Result
 

@@ -49,6 +49,7 @@ MAX_CTAS_PER_SM = 32
 ITEM_SIZE = {"16bit": 2, "tf32": 4, "ieee": 4}
 # Assumed: the measurements do not determine them.
 L2_BW = 5.5e12  # bytes/s, whole tensors that stay in L2 between kernels
+DEPENDENT_GAP = 0.4e-6  # before a dependent launch, whose programs have started when the kernel before ends
 MMA_SYNC_FRACTION = 0.6  # rate of mma.sync relative to wgmma, for tiles with fewer than wgmma's 64 rows
 # Measured and fitted on an H200.
 ADAM_BW = 2.1e12  # bytes/s: with 65,536 parameters per block there are fewer blocks than SMs
@@ -273,8 +274,13 @@ def predict(
     resources: Resources | None = None,
     sms: int = SM_COUNT,
     gpu: Gpu = H100,
+    dependent: bool = False,
 ) -> Prediction:
-    """Predict the product alone, without the kernel that reduces its partial sums."""
+    """Predict the product alone, without the kernel that reduces its partial sums.
+
+    ``dependent`` tells whether it is a dependent launch.
+    """
+    gap = DEPENDENT_GAP if dependent else LAUNCH_GAP
     scale = sms / SM_COUNT
     resources = resources or estimate_resources(problem, tile)
     registers = 8 * -(-resources.registers // 8)  # the granularity of their allocation
@@ -292,7 +298,7 @@ def predict(
     busiest = -(-total // sms)  # programs of the SM with the most
     if problem.kernel in ("dense_narrow", "dense_outer"):  # no matrix instructions: bound by bytes
         program = PIPELINE_LATENCY + LOAD_LATENCY
-        seconds = max(memory, program * busiest / ctas_per_sm) + program + LAUNCH_GAP
+        seconds = max(memory, program * busiest / ctas_per_sm) + program + gap
         roofline = max(flops / gpu.flops("ieee") / scale, memory)
         return Prediction(seconds, roofline, ctas_per_sm, busiest / ctas_per_sm, "bytes", flops, bytes_moved)
 
@@ -338,7 +344,7 @@ def predict(
     roofline = max(peak, memory)
     if roofline > compute:
         bound = "bytes" if memory > peak else "peak"
-    seconds = max(compute, roofline) + LAUNCH_GAP
+    seconds = max(compute, roofline) + gap
     return Prediction(seconds, roofline, ctas_per_sm, busiest / ctas_per_sm, bound, flops, bytes_moved)
 
 
@@ -378,6 +384,11 @@ def apply_bytes(elements: int, precision: str, x_hat: bool = True) -> int:
 def pack_seconds(weights: int, precision: str, gpu: Gpu = H100) -> float:
     """Predict the launch that packs a network's ``weights`` elements, float32, for fprop and for dgrad."""
     return sweep_seconds(weights * (4 + 2 * ITEM_SIZE[precision]), gpu)
+
+
+def prepare_seconds() -> float:
+    """Predict ``prepare`` where no weight has changed: it loads its state, and then samples."""
+    return PIPELINE_LATENCY + 2 * L2_LATENCY + LAUNCH_GAP
 
 
 def adam_seconds(parameters: int) -> float:

@@ -39,6 +39,7 @@ from .device_functions import (
     row_pointers,
     rows,
     store,
+    wait_for_previous,
     zeros,
 )
 from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem
@@ -75,6 +76,7 @@ def _dense_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl
     k = tl.arange(0, BLOCK_K)
 
     x_rows, other_rows = row_pointers(x, n, 0, 0, X)
+    wait_for_previous(SPEC.dependent)
     acc = zeros(SPEC)
     for step in range(0, TAPS * ((C_IN + BLOCK_K - 1) // BLOCK_K)):
         tap = step % TAPS
@@ -109,6 +111,7 @@ def _dense_outer_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SP
     inside, group, n, _, _ = rows(tile, M, 1, 1, BLOCK_M, SPEC.wide, SPEC.groups)
 
     x_rows, other_rows = row_pointers(x, n, 0, 0, X)
+    wait_for_previous(SPEC.dependent)
     acc = zeros(SPEC)
     SWAPPED: tl.constexpr = SPEC.swapped
     for ci in tl.static_range(C_IN):
@@ -177,6 +180,7 @@ def _dense_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, S
     if SPEC.wide:
         n = n.to(tl.int64)
 
+    wait_for_previous(SPEC.dependent)
     acc = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for step in range(0, (DEPTH + BLOCK_K - 1) // BLOCK_K):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -10,6 +10,26 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# --- dependent launches ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """Wait until the previous kernel on the stream has completed, and let the next one start its programs.
+
+    A launch that is DEPENDENT starts while the previous kernel's last programs run: what it does before this
+    call overlaps with them, and costs no time of its own. It must read and write nothing before it. As the
+    previous kernel has waited too, all earlier kernels have completed. The call must be outside of
+    loops: the compiler moves a pipelined loop's first loads in front of the loop.
+    """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+# --- rows --------------------------------------------------------------------------------------------------
 
 
 @triton.jit

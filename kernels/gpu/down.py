@@ -34,6 +34,7 @@ from .device_functions import (
     row_pointers,
     rows,
     store,
+    wait_for_previous,
     zeros,
 )
 from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem, is_strided
@@ -61,6 +62,7 @@ def _down_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.
 
     x_rows, other_rows = row_pointers(x, n, 2 * p, 2 * q, X)
     w_columns = w_ptr + co * (16 * C_IN)
+    wait_for_previous(SPEC.dependent)
     acc = zeros(SPEC)
     for step in range(0, 16 * ((C_IN + BLOCK_K - 1) // BLOCK_K)):  # the tap is the inner index, as in up
         tap = step % 16
@@ -110,6 +112,7 @@ def _down_narrow_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SP
     w_at = w_ptr + co[None, :] * (16 * C_IN) + tap[:, None]
     SWAPPED: tl.constexpr = SPEC.swapped
     at = of_rows(inside, SWAPPED), of_rows(n, SWAPPED), of_rows(p, SWAPPED), of_rows(q, SWAPPED), co
+    wait_for_previous(SPEC.dependent)
     of_epilogue = load_other(*at, y, Y, SWAPPED)  # early: there is one step, whose latency hides this load's
 
     acc = zeros(SPEC)

@@ -129,6 +129,13 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def starts_early(device: torch.device) -> bool:
+    """Return whether a device has dependent launches (:attr:`..spec.ConvSpec.dependent`): from sm_90 on."""
+    if device.type != "cuda":
+        return False
+    return _capability(torch.cuda.current_device() if device.index is None else device.index) >= (9, 0)
+
+
 def precision(dtype: torch.dtype) -> str:
     """Return the precision of products: '16bit', or for float32 'tf32' or 'ieee' by PyTorch's setting.
 
@@ -163,6 +170,8 @@ class Launch:
     num_stages: int = 1
     max_registers: int | None = None
     """Per thread: the compiler allocates no more, and would sooner spill."""
+    dependent: bool = False
+    """Programmatic dependent launch: programs may start while the previous kernel on the stream runs."""
 
     def __call__(self) -> Any:
         """Launch on the current device and stream; returns Triton's compiled kernel."""
@@ -178,7 +187,11 @@ class Launch:
     def options(self) -> dict[str, int]:
         """Return the compiler's options."""
         found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return found if self.max_registers is None else found | {"maxnreg": self.max_registers}
+        if self.max_registers is not None:
+            found["maxnreg"] = self.max_registers
+        if self.dependent:
+            found["launch_pdl"] = True
+        return found
 
     def spills(self) -> bool:
         """Return whether the code for the current device spills registers or exceeds the device's resources.
@@ -244,6 +257,8 @@ class Constants(NamedTuple):
     """Column slices of the accumulator, over which the epilogue runs one after another."""
     swapped: bool
     """Whether the accumulator is [BLOCK_N, BLOCK_M]: statistics are sums over rows."""
+    dependent: bool
+    """Whether the kernel must wait for the previous one, see :attr:`..spec.ConvSpec.dependent`."""
 
 
 def constants_of(spec: ConvSpec, x: Operand, y: Operand, rows: int, tile: Tile) -> Constants:
@@ -252,7 +267,8 @@ def constants_of(spec: ConvSpec, x: Operand, y: Operand, rows: int, tile: Tile) 
     blocks = tile.block_m, tile.block_n, tile.block_k
     epilogue = "affine" if spec.kind == "wgrad" else y.function
     slices, swapped = tile.epilogue_slices(epilogue), epilogue == "statistics"
-    return Constants(x, y, precision, wide(spec, rows), spec.groups, *blocks, slices, swapped)
+    sizes = wide(spec, rows), spec.groups, *blocks
+    return Constants(x, y, precision, *sizes, slices, swapped, spec.dependent)
 
 
 def per_count(spec: ConvSpec) -> float:
@@ -302,7 +318,7 @@ def convolution(
         }
         constants = {"SPEC": constants_of(spec, spec.x, spec.y, sizes.rows, tile)}
         given = tensors(it, packed, partial)
-        options = tile.num_warps, tile.num_stages, tile.max_registers(sizes)
+        options = tile.num_warps, tile.num_stages, tile.max_registers(sizes), spec.dependent
         return Launch(jit, programs(tile, sizes), given, scalars, constants, *options)
 
     def partial(spec: ConvSpec, tile: Tile, sms: int) -> tuple[int, ...] | None:
@@ -338,13 +354,35 @@ def _cache(key: Hashable, plan: Plan) -> None:
     _plans[key] = plan
 
 
+def _relaunch(compiled: Any, programs: int) -> Callable[..., None]:
+    """Return a function that launches compiled code, given its arguments and, if it is known, the stream.
+
+    It does what ``compiled[grid]`` does, but passes Triton's launch hooks on only if there are any, as with a
+    profiler: they are Python calls at each launch, even if they are empty.
+    """
+    runtime, driver = triton.knobs.runtime, triton.runtime.driver
+    hooked = compiled[(programs, 1, 1)]  # loads the code
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def relaunch(*arguments: Any, stream: int | None = None) -> None:
+        if stream is None:
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # or a function, or None
+            hooked(*arguments, stream=stream)
+        else:
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    return relaunch
+
+
 def _launch_and_cache(
     key: Hashable, launch: Launch, partial: tuple[int, ...] | None = None, tile: Tile | None = None
 ) -> None:
     compiled = launch()
     if compiled is not None:  # None in Triton's interpreter
         rest = (*launch.scalars.values(), *launch.constants.values())
-        _cache(key, Plan(compiled[(launch.programs, 1, 1)], rest, partial, tile))
+        _cache(key, Plan(_relaunch(compiled, launch.programs), rest, partial, tile))
 
 
 def _aligned(tensors: Sequence[Any]) -> tuple[bool, ...]:
@@ -368,6 +406,23 @@ def run_planned(key: Hashable, tensors: Sequence[Any], make: Callable[[], Launch
     else:
         assert plan.run is not None
         plan.run(*tensors, *plan.rest)
+
+
+def repeatable(launch: Launch) -> Callable[[int], object]:
+    """Launch, and return a function that repeats the launch without Triton's binding of its arguments.
+
+    It takes a stream, and passes the same addresses: the caller keeps the tensors alive.
+    """
+    compiled = launch()
+    if compiled is None:  # in Triton's interpreter
+        return lambda stream: launch()
+    addresses = [
+        tuple([t.data_ptr() for t in one]) if isinstance(one, tuple) else one.data_ptr()
+        for one in launch.tensors.values()
+    ]
+    rest = (*launch.scalars.values(), *launch.constants.values())
+    run = _relaunch(compiled, launch.programs)
+    return lambda stream: run(*addresses, *rest, stream=stream)
 
 
 class Result(NamedTuple):
@@ -403,6 +458,11 @@ def _run(it: Product, kernel: Kernel, packed: Tensor | None) -> Result:
     partial = _empty(it, plan.partial)
     plan.run(*kernel.tensors(it, packed, partial).values(), *plan.rest)
     return Result(partial, plan.tile, kernel, it)
+
+
+def plan_of(it: Product, packed: Tensor | None) -> Plan | None:
+    """Return the plan with which :func:`run` runs a product; None in Triton's interpreter."""
+    return _plans.get((it.spec, _aligned((*it.x, packed, *it.y))))
 
 
 def _first_run(it: Product, kernel: Kernel, packed: Tensor | None, key: Hashable) -> Result:

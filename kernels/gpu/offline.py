@@ -23,7 +23,13 @@ from ..spec import Operand
 from .launcher import INT32_MAX, Constants, Launch, Pointers
 from .tiles import SHARED_LIMIT
 
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 class Report(NamedTuple):
@@ -38,6 +44,7 @@ class Report(NamedTuple):
     loads_by_width: dict[int, int]  # global loads into registers, by bytes per thread
     stores_by_width: dict[int, int]
     epilogue: int  # instructions after the last matrix instruction
+    early: int | None  # memory accesses before the wait for the previous kernel; None if it does not wait
 
     @property
     def loads(self) -> int:
@@ -118,6 +125,7 @@ def inspect(launch: Launch, capability: int) -> Report:
     compiled = compile_launch(launch, capability)
     usage, sass = machine_code(compiled)
     numbers = _usage(usage)
+    wait = sass.find("ACQBULK")  # griddepcontrol.wait
     last_matrix = max(sass.rfind("HGMMA"), sass.rfind("HMMA"), 0)
     return Report(
         registers=numbers["REG"],
@@ -129,6 +137,7 @@ def inspect(launch: Launch, capability: int) -> Report:
         loads_by_width=_by_width("LDG", sass),
         stores_by_width=_by_width("STG", sass),
         epilogue=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass[last_matrix:], re.MULTILINE)),
+        early=None if wait < 0 else len(re.findall(r"\b(?:LDG|LDGSTS|STG|RED|ATOMG?)\.", sass[:wait])),
     )
 
 
@@ -173,8 +182,9 @@ def _narrow_accesses(launch: Launch, report: Report) -> list[str]:
 def faults(launch: Launch, report: Report, capability: int) -> list[str]:
     """Return what is wrong with a launch's machine code; empty if nothing is.
 
-    No launch may spill or exceed the shared memory limit. Operands with contiguous channels must be loaded by
-    asynchronous 16-byte copies, besides 4-byte copies of per-channel vectors; without a prologue, epilogue
+    No launch may spill or exceed the shared memory limit. A dependent launch must wait for the previous
+    kernel before it accesses memory. Operands with contiguous channels must be loaded by
+    asynchronous 16-byte copies, besides narrower ones of per-channel vectors; without a prologue, epilogue
     vectors or a second tensor there must be no other loads at all. Outputs with contiguous channels must be
     stored at least 8 bytes at a time, besides 4-byte partial sums. Standalone prologue kernels must load and
     store such tensors 16 bytes at a time, and the split-K reduction must load its partials so.
@@ -187,6 +197,8 @@ def faults(launch: Launch, report: Report, capability: int) -> list[str]:
         )
     if report.shared > SHARED_LIMIT[capability]:
         found.append(f"{report.shared} bytes of shared memory exceed the limit of {SHARED_LIMIT[capability]}")
+    if launch.dependent and report.early != 0:
+        found.append("a dependent launch accesses memory before it waits for the previous kernel")
     spec: Constants | None = constants.get("SPEC")
     if spec is None or spec.block_m == 1:
         return found + _narrow_accesses(launch, report)  # no matrix instruction, no staged operands
@@ -212,7 +224,7 @@ def faults(launch: Launch, report: Report, capability: int) -> list[str]:
         # TF32 operands must be K-contiguous in shared memory. A weight gradient's are channel-contiguous and
         # are transposed on the way in, by 4-byte copies.
         transposing = "small" in launch.tensors and spec.precision == "tf32"
-        allowed = {16} if plain and not transposing else {16, 4}
+        allowed = {16} if plain and not transposing else {16, 8, 4}
         vectorized = report.async_copies.get(16) or transposing
         if not vectorized or report.async_copies.keys() - allowed:
             found.append(

@@ -37,7 +37,7 @@ _TILE = 2048  # elements per program: 64 bytes per thread from a float32 weight
 _MAX_TAPS = 64  # per program
 
 
-class _Jobs(NamedTuple):
+class Jobs(NamedTuple):
     """The weights to pack, as compile-time constants: every field has one value per packed weight.
 
     Sizes and strides are in the order (o, c, h, w).
@@ -105,12 +105,17 @@ def _pack_tile(weight_ptr, packed_ptr, tile, JOBS: tl.constexpr, INDEX: tl.const
 
 
 @triton.jit
-def _pack_kernel(weights, buffers, JOBS: tl.constexpr):
-    pid = tl.program_id(0)
+def pack_tile(weights, buffers, tile, JOBS: tl.constexpr):
+    """Pack a tile, numbered over all jobs."""
     for i in tl.static_range(len(JOBS.first)):
-        if (pid >= JOBS.first[i]) & (pid < JOBS.end[i]):
+        if (tile >= JOBS.first[i]) & (tile < JOBS.end[i]):
             packed_ptr = buffers[JOBS.buffer[i]] + JOBS.start[i]
-            _pack_tile(weights[i], packed_ptr, pid - JOBS.first[i], JOBS, i)
+            _pack_tile(weights[i], packed_ptr, tile - JOBS.first[i], JOBS, i)
+
+
+@triton.jit
+def _pack_kernel(weights, buffers, JOBS: tl.constexpr):
+    pack_tile(weights, buffers, tl.program_id(0), JOBS)
 
 
 # --- layouts ------------------------------------------------------------------------------------------------
@@ -273,8 +278,8 @@ def pack(jobs: Sequence[Job], dtype: torch.dtype) -> list[Tensor]:
     return [next(made) if packed is None else packed for packed in found]
 
 
-def launch(buffers: Sequence[Tensor], jobs: Sequence[Sequence[Job]]) -> Launch:
-    """Return the launch of :func:`pack_into`."""
+def constants_of(jobs: Sequence[Sequence[Job]]) -> Jobs:
+    """Return what :func:`pack_tile` needs to know about the weights of each buffer."""
     found: list[tuple[Any, ...]] = []
     end = 0
     for i, own in enumerate(jobs):
@@ -289,6 +294,12 @@ def launch(buffers: Sequence[Tensor], jobs: Sequence[Sequence[Job]]) -> Launch:
             gap = -math.prod(packed) % ALIGNMENT
             sizes = size, stride, packed, layout.strides(weight.shape)
             found.append((first, end, i, start, *sizes, gap, wide, block_r, block_t))
+    return Jobs(*zip(*found, strict=True))
+
+
+def launch(buffers: Sequence[Tensor], jobs: Sequence[Sequence[Job]]) -> Launch:
+    """Return the launch of :func:`pack_into`."""
+    constants = constants_of(jobs)
     weights = tuple([weight for own in jobs for weight, _ in own])
     tensors: dict[str, Any] = {"weights": weights, "buffers": tuple(buffers)}
-    return Launch(_pack_kernel, end, tensors, {}, {"JOBS": _Jobs(*zip(*found, strict=True))})
+    return Launch(_pack_kernel, constants.end[-1], tensors, {}, {"JOBS": constants})

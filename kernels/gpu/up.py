@@ -30,6 +30,7 @@ from .device_functions import (
     row_pointers,
     rows,
     store,
+    wait_for_previous,
     zeros,
 )
 from .launcher import MAX_PLANS, convolution, convolution_problem, is_strided
@@ -65,6 +66,7 @@ def _up_kernel(x, w_ptr, y, partial_ptr, M, TILES, slope, per_count, SPEC: tl.co
 
     x_rows, other_rows = row_pointers(x, n, p, q, X)
     w_columns = w_ptr + ((3 - parity) * C_OUT + co) * (4 * C_IN)
+    wait_for_previous(SPEC.dependent)
     acc = zeros(SPEC)
     # One flat loop with the tap as inner index: nested loops over taps and channels would drain the pipeline
     # at every tap, and channel = step % C_IN would hide from the compiler that loads are contiguous.

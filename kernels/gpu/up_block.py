@@ -36,6 +36,7 @@ from .device_functions import (
     row_pointers,
     rows,
     store,
+    wait_for_previous,
     zeros,
 )
 from .launcher import MAX_PLANS, NARROW, convolution, convolution_problem, is_strided
@@ -97,6 +98,7 @@ def _up_blocks(
     k = tl.arange(0, BLOCK_K)
 
     x_rows, other_rows = row_pointers(x, n, top, left, X)
+    wait_for_previous(SPEC.dependent)
     acc = zeros(SPEC)
     for step in range(0, TAPS * ((C_IN + BLOCK_K - 1) // BLOCK_K)):  # the tap is the inner index, as in up
         tap = step % TAPS

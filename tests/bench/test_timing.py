@@ -40,6 +40,7 @@ class Device:
         monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
         monkeypatch.setattr(timing, "capturing", lambda graph, stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.run(INPUTS[0], "wait", 5.0))
         monkeypatch.setattr(timing, "FLUSH_BYTES", 16)
 
     def run(self, x: Tensor, name: str = "call", milliseconds: float = 1.0) -> Tensor:
@@ -71,9 +72,19 @@ def test_events_exclude_the_l2_flush(device: Device) -> None:
     flushed: list[int] = []
     sampler._flush = type("Flush", (), {"zero_": lambda self: flushed.append(len(device.calls))})()  # type: ignore[assignment]
     times = sampler.burst(1e-9)
-    assert times == {column: [pytest.approx(1e-3)] * timing.MIN_CALLS for column in ("warm", "cold")}
+    assert times.keys() == {"warm", "cold", "graph"}
+    assert times["warm"] == times["cold"] == [pytest.approx(1e-3)] * timing.MIN_CALLS
     assert len(flushed) == 1 + timing.MIN_CALLS
     assert flushed[1:] == list(range(flushed[1], flushed[1] + timing.MIN_CALLS)), "before each call"
+
+
+def test_calls_that_replay_graphs_are_enqueued_ahead(device: Device) -> None:
+    """The device waits once, for the host to enqueue all calls, and not within any of them."""
+    times = timing.CudaSampler(device.run, INPUTS, capture=False).burst(1e-9)
+    assert times["graph"] == [pytest.approx(1e-3)] * timing.AHEAD
+    assert device.calls[-timing.AHEAD - 1 :] == ["wait", *["call"] * timing.AHEAD]
+    large = [torch.zeros(timing.GRAPH_BATCH + 1)]
+    assert "graph" not in timing.CudaSampler(device.run, large, capture=False).burst(1e-9)
 
 
 def test_graph_times_are_per_call(device: Device) -> None:

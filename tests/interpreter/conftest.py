@@ -7,6 +7,17 @@ The variable must be set before triton is imported, so these tests need a separa
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from dcgan import layers
+from dcgan.kernels import ops
+from dcgan.kernels.gpu import tuning
+from tests.interpreter.memory import guarded
+from tests.support.inference import PROGRAMS
+from tests.support.native import fresh_memory_is_nan
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from dcgan.kernels.gpu import up_block
@@ -17,3 +28,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     up_block.MIN_BLOCKS = 0  # small maps run as up_block too
 else:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def inference_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run networks in eval on the Triton engine, with memory that starts as NaN.
+
+    A launch of ``prepare`` has few programs, as an interpreted one takes milliseconds, and each has several
+    tiles to pack.
+    """
+    monkeypatch.setattr(tuning, "sm_count", lambda device: PROGRAMS)
+    monkeypatch.setattr(layers, "_chains", weakref.WeakKeyDictionary())
+    with ops.use_engine("triton"), fresh_memory_is_nan():
+        yield
+
+
+@pytest.fixture
+def margins() -> Iterator[None]:
+    """Put margins around all memory, which no kernel may write to."""
+    with guarded():
+        yield

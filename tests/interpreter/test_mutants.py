@@ -1,4 +1,4 @@
-"""Faults in the training chain's sources, one at a time: the tests of this folder must find each of them.
+"""Faults in the sources of both chains, one at a time: the tests of this folder must find each of them.
 
 The tests run in a process of their own, in a copy of the sources with the fault in it.
 """
@@ -15,7 +15,12 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/interpreter/test_batchnorm.py", "tests/interpreter/test_train_chain.py")
+TRAINING_TESTS = ("tests/interpreter/test_batchnorm.py", "tests/interpreter/test_train_chain.py")
+INFERENCE_TESTS = (
+    "tests/interpreter/test_inference.py",
+    "tests/interpreter/test_inference_weights.py",
+    "tests/interpreter/test_inference_currency.py",
+)
 
 
 class Mutant(NamedTuple):
@@ -28,6 +33,7 @@ class Mutant(NamedTuple):
 
 
 BATCHNORM, DEVICE = "kernels/gpu/batchnorm.py", "kernels/gpu/device_functions.py"
+INFERENCE, PREPARE = "kernels/gpu/inference.py", "kernels/gpu/prepare.py"
 REDUCE, TRAINING = "kernels/gpu/reduce.py", "kernels/gpu/training.py"
 UP, UP_BLOCK, DOWN = "kernels/gpu/up.py", "kernels/gpu/up_block.py", "kernels/gpu/down.py"
 MUTANTS = {
@@ -154,6 +160,38 @@ MUTANTS = {
     "no derivative without a BatchNorm": Mutant(
         TRAINING, 'strides, "adjoint", before.act, other_stride=strides)', 'strides, "affine")'
     ),
+    # inference: folding
+    "the mean's sign": Mutant(PREPARE, "offset -= tl.load(", "offset += tl.load("),
+    "no eps is folded": Mutant(PREPARE, "tl.sqrt_rn(var + EPS)", "tl.sqrt_rn(var)"),
+    "an offset without its scale": Mutant(PREPARE, "shift + offset * scale", "shift + offset"),
+    "vectors are contiguous": Mutant(PREPARE, "+ c * STRIDE[1]", "+ c"),
+    # inference: currency of packed weights
+    "the same lines in every launch": Mutant(PREPARE, "_scrambled(seed * 4096 +", "_scrambled(0 * seed +"),
+    "weights of 16 bits are not compared": Mutant(
+        PREPARE, "of_16_bits = of_16_bits | difference", "of_16_bits = of_16_bits"
+    ),
+    "only the last weight is compared": Mutant(
+        PREPARE, "of_32_bits = of_32_bits | difference", "of_32_bits = difference"
+    ),
+    "a launch that finds a difference renews the copy": Mutant(
+        PREPARE, "            if renews:\n", "            if CHECKED:\n"
+    ),
+    "the copy is never renewed": Mutant(
+        PREPARE, "tl.where(renews, launch, launch + 1)", "tl.where(renews, launch, launch)"
+    ),
+    "programs number launches by themselves": Mutant(
+        PREPARE, "tl.load(state_ptr + 1) // tl.num_programs(0)", "tl.load(state_ptr + 1)"
+    ),
+    "versions are not followed": Mutant(PREPARE, "versions != self._versions or ", ""),
+    "steps are not followed": Mutant(PREPARE, " or epoch != self._epoch", ""),
+    "compared although not constant any more": Mutant(
+        PREPARE, "return may_be_checked(self._weights)", "return True"
+    ),
+    "moved vectors are not seen": Mutant(
+        PREPARE, "found += [(t.data_ptr(), t.dtype, t.stride()) for t in vectors]", "found += []"
+    ),
+    # inference: maps
+    "a map overwrites the one it is made from": Mutant(INFERENCE, "odd * (i % 2)", "0 * odd * (i % 2)"),
 }
 
 
@@ -168,9 +206,9 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to
 
 
-def run(sources: Path) -> subprocess.CompletedProcess[str]:
+def run(sources: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """Run the fast tests until one fails, but for one that needs gigabytes."""
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-k", "not beyond_int32", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-k", "not beyond_int32", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, timeout=1800)
 
@@ -184,7 +222,7 @@ def test_a_fault_is_found(name: str, copied: Path) -> None:
     assert text.count(old) == count, "the sources have changed: update the fault"
     source.write_text(text.replace(old, new))
     try:
-        done = run(copied)
+        done = run(copied, INFERENCE_TESTS if file in (INFERENCE, PREPARE) else TRAINING_TESTS)
     finally:
         source.write_text(text)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-3000:]
@@ -192,5 +230,5 @@ def test_a_fault_is_found(name: str, copied: Path) -> None:
 
 @pytest.mark.slow
 def test_the_copy_passes_without_a_fault(copied: Path) -> None:
-    done = run(copied)
+    done = run(copied, TRAINING_TESTS + INFERENCE_TESTS)
     assert done.returncode == pytest.ExitCode.OK, done.stdout[-3000:]

@@ -287,7 +287,7 @@ def test_on_a_gpu_only_calls_from_python_are_cached(owner: Owner, monkeypatch: p
             assert owner.derived() is kept
         gpu.capturing = True
         assert owner.derived() is not kept, "a graph would hold the address of a tensor that may be freed"
-        with weight_cache.collecting() as held:
+        with weight_cache.collecting({}) as held:
             assert owner.derived() is kept
         assert held[0] is kept
         gpu.capturing = False
@@ -467,7 +467,7 @@ def test_a_copied_owner_has_separate_entries(owner: Owner) -> None:
 
 def test_cached_tensors_are_listed_for_a_graphs_owner(owner: Owner) -> None:
     epoch = weight_cache.epoch()
-    with weight_cache.collecting() as kept:
+    with weight_cache.collecting({}) as kept:
         derived = owner.derived()
         owner.derived()
     assert all(t is derived for t in kept)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import coverage, train_chain
-from ...spec import Call, ConvSpec, Operand, Shaped, TrainCall, TrainStage, dense_strides, specify
-from .. import aten, batchnorm, prologue_kernel, reduce
+from ... import chain, coverage, train_chain
+from ...spec import Call, ConvSpec, Operand, Shaped, Stage, TrainCall, TrainStage, dense_strides, specify
+from .. import aten, batchnorm, inference, prologue_kernel, reduce
 from ..launcher import Kernel, Launch, Pointers, Product, kernel_for
 from ..tiles import Problem, Tile
 from ..training import dgrad_spec, wgrad_spec
@@ -198,6 +198,29 @@ def evaluation(shapes: Sequence[Shape], batch: int, dtype: str) -> list[Layer]:
         found.append(Layer(shape.name, "eval", spec))
         x = Shaped(spec.shape, spec.dtype, spec.device, spec.y.stride)
     return found
+
+
+def stages_of(shapes: Sequence[Shape], dtype: str) -> list[Stage]:
+    """Return a network in eval mode as the stages of a chain, on the meta device."""
+    found = []
+    for s in shapes:
+        norm = dict.fromkeys(("scale", "shift", "mean", "var"), torch.empty(s.c_out, device="meta"))
+        found.append(
+            Stage(
+                s.transposed, _weight(s, dtype), **(norm if s.norm else {}), eps=EPS if s.norm else 0.0,
+                act=s.act, slope=0.2, stride=s.stride, padding=s.padding,
+            )
+        )  # fmt: skip
+    return found
+
+
+def inference_layers(shapes: Sequence[Shape], batch: int, dtype: str, dependent: bool = True) -> list[Layer]:
+    """Return the products of a network in eval mode as :mod:`..inference` runs them; the image is in NCHW."""
+    stages = stages_of(shapes, dtype)
+    specs = chain.specs(_input(shapes, batch, dtype), stages, channels_last=False)
+    products = inference.product_specs(specs, stages)
+    products = [p._replace(precision=PRECISIONS[dtype], dependent=dependent) for p in products]
+    return [Layer(shape.name, "eval", spec) for shape, spec in zip(shapes, products, strict=True)]
 
 
 def training(

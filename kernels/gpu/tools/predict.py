@@ -68,7 +68,7 @@ def predict(
         it, problem = it.materialized(run=False), problem.without_prologue()
     partial = layer.kernel.partial(it.spec, tile, sms)
     splits = partial[0] if partial is not None and it.spec.kind == "wgrad" else 1
-    prediction = cost_model.predict(problem, tile, splits, resources, sms, gpu)
+    prediction = cost_model.predict(problem, tile, splits, resources, sms, gpu, it.spec.dependent)
     seconds = prediction.seconds
     if not tile.fused:
         seconds += cost_model.standalone_prologue_seconds(layer.problem, gpu)
@@ -224,6 +224,8 @@ class Measured(NamedTuple):
     """By (network, layer, phase, batch, dtype, provider)."""
     steps: dict[tuple[Any, ...], float]
     """Of whole steps, by (batch, dtype, provider); cuDNN's as one CUDA graph."""
+    generation: dict[tuple[Any, ...], float]
+    """Of a call of the Generator in a CUDA graph, by (batch, dtype, provider)."""
 
     def layer(self, row: Row, dtype: str, provider: str) -> float | None:
         """Return a layer's time; that of a pass over several groups is the sum of theirs."""
@@ -241,15 +243,19 @@ def read_measured(path: Path) -> Measured:
     layers = {tuple(row[key] for key in keys): row["us"] for row in rows if row["kind"] == "kernels"}
     if not layers:
         raise ValueError(f"{path} has no kernel times; make gpu STAGE=kernels writes them")
-    steps = {tuple(row[key] for key in keys[3:]): row["us"] for row in rows if row["kind"] == "step"}
-    return Measured(layers, steps)
+    steps, generation = (
+        {tuple(row[key] for key in keys[3:]): row["us"] for row in rows if row["kind"] == kind}
+        for kind in ("step", "generate")
+    )
+    return Measured(layers, steps, generation)
 
 
 def _us(time: float | None) -> str:
     return "–" if time is None else f"{time:.1f}"
 
 
-def _cells(row: Row, measured: Iterable[float | None]) -> list[str]:
+def cells(row: Row, measured: Iterable[float | None]) -> list[str]:
+    """Return a row of a table with the headings COLUMNS."""
     problem, tile, p = row.layer.problem, row.tile, row.prediction
     prologue = "" if tile.fused else " + prologue"
     splits = row.launches.product.constants.get("SPLITS", 1)
@@ -345,27 +351,39 @@ def _step_cells(batch: int, passes: Sequence[Pass], total: Step, before: Sequenc
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables of each batch size and the totals of the steps."""
-    parser = argparse.ArgumentParser(prog="python -m dcgan.kernels.gpu.tools.predict", description=__doc__)
+def parser_of(prog: str, description: str | None, batches: Sequence[int]) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that every prediction has."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     add = parser.add_argument
-    add("--batch", type=positive, nargs="+", default=[64, 256, 1024], help="batch sizes (64 256 1024)")
+    hint = f"batch sizes ({' '.join(map(str, batches))})"
+    add("--batch", type=positive, nargs="+", default=list(batches), help=hint)
     add("--dtype", choices=("bfloat16", "float16", "tf32"), default="bfloat16", help="dtype (bfloat16)")
     add("--channels", type=positive, default=1, help="channels of the image (1)")
     add("--gpu", type=str.lower, choices=tuple(cost_model.GPUS), default="h100", help="the GPU (h100)")
-    limit = coverage.MAX_IMAGES_TOGETHER
-    hint = f"largest batch at which D runs on real and on generated images in one pass ({limit})"
-    add("--max-together", type=positive, metavar="N", default=limit, help=hint)
     default = MEASURED if MEASURED.exists() else None
     hint = "measured times, for example kernels.jsonl of make gpu (an H200's, in a checkout)"
     add("--measured", type=Path, metavar="JSONL", default=default, help=hint)
     add("--estimated", action="store_true", help="estimate registers and shared memory instead of compiling")
     add("--out", type=Path, metavar="MD", help="also write the tables to this file")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def measured_of(parser: argparse.ArgumentParser, file: Path | None) -> Measured:
+    """Return the measured times in the file that ``--measured`` names; exit with an error if it has none."""
     try:
-        measured = Measured({}, {}) if args.measured is None else read_measured(args.measured)
+        return Measured({}, {}, {}) if file is None else read_measured(file)
     except (OSError, ValueError) as error:
         parser.error(f"--measured: {error}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables of each batch size and the totals of the steps."""
+    parser = parser_of("python -m dcgan.kernels.gpu.tools.predict", __doc__, (64, 256, 1024))
+    limit = coverage.MAX_IMAGES_TOGETHER
+    hint = f"largest batch at which D runs on real and on generated images in one pass ({limit})"
+    parser.add_argument("--max-together", type=positive, metavar="N", default=limit, help=hint)
+    args = parser.parse_args(arguments)
+    measured = measured_of(parser, args.measured)
     gpu = cost_model.GPUS[args.gpu]
     text = [
         f"# Predicted: training on an {gpu.name}, {args.dtype}, {args.channels} channel(s)",
@@ -389,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         section = [f"## Batch {batch}"]
         for of in passes:
             body = [
-                _cells(row, [measured.layer(row, args.dtype, provider) for provider in PROVIDERS])
+                cells(row, [measured.layer(row, args.dtype, provider) for provider in PROVIDERS])
                 for row in found
                 if row.of == of
             ]

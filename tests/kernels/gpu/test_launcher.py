@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from dcgan.kernels import gpu, ops, train_chain
@@ -18,6 +17,7 @@ from dcgan.kernels.gpu.tiles import Problem, Tile
 from dcgan.kernels.gpu.tools.simulated_gpu import Driver
 from dcgan.kernels.spec import Backward, Call, TrainBackward, TrainCall
 from tests.support.chain_results import call_of
+from tests.support.recorded_launches import active
 from tests.support.train_chains import Layer, tensors_of, with_tensors
 
 
@@ -56,16 +56,10 @@ class Recorder(Driver):
 @pytest.fixture(autouse=True)
 def _recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Record launches; small maps run as up_block, too."""
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Recorder())
     monkeypatch.setattr(up_block, "MIN_BLOCKS", 0)
-    launcher.kernel_for.cache_clear()
     launched.clear()
-    launcher._plans.clear()
-    yield
-    launcher._plans.clear()
-    launcher.kernel_for.cache_clear()
-    triton.runtime.driver._active = before
+    with active(Recorder()):
+        yield
 
 
 def call(transposed: bool, c_in: int, c_out: int, size: int, vectors: bool) -> Call:
@@ -443,6 +437,10 @@ def _no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make launches no-ops without compilation, for tests that depend on plan keys alone."""
 
     class Compiled:
+        function = packed_metadata = None
+
+        def run(self, *arguments: Any) -> None: ...
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *arguments: None
 

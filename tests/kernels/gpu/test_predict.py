@@ -81,6 +81,6 @@ def test_the_width_of_stores_is_that_of_most_bytes() -> None:
     """Partial sums are stored by 4 bytes a thread whatever the result's width is."""
     estimated = cost_model.Resources(64, 1024, stalls=1)
     for stores, width in (({4: 12, 16: 16}, 16), ({4: 2, 2: 8}, 2), ({2: 1}, 2)):
-        report = Report(99, 0, 0, 2048, "HGMMA", {}, {}, stores, 321)
+        report = Report(99, 0, 0, 2048, "HGMMA", {}, {}, stores, 321, None)
         found = predict.resources_of(report, estimated)
         assert found == cost_model.Resources(99, 2048, width, stalls=1, epilogue=321)
