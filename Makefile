@@ -58,6 +58,8 @@ bench: setup
 	$(PY) -m bench scale --json bench/results/scale.jsonl
 	@echo "== Dtypes, modes and edited networks, next to eager =="
 	$(PY) -m bench situations --json bench/results/situations.jsonl
+	@echo "== Networks as users write them, fused, next to eager =="
+	$(PY) -m bench any --json bench/results/any.jsonl
 	$(PY) -m bench plot bench/results/cpu.jsonl --out bench/results/cpu.png
 	$(PY) -m bench docs
 	@echo "== Single ops =="

@@ -26,6 +26,7 @@ COMMANDS = {
     "loop": "bench.loop",
     "plot": "bench.plot",
     "situations": "bench.situations",
+    "any": "bench.any",
     "docs": "bench.docs",
 }
 MOVED = {

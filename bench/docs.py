@@ -165,6 +165,28 @@ def situations() -> str:
     return f"{machine(rows)}.\n\n{table(heading, lines)}"
 
 
+def fused() -> str:
+    """Return the speed and memory of fused networks relative to their baselines."""
+    found: dict[str, dict[tuple[str, int, str], Row]] = {}
+    for row in latest("any.jsonl"):
+        found.setdefault(row["network"], {})[row["mode"], row["batch"], row["baseline"]] = row
+    lines = []
+    for network, rows in found.items():
+        for (mode, batch, baseline), row in rows.items():
+            if baseline != "eager":
+                continue
+            others = {
+                b: r["ratio"] for (m, n, b), r in rows.items() if (m, n) == (mode, batch) and b != baseline
+            }
+            nearest = min(others, key=others.__getitem__, default="")
+            other = f"{others[nearest]:.2f}× {LABELS.get(nearest, nearest)}" if nearest else ""
+            memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}×"
+            line = [network, mode, str(batch), f"{row['ratio']:.2f}×", other, memory, row["engines"]]
+            lines.append(line)
+    heading = ["network", "mode", "batch", "eager", "fastest other", "memory", "convolutions"]
+    return f"{machine(latest('any.jsonl'))}.\n\n{table(heading, lines)}"
+
+
 def section(file: str, heading: str) -> str:
     """Return a section of a Markdown file, without its heading."""
     _, _, rest = (ROOT / "bench/results" / file).read_text().partition(f"## {heading}\n\n")
@@ -177,6 +199,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "discriminate": lambda: race("cpu-discriminate.jsonl"),
     "train": lambda: race("train.jsonl"),
     "situations": situations,
+    "any": fused,
     "predict": lambda: section("predict-h200.md", "Steps"),
     "predict_inference": lambda: section("predict-h200-inference.md", "Replays"),
 }

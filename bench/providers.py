@@ -160,13 +160,13 @@ def drop_in(model: nn.Module) -> nn.Module:
     """Return the drop-in. It is imported here, since a baseline's memory must not include it."""
     from dcgan import fast
 
-    return fast.convert(model)  # type: ignore[arg-type]
+    return fast.fuse(model)
 
 
 def _fast_graph(model: Network, example: Tensor, threads: int) -> Runner:
-    from dcgan.fast import convert, graphed
+    from dcgan.fast import fuse, graphed
 
-    return graphed(convert(model), example.shape[0])
+    return graphed(fuse(model), example.shape[0], example)
 
 
 CPU: dict[str, Any] = {"devices": ("cpu",)}

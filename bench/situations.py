@@ -16,7 +16,7 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -179,9 +179,14 @@ def situations(batch: int) -> list[Situation]:
 def verdict(situation: Situation, row: Row) -> str:
     """Judge the row of a situation: ``wrong``, ``slower`` or an empty string."""
     dtype, cast = DTYPES[situation.dtype]
-    if not row["error"] <= TOLERANCES[cast or dtype]:
+    return judge(row["ratio"], row["error"], TOLERANCES[cast or dtype])
+
+
+def judge(ratio: float, error: float, bound: float) -> str:
+    """Judge a ratio and an error: ``wrong``, ``slower`` or an empty string."""
+    if not error <= bound:
         return "wrong"
-    return "" if row["ratio"] >= MIN_RATIO else "slower"
+    return "" if ratio >= MIN_RATIO else "slower"
 
 
 def networks(situation: Situation) -> tuple[Network, Network, Tensor]:
@@ -222,18 +227,31 @@ def measure(situation: Situation, seconds: float, rounds: int, threads: int) -> 
             return mode(network, x)
 
     relative = error(eager, ours, x, autocast)
+    if situation.busy:  # times also depend on the scheduler, so take more of them
+        seconds, rounds = 4 * seconds, 4 * rounds
     with busy() if situation.busy else contextlib.nullcontext():
         both = [Timed(functools.partial(run, network), x, threads) for network in (eager, ours)]
-        for timed in both:
-            timed.run(x)
-        begin = time.perf_counter()
-        both[0].run(x)
-        long = time.perf_counter() - begin > seconds / rounds
-        if situation.busy:  # times also depend on the scheduler, so take more of them
-            seconds, rounds = 4 * seconds, 4 * rounds
-        medians = [spread.median for spread in interleaved(both, seconds, rounds, long=long)]
-    times = {"eager_s": medians[0], "fast_s": medians[1], "ratio": medians[0] / medians[1]}
-    return situation._asdict() | times | {"error": relative}
+        times = medians(both, seconds, rounds)
+    figures = {"eager_s": times[0], "fast_s": times[1], "ratio": times[0] / times[1]}
+    return situation._asdict() | figures | {"error": relative}
+
+
+def medians(calls: Sequence[Timed], seconds: float, rounds: int) -> list[float]:
+    """Return the median seconds of each call, from interleaved bursts after one call of each."""
+    for timed in calls:
+        timed.run(timed.x)
+    begin = time.perf_counter()
+    calls[0].run(calls[0].x)
+    long = time.perf_counter() - begin > seconds / rounds
+    return [spread.median for spread in interleaved(calls, seconds, rounds, long=long)]
+
+
+def measured_twice(
+    measure: Callable[[float, int], Row], judged: Callable[[Row], str], seconds: float, rounds: int
+) -> Row:
+    """Return the row of ``measure(seconds, rounds)``, or if that is slower, of four times as long."""
+    row = measure(seconds, rounds)
+    return measure(4 * seconds, 4 * rounds) if judged(row) == "slower" else row
 
 
 @contextlib.contextmanager
@@ -269,9 +287,12 @@ def run(args: argparse.Namespace) -> int:
     shown = output.table(heading, left, right)
     shown.add_column("", no_wrap=True)
     for s in chosen:
-        row = measure(s, args.seconds, args.rounds, args.threads)
-        if verdict(s, row) == "slower":
-            row = measure(s, 4 * args.seconds, 4 * args.rounds, args.threads)
+        row = measured_twice(
+            functools.partial(measure, s, threads=args.threads),
+            functools.partial(verdict, s),
+            args.seconds,
+            args.rounds,
+        )
         rows.append(row)
         verdicts.append(verdict(s, row))
         ratio = output.times(row["ratio"])

@@ -33,7 +33,7 @@ from bench.providers import find_all
 from bench.race import PREPARE_SECONDS, Process, WorkerFailed
 from bench.training import VARIANTS, Batch, Loop, Training, TrainWorker
 from dcgan.kernels.spec import Backward, Call
-from dcgan.layers import layer_by_layer
+from dcgan.training_layers import layer_by_layer
 
 HELP = "time training steps by every implementation and profile them by layer"
 DTYPES = ("float32", "tf32", "bfloat16")

@@ -265,9 +265,8 @@ int check_train_layer(const dcgan_train_layer* layers, int i, int count) {
             return fail(DCGAN_EARGUMENT, "epsilon must not be negative, got %g", l.epsilon);
         return check_not_null({{"stats", l.stats}});
     }
-    if (l.gamma != nullptr || l.beta != nullptr || l.dgamma != nullptr || l.dbeta != nullptr)
-        return fail(DCGAN_EARGUMENT,
-                    "gamma, beta, dgamma and dbeta must be null unless the layer is normalized");
+    if (l.gamma != nullptr || l.dgamma != nullptr)
+        return fail(DCGAN_EARGUMENT, "gamma and dgamma must be null unless the layer is normalized");
     return 0;
 }
 

@@ -24,7 +24,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-enum { DCGAN_ABI = 4 };
+enum { DCGAN_ABI = 5 };
 
 enum dcgan_algorithm {
     DCGAN_DENSE = 0,   // matrix product, for layers on a 1×1 map
@@ -155,12 +155,12 @@ int dcgan_shift_gradient(const dcgan_op* op, int64_t images, const float* dy, co
 //     normalized:  y = u;  mean[c], variance[c] (biased) of u    a BatchNorm with batch statistics
 //                  scale = gamma/√(variance + epsilon);  shift = beta
 //                  x̂' = act((y - mean)·scale + shift)
-//     otherwise:   y = x̂' = act(u)                               the last layer is not normalized
+//     otherwise:   y = x̂' = act(u + beta)                        a bias; the last layer is not normalized
 //
 //     dx̂ = adjoint_conv(du, weight);  dweight = wgrad(x̂, du);  g = dx̂'·act'
 //     normalized:  dbeta = Σ g;  dgamma = Σ g·(y - mean)/√(variance + epsilon)
 //                  du = scale·(g - dbeta/M - (y - mean)·dgamma/√(variance + epsilon)/M),  M pixels of y
-//     otherwise:   du = g
+//     otherwise:   du = g;  dbeta = Σ du
 //
 // Each of `groups` equal parts of the images has its own statistics: the results are those of as many calls,
 // and the gradients of parameters are the sums of theirs. The products are those of the functions above, with
@@ -176,14 +176,14 @@ typedef struct {
     double epsilon;             // added to variance
     const float* weight;        // [C_out, C_in, k, k], or [C_in, C_out, k, k] if transposed
     int64_t weight_strides[4];  // in floats
-    const float *gamma, *beta;  // [c_out], or null for 1 and 0; null unless normalized
+    const float *gamma, *beta;  // [c_out], or null for 1 and 0; gamma is null unless normalized
     // Results of the forward pass, which the backward pass reads.
     float* y;      // contiguous; in the last layer, the backward pass reads it only if act is not none
     float* stats;  // [4][groups][c_out]: mean, variance, scale and shift; ignored unless normalized
     // Results of the backward pass; null where they are not needed.
     float* dweight;
     int64_t dweight_strides[4];
-    float *dgamma, *dbeta;  // [c_out]; null unless normalized
+    float *dgamma, *dbeta;  // [c_out]; dgamma is null unless normalized
 } dcgan_train_layer;
 
 // slope: of every leaky ReLU. groups: divides images.

@@ -28,6 +28,7 @@ dcgan_op Training::op(int i, int algorithm, int group) const {
     op.stride = l.stride;
     op.padding = l.padding;
     op.out_act = l.normalized ? DCGAN_NONE : l.act;
+    op.out_shift = l.normalized ? nullptr : l.beta;
     op.statistics = l.normalized;
     op.slope = slope_;
     if (i > 0 && layers_[i - 1].normalized) {
@@ -57,6 +58,10 @@ int64_t Training::map_floats(int i) const {
     if (i < count_) return int64_t{layers_[i].c_in} * layers_[i].height * layers_[i].width;
     const dcgan_layer last = layer_of(op(i - 1, layers_[i - 1].fprop));
     return last.c_out * out_side(last, last.height) * out_side(last, last.width);
+}
+
+long Training::pixels(int i) const {
+    return static_cast<long>(std::min(map_floats(i + 1), MAX_FLOATS / images_) * images_ / layers_[i].c_out);
 }
 
 float* Training::stats(int i, int row, int group) const {
@@ -147,12 +152,15 @@ size_t Training::backward_bytes(bool needs_dx) const {
             const Product product(engine_, dgrad, true, prologue_of_du(i), images_, threads_);
             products = std::max(products, product.bytes());
         }
+        Source du{};
+        du.channels = layers_[i].c_out;
+        du.prologue = prologue_of_du(i);
+        if (has_bias_gradient(i))
+            products =
+                std::max(products, static_cast<size_t>(engine_.shift_memory(du, pixels(i))) * sizeof(float));
         if (has_wgrad(i)) {
             const dcgan_op wgrad = op(i, layers_[i].wgrad);
             const dcgan_layer geometry = layer_of(wgrad);
-            Source du{};
-            du.channels = geometry.c_out;
-            du.prologue = prologue_of_du(i);
             const GradientJob job{
                 &geometry, source_of_x(wgrad, nullptr), du, static_cast<long>(images_), nullptr, nullptr};
             products = std::max(products,
@@ -174,6 +182,8 @@ void Training::backward(const float* x, const float* dy, float* dx, float* memor
         const int64_t in = images_ * map_floats(i);
         const float* const from = i + 1 < count_ ? maps[(i + 1) % 2] : dy;
         const float* const input = i > 0 ? layers_[i - 1].y : x;
+        // This layer's du has no vectors, so that their memory is free.
+        if (has_bias_gradient(i)) bias_gradient(i, from, vectors, product_memory);
         for (int group = 0; group < groups_ && has_dgrad(i, needs_dx); ++group) {
             const dcgan_op dgrad = op(i, l.dgrad, group);
             const Source du = source_of_du(i, group, from, vectors);
@@ -195,6 +205,15 @@ void Training::backward(const float* x, const float* dy, float* dx, float* memor
         // Not before wgrad, which reads the vectors of this layer's du.
         if (i > 0 && has_dgrad(i, needs_dx) && layers_[i - 1].normalized)
             reduce_gradients(i - 1, sums, vectors);
+    }
+}
+
+void Training::bias_gradient(int i, const float* dy, float* of_group, float* memory) const {
+    const dcgan_train_layer& l = layers_[i];
+    std::fill_n(l.dbeta, l.c_out, 0.0f);
+    for (int group = 0; group < groups_; ++group) {
+        engine_.shift_gradient(source_of_du(i, group, dy, nullptr), pixels(i), threads_, memory, of_group);
+        for (int c = 0; c < l.c_out; ++c) l.dbeta[c] += of_group[c];
     }
 }
 

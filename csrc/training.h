@@ -44,11 +44,14 @@ class Training {
     int lowest() const;               // layer with a gradient; count_ if there is none
     size_t channels() const;          // of the widest output, in whole cache lines
     int64_t map_floats(int i) const;  // of one image: the input of layer i, or the output of the last layer
+    long pixels(int i) const;         // of the output of layer i, in a group
     float* stats(int i, int row, int group) const;
     void store_statistics(int i, int group, const double* moments) const;
     Parts parts(bool needs_dx) const;
     Prologue prologue_of_du(int i) const;
     Source source_of_du(int i, int group, const float* dy, const float* vectors) const;
+    bool has_bias_gradient(int i) const { return !layers_[i].normalized && layers_[i].dbeta != nullptr; }
+    void bias_gradient(int i, const float* dy, float* of_group, float* memory) const;
     void reduce_gradients(int i, const double* sums, float* vectors) const;
 
     const Engine& engine_;

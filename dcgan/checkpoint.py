@@ -1,8 +1,9 @@
 """Checkpoints of a run: a file holds everything needed to resume; a folder keeps the last few and the best.
 
 A file is a dict of tensors and plain values written by ``torch.save``, so ``torch.load(path,
-weights_only=True)`` reads it; nothing in it is ever executed. It is written under a temporary name,
-synchronised to disk and renamed, so a checkpoint's name never refers to a partial file.
+weights_only=True)`` reads it; nothing in it is ever executed, and a class that it names is not imported
+unless the user names it too. It is written under a temporary name, synchronised to disk and renamed, so a
+checkpoint's name never refers to a partial file.
 
 ``last.pt`` and ``best.pt`` are pointer files: symlinks, or where symlinks are not supported, one-line text
 files that contain the checkpoint's name. In a folder that was copied with symlinks followed they are full
@@ -19,7 +20,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         RunError: the file cannot be written (disk full, folder missing); the message gives the reason.
     """
     content = vars(checkpoint) | {"format": FORMAT, "version": VERSION}
-    content["architecture"] = asdict(checkpoint.architecture)
+    content["architecture"] = checkpoint.architecture.to_dict()
     try:
         with replacing(path, durable=True) as file:
             torch.save(content, file)
@@ -115,7 +116,7 @@ def parse(content: Any, path: Path) -> Checkpoint:
             f"only version {VERSION} can be read"
         )
     try:
-        architecture = Architecture(**content["architecture"])
+        architecture = Architecture.of(content["architecture"])
         values = {f.name: content[f.name] for f in fields(Checkpoint)}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is a damaged checkpoint: {error}") from error

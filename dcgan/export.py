@@ -9,6 +9,9 @@ replaced forward: z [N, latent_dim] → images [N, C, H, W] in [-1, 1] for a Gen
 for a Discriminator. The first holds only the weights, so a network that computes anything else with them than
 the default network does is rejected.
 
+They take networks that the user has written, too, if an ``example`` gives the shape of their inputs, and
+safetensors if ``metadata`` says what the weights belong to.
+
 Every export is loaded back and compared with ``network(x)`` before it is written, on inputs whose outputs
 differ from each other: a well-trained Discriminator calls nearly every random image a fake, with a saturated
 probability that no error in the exported weights would change.
@@ -24,15 +27,15 @@ import itertools
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dcgan import extras, fast, models, pretrained
-from dcgan.errors import InputError, RunError
+from dcgan import extras, fast, fusing, models, pretrained
+from dcgan.errors import InputError, RunError, is_integer
 from dcgan.files import writing
 
 INSTALL = extras.install("export")
@@ -43,6 +46,8 @@ TOLERANCE = 1e-4
 The spread is the range over the check's inputs of the output element that varies most: up to 2 for an image's
 values, up to 1 for a probability.
 """
+
+OTHER = "; for a network of another class pass example, a batch of inputs or the shape of one input"
 
 BATCHES = (1, 3, 5)
 """Batch sizes that a program with a dynamic batch size is checked with."""
@@ -68,20 +73,37 @@ class Exported(NamedTuple):
     checked: str
 
 
-def safetensors(network: nn.Module, path: Path) -> Exported:
+def safetensors(network: nn.Module, path: Path, *, metadata: Mapping[str, str] | None = None) -> Exported:
     """Write the state dict, with ``network``, ``model`` and the sizes in the file's metadata.
 
     Args:
         network: a Generator or Discriminator of :mod:`dcgan.models` or :mod:`dcgan.fast` that computes the
             same as the network that :mod:`dcgan.pretrained` builds from its weights; it is left unchanged.
         path: the file, replaced atomically, in an existing folder.
+        metadata: for a network of any other class, what the file says about it, such as
+            :meth:`dcgan.pretrained.Pretrained.metadata`; its outputs are then not checked, but its weights
+            are read back and compared.
 
     Raises:
-        InputError: the network computes something else; the message says what has been changed in it.
+        InputError: the network computes something else; the message says what has been changed in it. With
+            ``metadata``, its state dict cannot be saved.
         RunError: its outputs are not finite or do not depend on the input, or ``path`` cannot be written;
             an existing file at ``path`` is unchanged.
     """
-    from safetensors.torch import save
+    from safetensors.torch import load, save
+
+    if metadata is not None:
+        try:
+            state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+            # Cloned, since safetensors rejects tensors that share memory, such as tied weights.
+            own = {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+            content = save(own, {"format": "pt", **metadata})
+        except Exception as error:  # a value of the state dict is not a tensor
+            raise InputError(f"network cannot be exported to safetensors: {_first_line(error)}") from error
+        found = load(content)
+        if found.keys() != state.keys() or not all(torch.equal(found[key], state[key]) for key in state):
+            raise RunError("not written: the weights read back differ from the network's")
+        return _write(content, path, "", "", None, "")
 
     with _evaluated(network) as (plain, check):
         kind = "generator" if isinstance(plain, models.Generator | models.MLPGenerator) else "discriminator"
@@ -105,20 +127,29 @@ def safetensors(network: nn.Module, path: Path) -> Exported:
     return _write(content, path, "", "", None, "")
 
 
-def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exported:
+def onnx(
+    network: nn.Module,
+    path: Path,
+    *,
+    batch: int | None = None,
+    example: Tensor | Sequence[int] | None = None,
+) -> Exported:
     """Write an ONNX model that includes its weights, by ``torch.onnx.export``.
 
     Its input is named ``z`` or ``image``, its output ``image`` or ``probability``.
 
     Args:
         network: a Generator or Discriminator of :mod:`dcgan.models` or :mod:`dcgan.fast`, or of a subclass,
-            with any changes that ``torch.export`` can trace; it is left unchanged.
+            with any changes that ``torch.export`` can trace; or any other module with one input and one
+            output that have a batch dimension each. It is left unchanged.
         path: the file, replaced atomically, in an existing folder.
         batch: the fixed batch size; None for a dynamic one.
+        example: a batch of inputs, [N, …] of float32, or the shape of one input, without N. It is required
+            for a network of another class.
 
     Raises:
-        InputError: ``network`` has another type or holds something that cannot be copied or traced, or the
-            package onnx or onnxscript is not installed.
+        InputError: ``network`` has another type and there is no ``example``, or holds something that cannot
+            be copied or traced, or the package onnx or onnxscript is not installed.
         RunError: the model's outputs differ from ``network(x)`` by more than TOLERANCE of their spread, are
             not finite or do not depend on the input, or ``path`` cannot be written; an existing file at
             ``path`` is unchanged.
@@ -128,8 +159,8 @@ def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exporte
             importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"ONNX export requires the package {error.name}: {INSTALL}") from error
-    with _evaluated(network, batch) as (plain, check):
-        name_in, name_out = ("z", "image") if len(check.shape) == 1 else ("image", "probability")
+    with _evaluated(network, batch, example) as (plain, check):
+        name_in, name_out = ("z", "image") if check.outputs[0][0].numel() > 1 else ("image", "probability")
         with _exporting("ONNX", network):
             program = torch.onnx.export(
                 plain,
@@ -156,13 +187,19 @@ def onnx(network: nn.Module, path: Path, *, batch: int | None = None) -> Exporte
     return _write(content, path, *check.shapes(), difference, checked)
 
 
-def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) -> Exported:
+def torch_export(
+    network: nn.Module,
+    path: Path,
+    *,
+    batch: int | None = None,
+    example: Tensor | Sequence[int] | None = None,
+) -> Exported:
     """Write a ``torch.export`` program; run it with ``torch.export.load(path).module()(z)``.
 
     Arguments and errors are as for :func:`onnx`; PyTorch is the only package that this needs.
     """
     file = io.BytesIO()
-    with _evaluated(network, batch) as (plain, check), _exporting("torch.export", network):
+    with _evaluated(network, batch, example) as (plain, check), _exporting("torch.export", network):
         program = torch.export.export(plain, (check.example,), dynamic_shapes=check.dynamic)
         torch.export.save(program, file)
         content = file.getvalue()
@@ -182,21 +219,28 @@ def torch_export(network: nn.Module, path: Path, *, batch: int | None = None) ->
 
 
 @contextlib.contextmanager
-def _evaluated(network: nn.Module, batch: int | None = None) -> Iterator[tuple[Any, _Check]]:
+def _evaluated(
+    network: nn.Module, batch: int | None = None, example: Tensor | Sequence[int] | None = None
+) -> Iterator[tuple[Any, _Check]]:
     """Yield a copy of ``network`` (plain modules, on the CPU, eval mode, float32) and the check for it.
 
     Meanwhile ``network``'s own modules are in eval mode, since the copy of a user's hook or forward may still
     refer to them.
 
     Raises:
-        InputError: ``network`` is not a Generator or Discriminator, or cannot be copied or run in float32.
+        InputError: ``network`` is not a Generator or Discriminator and there is no ``example``, or it cannot
+            be copied or run in float32.
         RunError: :class:`_Check` raises it.
     """
-    if not isinstance(network, Exportable):
+    if example is not None:
+        shape = _shape_of(example)
+    elif isinstance(network, Exportable):
+        shape = _input_shape(network)
+    else:
         inner = [n for n in ("_orig_mod", "module") if isinstance(getattr(network, n, None), nn.Module)]
         hint = f"; pass the network that it wraps, its attribute {inner[0]}" if inner else ""
         raise InputError(
-            f"network must be a Generator or a Discriminator, got {type(network).__qualname__}{hint}"
+            f"network must be a Generator or a Discriminator, got {type(network).__qualname__}{hint or OTHER}"
         )
     training = [module for module in network.modules() if module.training]
     for module in training:
@@ -205,23 +249,26 @@ def _evaluated(network: nn.Module, batch: int | None = None) -> Iterator[tuple[A
         with torch.no_grad(), torch.device("cpu"):
             try:
                 copied = _copy(network).cpu().float().eval().requires_grad_(False)
-                check = _Check(copied, _input_shape(copied), batch)
+                check = _Check(copied, shape, batch)
             except RunError:
                 raise
             except Exception as error:  # the user's hooks, forwards and modules may raise anything
                 raise InputError(
                     f"network cannot be copied to the CPU and run in float32: {_reason(error, network)}"
                 ) from error
-            # The check has run the network's own class; a fast network is exported as the reference class.
-            if type(copied) in _REFERENCES:
-                copied = copy.copy(copied)
-                copied.__class__ = _REFERENCES[type(copied)]
+            # The check has run the network's own class; a fused module is exported as the class it was.
+            copied = copy.copy(copied)
+            for module in copied.modules():
+                if isinstance(module, fusing.Fused) and type(module) is fusing.fused_class(
+                    module._fused_from
+                ):
+                    module.__class__ = module._fused_from  # type: ignore[assignment]
             yield copied, check
     finally:
         for module in training:
             module.training = True
-        if training and isinstance(network, fast.Generator | fast.Discriminator):
-            network.refresh()
+        if training:
+            fusing.refresh(network)
 
 
 _REFERENCES: dict[type[nn.Module], type[nn.Module]] = {
@@ -234,6 +281,18 @@ def _copy(network: nn.Module) -> Any:
     """Return a deep copy. Tensors that a hook has computed, as in pruning, are detached to be copyable."""
     computed = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor)]
     return copy.deepcopy(network, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+
+
+def _shape_of(example: Any) -> tuple[int, ...]:
+    """Return the shape of one input. Raises InputError for an ``example`` of another kind."""
+    shape = example.shape[1:] if isinstance(example, Tensor) else example
+    floats = not isinstance(example, Tensor) or example.dtype == torch.float32
+    if not floats or not isinstance(shape, Sequence) or not shape or not all(map(is_integer, shape)):
+        what = f"{example.dtype} {list(example.shape)}" if isinstance(example, Tensor) else repr(example)
+        raise InputError(
+            f"example must be a batch of inputs, float32 [N, …], or the shape of one input, got {what}"
+        )
+    return tuple(shape)
 
 
 def _input_shape(network: Any) -> tuple[int, ...]:
@@ -252,7 +311,9 @@ def _read_back(content: bytes, kind: Any) -> nn.Module:
 
 def _changes(network: Any) -> str:
     """Describe how the network differs from the default one of its sizes; '' if it does not."""
-    kind = next(kind for kind in get_args(Exportable) if isinstance(network, kind))
+    kind = next((kind for kind in get_args(Exportable) if isinstance(network, kind)), None)
+    if kind is None:
+        return ""
     try:
         with torch.device("meta"):
             default = kind(**network.sizes())
@@ -386,7 +447,7 @@ def _probes(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """
     random = torch.Generator().manual_seed(0)
     pool = torch.randn(_PROBES, *shape, generator=random, dtype=torch.float32)
-    if len(shape) == 3:  # from noise to smooth blobs, in (-1, 1)
+    if len(shape) == 3 and shape[1:] != (1, 1):  # from noise to smooth blobs, in (-1, 1)
         blobs = torch.randn(_PROBES, shape[0], 4, 4, generator=random, dtype=torch.float32)
         blobs = nn.functional.interpolate(blobs, shape[1:], mode="bicubic")
         share = torch.linspace(0, 1, _PROBES, dtype=torch.float32).view(-1, 1, 1, 1)
@@ -436,7 +497,7 @@ def _unsaturated(network: nn.Module, images: Tensor) -> Tensor:
             (gradient,) = torch.autograd.grad(logits, images, torch.ones_like(logits))
             size = gradient.square().flatten(1).sum(1)
             step = torch.where(size > 0, missing / size, 0)
-            images = images + step.view(-1, 1, 1, 1) * gradient
+            images = images + step.view(-1, *[1] * (images.ndim - 1)) * gradient
     finally:
         for hook in hooks:
             hook.remove()

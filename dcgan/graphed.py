@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import layers, models
-from .introspection import HOOKS
+from . import fusing, layers, models
+from .introspection import HOOKS, why_all_eager
 from .kernels import weight_cache
 from .kernels.capturing import Cuda, Replay
-
-Network = models.Generator | models.Discriminator
 
 
 class Graphed:
@@ -23,25 +22,22 @@ class Graphed:
     on has changed, and, where the network's layers do not run as one operator, if weights have.
     """
 
-    def __init__(self, model: Network, batch: int) -> None:
+    def __init__(self, model: nn.Module, batch: int, example: Tensor | None = None) -> None:
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch must be a positive integer, got {batch!r}")
-        if not isinstance(model, Network):
-            raise TypeError(f"model must be a Generator or a Discriminator, got {type(model).__qualname__}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
         parameter = next(model.parameters())
         if not parameter.is_cuda:
             raise ValueError(f"model must be on a CUDA device, its parameters are on {parameter.device}")
         self.model, self.batch = model, batch
-        shape: tuple[int, ...] = (
-            (model.latent_dim,)
-            if isinstance(model, models.Generator)
-            else (model.channels, model.image_size, model.image_size)
-        )
-        self._example = torch.zeros(batch, *shape, dtype=parameter.dtype, device=parameter.device)
+        shape, dtype = _row(model, parameter, example)
+        self._example = torch.zeros(batch, *shape, dtype=dtype, device=parameter.device)
         self._backend: Any = Cuda(parameter.device)
         self._replay: Replay | None = None
         self._networks: dict[Any, Any] = {}  # packed weights, see weight_cache.collecting
         self._kept_alive: list[Tensor] = []
+        self._is_one_operator = False
         self._settings: Any = None
         self._tensors: Any = None
 
@@ -53,7 +49,8 @@ class Graphed:
             TypeError: x has another dtype or device.
         """
         example = self._example
-        flat = x.flatten(1) if isinstance(self.model, models.Generator) and x.ndim == 4 else x
+        latent = isinstance(self.model, models.Generator) and example.ndim == 2
+        flat = x.flatten(1) if latent and x.ndim == 4 else x
         if flat.shape[1:] != example.shape[1:] or x.shape[0] > self.batch:
             allowed = ["≤ " + str(self.batch), *example.shape[1:]]
             raise ValueError(f"x must be [{', '.join(map(str, allowed))}], got {list(x.shape)}")
@@ -70,9 +67,9 @@ class Graphed:
             return self._replay(flat)
 
     def _freeze(self) -> None:
-        freeze = getattr(self.model, "_freeze", None)  # a reference network has none
-        if freeze is not None:
-            freeze()
+        for module in self.model.modules():
+            if isinstance(module, fusing.Fused):
+                module._fused_freeze()
 
     def _followed(self) -> bool:
         """Report changed weights to the device; return False if the graph cannot follow them."""
@@ -82,25 +79,37 @@ class Graphed:
         """Return whether anything has changed that the graph depends on but its replay does not read."""
         if self._settings != self._current_settings():
             return True
-        if self._networks and not self._kept_alive and self._runs_main_alone():
+        if self._is_one_operator:
             return any(network.moved() for network in self._networks.values())
         return bool(self._tensors != self._current_tensors())
 
-    def _runs_main_alone(self) -> bool:
-        """Return whether the model reads no other tensors than those of ``main``."""
+    def _runs_as_one_operator(self) -> bool:
+        """Return whether the graph reads no other tensors than those of one operator's packed weights."""
         from . import fast  # deferred: imports this module
 
-        known = type(self.model) in (fast.Generator, fast.Discriminator)
-        return known and "forward" not in self.model.__dict__
+        model = self.model
+        if type(model) not in (fast.Generator, fast.Discriminator) or "forward" in model.__dict__:
+            return False
+        main: Any = model.main
+        if type(main) is not fusing.Sequential or len(self._networks) != 1 or self._kept_alive:
+            return False
+        example = self._example
+        return (
+            main._fused_pipeline().whole(example[:, :, None, None] if example.ndim == 2 else example)
+            is not None
+        )
 
     def _current_settings(self) -> Any:
         from .kernels.gpu.launcher import precision  # deferred: imports Triton, which CPU machines may lack
 
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        main: Any = getattr(self.model, "main", None)
         # In a network that runs as one operator the fingerprint shows that no inner module has hooks.
-        modules = (self.model,) if self._networks else self.model.modules()
+        alone = self._is_one_operator and type(main) is fusing.Sequential
+        modules = (self.model, main) if alone else self.model.modules()
         hooks = [tuple(module.__dict__[name]) for module in modules for name in HOOKS]
-        return autocast, precision(torch.float32), hooks, layers.fingerprint(self.model.main)
+        found = layers.fingerprint(list(main._modules.items())) if alone else fusing.fingerprint(self.model)
+        return autocast, precision(torch.float32), why_all_eager(), hooks, found
 
     def _current_tensors(self) -> Any:
         """Return where all tensors lie, and if the graph reads results computed from them, their versions."""
@@ -121,14 +130,37 @@ class Graphed:
         with weight_cache.collecting(self._networks) as kept:
             self._replay = Replay(self.model, self._example, self._backend)
         self._kept_alive = list(kept)
+        self._is_one_operator = self._runs_as_one_operator()
         self._settings, self._tensors = self._current_settings(), self._current_tensors()
 
 
-def graphed(model: Network, batch: int) -> Graphed:
+def _row(model: nn.Module, parameter: Tensor, example: Tensor | None) -> tuple[Sequence[int], torch.dtype]:
+    """Return the shape and dtype of one row of the model's input."""
+    if example is not None:
+        if not isinstance(example, Tensor) or example.ndim < 1:
+            raise TypeError(f"example must be a tensor of one or more rows, got {type(example).__qualname__}")
+        return example.shape[1:], example.dtype
+    if isinstance(model, models.Generator):
+        return (model.latent_dim,), parameter.dtype
+    if isinstance(model, models.Discriminator):
+        return (model.channels, model.image_size, model.image_size), parameter.dtype
+    raise ValueError(
+        f"example must be given for a {type(model).__qualname__}: a tensor like those that it takes"
+    )
+
+
+def graphed(model: nn.Module, batch: int, example: Tensor | None = None) -> Graphed:
     """Return a callable that runs ``model``, in eval mode, on up to ``batch`` rows by replaying a CUDA graph.
 
+    Args:
+        model: a network on a CUDA device that maps one tensor to one tensor of as many rows. Python code that
+            runs in its ``forward``, such as hooks, does not run in a replay.
+        example: an input of one or more rows, whose values do not matter. It may be left out for a Generator
+            or Discriminator of this package.
+
     Raises:
-        ValueError: ``batch`` is not a positive integer, or the model is not on a CUDA device.
-        TypeError: ``model`` is not a Generator or a Discriminator.
+        ValueError: ``batch`` is not a positive integer, the model is not on a CUDA device, or ``example`` is
+            missing.
+        TypeError: ``model`` is not a module, or ``example`` is not a tensor.
     """
-    return Graphed(model, batch)
+    return Graphed(model, batch, example)

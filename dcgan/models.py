@@ -42,7 +42,8 @@ def check_sigmoid(main: nn.Module) -> None:
     what = "logits() needs main to be a plain nn.Sequential that ends in a Sigmoid, but main"
     if not isinstance(main, nn.Sequential):
         raise TypeError(f"{what} is a {type(main).__name__}, not an nn.Sequential")
-    if type(main).forward is not nn.Sequential.forward or "forward" in main.__dict__:
+    plain = vars(type(main)).get("_fused_from", type(main))  # of a fused one
+    if plain.forward is not nn.Sequential.forward or "forward" in main.__dict__:
         raise TypeError(f"{what} overrides forward")
     if not len(main) or type(main[-1]) is not nn.Sigmoid:
         raise TypeError(f"{what} ends in {type(main[-1]).__name__ if len(main) else 'nothing'}")

@@ -16,14 +16,19 @@ The format is recognised by content, and nothing in a file is ever executed. Sup
 
 Sizes are inferred from the state dict. The exception is the image size of the fully connected network, which
 can be loaded only from a checkpoint or from a safetensors file of this project, since these record it.
+
+The same holds for networks that the user has written. Such a file names their class and its arguments, but
+the class is imported only if the caller names it too (``module``).
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+import textwrap
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,6 +38,7 @@ from torch import Tensor, nn
 from dcgan import checkpoint, state_dicts
 from dcgan.checkpoint import CheckpointError
 from dcgan.errors import InputError, check_choice, one_line
+from dcgan.foreign import Foreign, Sampler, latent_shape
 from dcgan.networks import Architecture, Engine
 from dcgan.state_dicts import Network
 
@@ -40,6 +46,11 @@ Which = Literal["last", "best"]
 
 SAFETENSORS = ".safetensors"
 MAX_HEADER_BYTES = 100_000_000  # defined by the safetensors format
+CLASS = "class"
+"""Key in a safetensors file's metadata for the class of a network that the user has written."""
+_OPTIONS: dict[Network, str] = {"generator": "--netG", "discriminator": "--netD"}
+_FIELDS: dict[Network, str] = {"generator": "foreign_g", "discriminator": "foreign_d"}
+_SIZES = ("latent_dim", "channels", "image_size")
 
 
 @dataclass(frozen=True)
@@ -67,15 +78,46 @@ class Pretrained:
 
         Raises:
             CheckpointError: the weights do not match the network; the message names the file.
-            InputError: the engine has no kernels for the network.
+            InputError: the engine has no kernels for the network, or it is foreign and cannot be constructed.
         """
         module: nn.Module = getattr(self.architecture, self.network)(engine)
+        if self.foreign is not None:
+            load_foreign(module, self.state, self.file, self.network, self.foreign)
+            return module.to(device).eval()
         try:
             module.load_state_dict(self.state)
         except (RuntimeError, AttributeError) as error:  # AttributeError: a value is not a tensor
             whole = f"a complete {self.network.capitalize()}"
             raise CheckpointError(f"{self.file} does not hold {whole}: {one_line(error)}") from error
         return module.to(device).eval()
+
+    def sampler(self, engine: Engine = "auto", device: torch.device | str = "cpu") -> nn.Module:
+        """Return the Generator as :mod:`dcgan.generation` takes it: z [N, latent_dim] → images.
+
+        That is :meth:`module`, or a module around it if the Generator is foreign.
+        """
+        module = self.module(engine, device)
+        return module if self.foreign is None else Sampler(module, self.architecture.latent_dim)
+
+    @property
+    def foreign(self) -> Foreign | None:
+        """The class that the user has given for this network; None for a network of this project."""
+        found: Foreign | None = getattr(self.architecture, _FIELDS[self.network])
+        return found
+
+    def input_shape(self, module: nn.Module) -> tuple[int, ...] | None:
+        """Return the shape of one input of a foreign network from :meth:`module`; None for any other."""
+        if self.foreign is None:
+            return None
+        return latent_shape(module) if self.network == "generator" else self.architecture.image_shape
+
+    def metadata(self) -> dict[str, str] | None:
+        """Return what a safetensors file of a foreign network says about it; None for any other network."""
+        if self.foreign is None:
+            return None
+        sizes = {name: str(getattr(self.architecture, name)) for name in _SIZES}
+        names = {"network": self.network, CLASS: self.foreign.spec, "args": json.dumps(self.foreign.args)}
+        return names | sizes
 
 
 def generator(
@@ -85,6 +127,8 @@ def generator(
     engine: Engine = "auto",
     which: Which = "last",
     device: torch.device | str = "cpu",
+    module: str | None = None,
+    args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load a trained Generator, float32, in eval mode.
 
@@ -95,13 +139,17 @@ def generator(
             :mod:`dcgan.fast`; for 'triton' and 'native', run that under :func:`dcgan.kernels.ops.use_engine`.
         which: which checkpoint of a folder to use: the last, or the best if the run measured a score.
         device: device of the network.
+        module: the class of a network that the user has written, 'pkg.module:Class' or
+            'path/to/file.py:Class'; required if the file names one.
+        args: arguments of its constructor; None for those that the file records.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another format or of a Discriminator; the message
             names it.
-        InputError: an invalid or unsuitable ``engine`` or ``which``.
+        InputError: an invalid or unsuitable ``engine`` or ``which``; ``module`` is missing, cannot be
+            constructed, or is given for a file that does not record the sizes.
     """
-    return read(path, "generator", ema=ema, which=which).module(engine, device)
+    return read(path, "generator", ema=ema, which=which, module=module, args=args).module(engine, device)
 
 
 def discriminator(
@@ -110,21 +158,84 @@ def discriminator(
     engine: Engine = "auto",
     which: Which = "last",
     device: torch.device | str = "cpu",
+    module: str | None = None,
+    args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load a trained Discriminator as :func:`generator` does a Generator; it has no moving average."""
-    return read(path, "discriminator", which=which).module(engine, device)
+    return read(path, "discriminator", which=which, module=module, args=args).module(engine, device)
 
 
-def read(path: Path | str, network: Network, *, ema: bool = True, which: Which = "last") -> Pretrained:
+def read(
+    path: Path | str,
+    network: Network,
+    *,
+    ema: bool = True,
+    which: Which = "last",
+    module: str | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Pretrained:
     """Load only the weights; arguments and errors are those of :func:`generator`."""
     check_choice("network", network, get_args(Network))
-    file = find(Path(path), which)
+    file, option = find(Path(path), which), _OPTIONS[network]
+    if args is not None and module is None:
+        raise InputError(f"{option}-args requires {option}-module")
+    state, metadata = _read_safetensors(file) if _is_safetensors(file) else (None, {})
+    content = checkpoint.load(file, whole=zipfile.is_zipfile(file)) if state is None else state
+    if CLASS in metadata:
+        found = _from_foreign_safetensors(content, metadata, network, file)
+    elif isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
+        found = _from_checkpoint(checkpoint.parse(content, file), network, ema, file)
+    elif module is not None:
+        raise InputError(
+            f"{option}-module applies to a run, its checkpoints and their exports to safetensors, which "
+            f"record the images' sizes; {file} does not"
+        )
+    else:
+        return _from_state(content, metadata, network, ema, file)
+    recorded = found.foreign
+    if module is None and recorded is not None:
+        raise InputError(
+            f"{file} holds the weights of a network of your own, and a class that a file names is not "
+            f"imported: pass {option}-module {shlex.quote(recorded.spec)}"
+        )
+    if module is None:
+        return found
+    if args is None:
+        args = {} if recorded is None else recorded.args
+    foreign: dict[str, Any] = {_FIELDS[network]: Foreign(module, dict(args))}
+    return replace(found, architecture=replace(found.architecture, **foreign))
+
+
+def load_foreign(
+    module: nn.Module, state: Mapping[str, Any], file: Path, network: Network, foreign: Foreign
+) -> None:
+    """Load a file's weights into a network of the user's. Raises CheckpointError if they do not fit."""
+    try:
+        module.load_state_dict(state)
+    except Exception as error:  # the user's load_state_dict may raise anything
+        why = textwrap.shorten(one_line(error), 300, placeholder=" …")
+        raise CheckpointError(
+            f"{file} does not fit {_OPTIONS[network]}-module {foreign.spec!r}: {why}"
+        ) from error
+
+
+def state_of_foreign(path: Path | str, network: Network) -> tuple[Mapping[str, Any], Path]:
+    """Return the weights in a file for a network of the user's, and the file.
+
+    The file is a plain state dict, a safetensors file, or a run or checkpoint as for :func:`read`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds no state dict at its top.
+    """
+    file = find(Path(path))
     if _is_safetensors(file):
-        return _from_state(*_read_safetensors(file), network, ema, file)
+        return _read_safetensors(file)[0], file
     content = checkpoint.load(file, whole=zipfile.is_zipfile(file))
     if isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
-        return _from_checkpoint(checkpoint.parse(content, file), network, ema, file)
-    return _from_state(content, {}, network, ema, file)
+        return _from_checkpoint(checkpoint.parse(content, file), network, True, file).state, file
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} is not a state dict, in which every value is a tensor")
+    return content, file
 
 
 def find(path: Path, which: Which = "last") -> Path:
@@ -155,6 +266,25 @@ def _from_checkpoint(content: checkpoint.Checkpoint, network: Network, ema: bool
     if network == "generator" and ema and content.ema is not None:
         return Pretrained(file, network, content.architecture, content.ema, averaged=True)
     return Pretrained(file, network, content.architecture, getattr(content, network))
+
+
+def _from_foreign_safetensors(
+    state: Mapping[str, Any], metadata: Mapping[str, str], network: Network, file: Path
+) -> Pretrained:
+    """Read what :meth:`Pretrained.metadata` has written."""
+    try:
+        held: Any = metadata["network"]
+        check_choice("network", held, get_args(Network))
+        sizes: dict[str, Any] = {name: int(metadata[name]) for name in _SIZES}
+        sizes[_FIELDS[held]] = Foreign(metadata[CLASS], json.loads(metadata["args"]))
+        architecture = Architecture(**sizes)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} has damaged metadata: {one_line(error)}") from error
+    if held != network:
+        raise CheckpointError(
+            f"{file} holds the weights of a {held.capitalize()}, not of a {network.capitalize()}"
+        )
+    return Pretrained(file, network, architecture, state)
 
 
 def _from_state(

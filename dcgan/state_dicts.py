@@ -162,7 +162,7 @@ def _declared(metadata: Mapping[str, str]) -> tuple[Network, Architecture]:
         raise ValueError(f"its metadata names the network {network!r}")
     model: Any = metadata["model"]
     names = ("latent_dim", "channels", "image_size")
-    sizes = {name: int(metadata[name]) for name in names if name in metadata}
+    sizes: dict[str, Any] = {name: int(metadata[name]) for name in names if name in metadata}
     if "features" in metadata:
         sizes["features_g" if network == "generator" else "features_d"] = int(metadata["features"])
     return network, Architecture(model, **sizes)

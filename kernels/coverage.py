@@ -17,6 +17,7 @@ AMX_MIN_IMAGES = 32
 # forward and backward) exceeds what the kernels save: on two threads, fast networks ran at 0.6 to 1.1 times
 # eager's speed below twice this number, and at 1.03 times or more above.
 MIN_TRAINING_MACS = 128e6
+MIN_LAYER_MACS = 4 * MIN_TRAINING_MACS  # of one or two layers, which gain little from being fused
 # Batch size up to which a training step on a GPU runs D on real and generated images in one pass of twice the
 # batch. Beyond, the kernels fill the GPU anyway, and the pass holds the activations of both halves at once.
 MAX_IMAGES_TOGETHER = 256
@@ -49,15 +50,22 @@ def why_eager(x: Tensor, training: bool) -> str:
     return ""
 
 
-def why_small(x: Tensor, macs: Callable[[], float]) -> str:
-    """Return the reason why a forward is too small to train on x's engine; '' if it is large enough."""
+def why_small(x: Tensor, macs: Callable[[], float], layers: int, what: str) -> str:
+    """Return the reason why a forward is too small for x's engine; '' if it is large enough.
+
+    Args:
+        x: the input.
+        macs: returns the multiply-adds of a forward.
+        layers: the number of layers.
+        what: the work that has to pay, in words.
+    """
     if x.device.type != "cpu" or ops.engine() != "auto" or torch.compiler.is_compiling():
         return ""
-    found, enough = macs(), MIN_TRAINING_MACS * torch.get_num_threads()
+    found, enough = macs(), (MIN_TRAINING_MACS if layers > 2 else MIN_LAYER_MACS) * torch.get_num_threads()
     if found >= enough:
         return ""
     return (
-        f"native: training with {found / 1e6:.0f} million multiply-adds per forward is faster with PyTorch; "
+        f"native: {what} with {found / 1e6:.0f} million multiply-adds per forward is faster with PyTorch; "
         f"the kernels are faster from {enough / 1e6:.0f} million on"
     )
 

@@ -189,6 +189,11 @@ def recording() -> Iterator[list[Choice]]:
         _recorder = previous
 
 
+def is_recording() -> bool:
+    """Return whether a :func:`recording` is active."""
+    return _recorder is not None
+
+
 def choose(spec: ConvSpec, weight: Tensor) -> Choice:
     """Choose the engine for a call; raise EngineError if the forced engine does not cover it."""
     return choose_engine(

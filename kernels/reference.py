@@ -286,7 +286,10 @@ def empty_outputs(specs: Sequence[ConvSpec], call: TrainCall, packed: int = 0) -
 
 
 def train_forward(specs: Sequence[ConvSpec], call: TrainCall) -> TrainOutputs:
-    """Return (y, saved, stats, packed) of a network in training; packed is empty."""
+    """Return (y, saved, stats, packed) of a network in training; packed is empty.
+
+    The beta of a layer without a BatchNorm is its convolution's bias.
+    """
     x, acc = call.x, accumulator_dtype(call.x.dtype)
     saved: list[Tensor] = []
     all_stats: list[Tensor] = []
@@ -305,6 +308,8 @@ def train_forward(specs: Sequence[ConvSpec], call: TrainCall) -> TrainOutputs:
             stats = torch.stack([mean, var, scale, shift])
             all_stats.append(stats)
         else:
+            if stage.beta is not None:
+                y.add_(_per_channel(stage.beta.to(acc)))
             y = activate_(y, stage.act, call.slope)
         x = _canonical(y.to(x.dtype), spec.y.stride[1] == 1 and spec.y.stride[3] == spec.y.size[0])
         saved.append(x)
@@ -312,7 +317,10 @@ def train_forward(specs: Sequence[ConvSpec], call: TrainCall) -> TrainOutputs:
 
 
 def train_backward(specs: Sequence[ConvSpec], call: TrainBackward, results: TrainGradients) -> None:
-    """Write the gradients that are not empty into ``results``; removes each map from ``call.saved``."""
+    """Write the gradients that are not empty into ``results``; removes each map from ``call.saved``.
+
+    A bias's gradient is the sum of du as it is rounded.
+    """
     forward = call.forward
     stages, slope, groups, dtype = forward.stages, forward.slope, forward.groups, forward.x.dtype
     acc = accumulator_dtype(dtype)
@@ -325,6 +333,8 @@ def train_backward(specs: Sequence[ConvSpec], call: TrainBackward, results: Trai
         stage, images = stages[i], len(du)
         stored = call.saved.pop() if i else forward.x
         du = du.to(dtype).to(acc)
+        if call.need_beta[i] and not stage.norm:
+            results.beta[i].copy_(_channel_sums(du))
         x_hat = _layer_input(forward, i, stored, stats[i - 1] if i else None, slope).to(acc)
         below = i > 0 or call.need_x
         dx_hat, dweight, _ = aten.convolution_backward(

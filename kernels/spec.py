@@ -100,8 +100,8 @@ class Stage(NamedTuple):
 class TrainStage(NamedTuple):
     """A layer of a network in training: a convolution, an optional BatchNorm, and an activation.
 
-    The BatchNorm (``norm``) uses batch statistics. ``gamma`` and ``beta`` [C_out] are None without one, and
-    for one without affine parameters.
+    The BatchNorm (``norm``) uses batch statistics. ``gamma`` and ``beta`` [C_out] are its scale and shift, or
+    None for 1 and 0. Without a BatchNorm, ``beta`` is the convolution's bias, and ``gamma`` is None.
     """
 
     transposed: bool

@@ -7,8 +7,10 @@
         y_i = conv(x̂_i, W_i)                        raw; mean[c] and var[c] over N, H, W
         s_i = gamma·rsqrt(var + eps)
         x̂_{i+1} = act((y_i - mean)·s_i + beta)      a BatchNorm with batch statistics, and an activation
-                  act(y_i)                          in a layer without one, which stores this result
+                  act(y_i + beta)                   in a layer without one, which stores this result
         y = x̂_n                                     the last layer has no BatchNorm
+
+In a layer without a BatchNorm beta is the convolution's bias, and there is no gamma.
 
 The backward needs one tensor a layer (``saved``), the vectors of each BatchNorm (``stats``: mean, var, s and
 beta), and the packed weights.
@@ -18,6 +20,7 @@ beta), and the packed weights.
         dx̂_i = adjoint(du_i, W_i);  dW_i = wgrad(x̂_i, du_i);  g_i = dx̂_{i+1}·act'
         dbeta = Σ g;  dgamma = Σ g·(y - mean)·rsqrt(var + eps)
         du_i = s_i·(g - dbeta/M - (y - mean)·rsqrt(var + eps)·dgamma/M),   M = N·H·W
+               g in a layer without a BatchNorm, where dbeta = Σ du_i
 
 In 16 bits g is stored unscaled, and du is computed from it in float32 and rounded once. If s·g were stored,
 the terms of the mean and the variance would be added to a value that is already on the dtype's lattice: an
@@ -106,7 +109,10 @@ def specs(call: TrainCall) -> list[ConvSpec]:
         return _make_specs(call)
     x = call.x
     layers = tuple(
-        [(s.transposed, s.weight.shape, s.weight.dtype, s.weight.device, *s[4:]) for s in call.stages]
+        [
+            (s.transposed, s.weight.shape, s.weight.dtype, s.weight.device, s.beta is None, *s[4:])
+            for s in call.stages
+        ]
     )
     key = (x.shape, x.dtype, x.device, x.stride(), layers, *call[2:5])
     try:
@@ -155,7 +161,8 @@ def _make_specs(call: TrainCall) -> list[ConvSpec]:
             )
         if groups < 1 or x.shape[0] % groups:
             raise ValueError(f"groups must divide the {x.shape[0]} images of x, got {groups}")
-        spec = spec._replace(groups=groups)
+        biased = stage.beta is not None and not stage.norm
+        spec = spec._replace(y=spec.y._replace(shifted=biased), groups=groups)
         if i and stages[i - 1].norm:
             prologue = Operand(spec.x.size, spec.x.stride, "affine", stages[i - 1].act, True, True)
             spec = spec._replace(x=prologue)
@@ -170,8 +177,8 @@ def _check_vectors(call: TrainCall) -> None:
             vector: Tensor | None = getattr(stage, name)
             if vector is None:
                 continue
-            if not stage.norm:
-                raise ValueError(f"{name} must be None in a layer without a BatchNorm, got one in layer {i}")
+            if name == "gamma" and not stage.norm:
+                raise ValueError(f"gamma must be None in a layer without a BatchNorm, got one in layer {i}")
             if vector.ndim != 1 or vector.shape[0] != stage.c_out:
                 raise ValueError(
                     f"{name} must be [{stage.c_out}], one value per channel, got {list(vector.shape)} "
@@ -534,6 +541,8 @@ _BACKWARD_OP = torch.ops.dcgan.train_chain_backward.default
 def train_chain(call: TrainCall) -> tuple[Tensor, list[Tensor]]:
     """Run a network in training; differentiable in x, the weights, gammas and betas.
 
+    The module's docstring has the mathematics. In a layer without a BatchNorm beta is the bias.
+
     Args:
         call: x [N, C, H, W] of float16, bfloat16, float32 or float64, any strides; its layers, of which the
             last has no BatchNorm; the negative slope of all leaky ReLUs; the number of groups, which divides
@@ -575,11 +584,13 @@ def one_by_one(call: TrainCall) -> tuple[Tensor, list[Tensor]]:
     acc = accumulator_dtype(x.dtype)
     prologue: dict[str, Any] = {}
     for i, stage in enumerate(stages):
+        beta = None if stage.beta is None else stage.beta.to(acc)
         op = ops.conv_transpose2d_fused if stage.transposed else ops.conv2d_fused
         x, mean, var = op(
             x,
             stage.weight.to(x.dtype),
             **prologue,
+            out_shift=None if stage.norm else beta,
             out_act="none" if stage.norm else stage.act,
             stats=stage.norm,
             slope=slope,
@@ -592,7 +603,7 @@ def one_by_one(call: TrainCall) -> tuple[Tensor, list[Tensor]]:
             scale = torch.rsqrt(var + stage.eps)
             if stage.gamma is not None:
                 scale = scale * stage.gamma.to(acc)
-            shift = torch.zeros_like(scale) if stage.beta is None else stage.beta.to(acc)
+            shift = torch.zeros_like(scale) if beta is None else beta
             found.append(torch.stack([mean, var, scale, shift])[:, None])
             prologue = {"center": mean, "scale": scale, "shift": shift, "in_act": stage.act}
     return x, found

@@ -15,9 +15,10 @@ import torch
 import typer
 
 from bench import __main__ as bench_main
-from dcgan import extras, models
+from dcgan import extras
 from dcgan.cli.app import app
 from dcgan.training.settings import tomllib
+from examples.networks import DcganG
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,7 +72,7 @@ def test_every_fenced_block_is_of_a_language_that_is_tested() -> None:
 @pytest.mark.parametrize("snippet", blocks("python"), ids=str)
 def test_python_snippets_run(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save(models.Generator().state_dict(), "generator.pth")
+    torch.save(DcganG().state_dict(), "netG.pth")
     exec(compile(snippet.text, str(snippet), "exec"), {"__name__": "__main__"})
 
 

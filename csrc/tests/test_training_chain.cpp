@@ -52,7 +52,7 @@ struct Network {
         : images(images_of), groups(groups_of), channels_(channels), map_(map) {}
 
     // Adds a layer with algorithms at random. Kernel 4 has stride 2 and padding 1; others are dense layers.
-    // `plain`: a BatchNorm without gamma and beta.
+    // `plain`: without gamma and beta, or without a bias.
     Network& add(Random& random, bool transposed, int kernel, long c_out, int act, bool normalized,
                  bool plain = false) {
         const bool is_dense = kernel != 4;
@@ -84,7 +84,7 @@ struct Network {
         l.weight = weights.back().data;
         std::copy_n(weights.back().strides, 4, l.weight_strides);
         gammas.push_back(normalized && !plain ? random_around(random, c_out, 1.0f) : nullptr);
-        betas.push_back(normalized && !plain ? random_around(random, c_out, 0.0f) : nullptr);
+        betas.push_back(plain ? nullptr : random_around(random, c_out, 0.0f));
         l.gamma = gammas.back().get();
         l.beta = betas.back().get();
         layers.push_back(l);
@@ -125,11 +125,10 @@ struct Network {
             r.dweight.push_back(weights_like(i));
             l.dweight = wanted.dweight(i) ? r.dweight.back().data : nullptr;
             std::copy_n(r.dweight.back().strides, 4, l.dweight_strides);
-            const bool vectors = l.normalized && wanted.vectors(i);
             r.dgamma.push_back(vector_of(l.normalized ? l.c_out : 0));
-            r.dbeta.push_back(vector_of(l.normalized ? l.c_out : 0));
-            l.dgamma = vectors ? r.dgamma.back().data : nullptr;
-            l.dbeta = vectors ? r.dbeta.back().data : nullptr;
+            r.dbeta.push_back(vector_of(l.c_out));
+            l.dgamma = l.normalized && wanted.vectors(i) ? r.dgamma.back().data : nullptr;
+            l.dbeta = wanted.vectors(i) ? r.dbeta.back().data : nullptr;
         }
         const dcgan_train_layer& first = layers.front();
         r.dx.push_back(Tensor::output(Layout::NHWC, images, first.c_in, first.height, first.width));
@@ -187,6 +186,7 @@ dcgan_op op_of(const Network& network, const Results& r, size_t i, int algorithm
     op.slope = SLOPE;
     op.statistics = l.normalized;
     op.out_act = l.normalized ? DCGAN_NONE : l.act;
+    op.out_shift = l.normalized ? nullptr : l.beta;
     if (i > 0 && network.layers[i - 1].normalized) {
         op.in_act = network.layers[i - 1].act;
         op.center = r.stats[i - 1].data;
@@ -259,6 +259,12 @@ double compare_backward(const Network& network, const Results& r, int threads) {
                             nullptr, nullptr, nullptr, threads) == 0,
                 "wgrad: %s", dcgan_error());
         compare(r.dweight[i], dweight, "dweight", i);
+        if (!l.normalized) {
+            const Tensor dbias = vector_of(l.c_out);
+            require(dcgan_shift_gradient(&op, network.images, t, r.y[i].data, dbias.data, threads) == 0,
+                    "shift_gradient: %s", dcgan_error());
+            compare(r.dbeta[i], dbias, "dbeta", i);
+        }
         op.algorithm = l.dgrad;
         Tensor dx = Tensor::output(Layout::NHWC, network.images, l.c_in, l.height, l.width);
         const Tensor dcenter = vector_of(l.c_in), dscale = vector_of(l.c_in), dshift = vector_of(l.c_in);
@@ -372,9 +378,9 @@ void compare_subsets(Network& network, const Results& r, int threads) {
         };
         same(some.dx[0], r.dx[0], wanted.dx, "dx");
         for (size_t i = 0; i < count; ++i) {
-            const bool vectors = network.layers[i].normalized && wanted.vectors(i);
+            const bool vectors = wanted.vectors(i);
             same(some.dweight[i], r.dweight[i], wanted.dweight(i), "dweight");
-            same(some.dgamma[i], r.dgamma[i], vectors, "dgamma");
+            same(some.dgamma[i], r.dgamma[i], network.layers[i].normalized && vectors, "dgamma");
             same(some.dbeta[i], r.dbeta[i], vectors, "dbeta");
         }
     }
@@ -399,7 +405,7 @@ std::vector<Network> networks(Random& random, long images, int groups) {
     start(1, {9, 14})  // down and up again
         .add(random, false, 4, 5, DCGAN_NONE, true)
         .add(random, true, 4, 20, DCGAN_RELU, false)
-        .add(random, false, 4, 7, DCGAN_NONE, false)
+        .add(random, false, 4, 7, DCGAN_NONE, false, true)
         .add(random, true, 4, 1, DCGAN_SIGMOID, false);
     start(4, {5, 7}).add(random, true, 4, 18, DCGAN_LEAKY_RELU, false);
     for (Network& network : all) network.end(random);
@@ -572,10 +578,8 @@ void test_training_chain_arguments() {
         {"layer 0: y is null", true, true, [](Call& c) { c.layers[0].y = nullptr; }},
         {"layer 1: y is null", true, true, [](Call& c) { c.layers[1].y = nullptr; }},
         {"layer 0: gamma", true, true, [](Call& c) { c.layers[0].normalized = 0; }},
-        {"layer 1: gamma, beta", true, true, [](Call& c) { c.layers[1].gamma = c.layers[0].gamma; }},
-        {"layer 1: gamma, beta", true, true, [](Call& c) { c.layers[1].beta = c.layers[0].beta; }},
-        {"dgamma", true, true, [](Call& c) { c.layers[1].dgamma = c.layers[0].dgamma; }},
-        {"dbeta", true, true, [](Call& c) { c.layers[1].dbeta = c.layers[0].dbeta; }},
+        {"layer 1: gamma and dgamma", true, true, [](Call& c) { c.layers[1].gamma = c.layers[0].gamma; }},
+        {"layer 1: gamma and dgamma", true, true, [](Call& c) { c.layers[1].dgamma = c.layers[0].dgamma; }},
     };
     long cases = 0;
     const auto expect_unwritten = [&](const char* names) {
@@ -628,8 +632,7 @@ void test_training_chain_arguments() {
         huge.layers.pop_back(), huge.layers.push_back(huge.layers[0]);
         huge.layers[1].height = huge.layers[1].width = 16384;
         huge.layers[1].normalized = 0;
-        huge.layers[1].gamma = huge.layers[1].beta = nullptr;
-        huge.layers[1].dgamma = huge.layers[1].dbeta = nullptr;
+        huge.layers[1].gamma = nullptr, huge.layers[1].dgamma = nullptr;
         for (const int code : {forward(huge), backward(huge)}) {
             require(code == DCGAN_EMEMORY, "a workspace of terabytes: %d: %s", code, dcgan_error());
             require(std::strstr(dcgan_error(), "workspace") != nullptr,

@@ -15,8 +15,11 @@ from dcgan.cli.options import (
     Device,
     Ema,
     GeneratorEngine,
+    NetGArgs,
+    NetGModule,
     Source,
     Which,
+    arguments,
     choose_device,
     described,
     forced,
@@ -75,6 +78,8 @@ def command(
             "--json", metavar="FILE", dir_okay=False, help="Also write the results to this JSON file."
         ),
     ] = None,
+    netG_module: NetGModule = None,
+    netG_args: NetGArgs = None,
 ) -> None:
     """Score generated images against real images by Fréchet and kernel distance.
 
@@ -84,8 +89,9 @@ def command(
     target_device = choose_device(device)
     if json_file is not None:
         output_folder(json_file.parent, "--json")
-    found = pretrained.read(source, "generator", ema=ema, which=which)
-    generator, sizes = found.module(engine, target_device), found.architecture
+    args = arguments("--netG-args", netG_args)
+    found = pretrained.read(source, "generator", ema=ema, which=which, module=netG_module, args=args)
+    generator, sizes = found.sampler(engine, target_device), found.architecture
     train, test = evaluation.parts(
         dataset, dataroot, image_size=sizes.image_size, channels=sizes.channels, say=typer.echo
     )

@@ -19,8 +19,11 @@ from dcgan.cli.options import (
     Device,
     Ema,
     GeneratorEngine,
+    NetGArgs,
+    NetGModule,
     Source,
     Which,
+    arguments,
     choose_device,
     described,
     forced,
@@ -192,6 +195,8 @@ def command(
     ema: Ema = True,
     device: Device = "auto",
     engine: GeneratorEngine = "auto",
+    netG_module: NetGModule = None,
+    netG_args: NetGArgs = None,
 ) -> None:
     """Generate images with a trained Generator.
 
@@ -213,8 +218,9 @@ def command(
     target_device = choose_device(device)
     if target_device.type == "cuda" and world > 1:
         target_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-    found = pretrained.read(source, "generator", ema=ema, which=which)
-    network = found.module(engine, target_device)
+    args = arguments("--netG-args", netG_args)
+    found = pretrained.read(source, "generator", ema=ema, which=which, module=netG_module, args=args)
+    network = found.sampler(engine, target_device)
     target = out or Path(default + "".join(suffixes[:1]))
     target = output_file(target, suffixes) if suffixes else output_folder(target)
 

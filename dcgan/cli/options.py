@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import torch
 import typer
+import yaml
 
 from dcgan import extras, pretrained
 from dcgan.devices import resolve
@@ -18,6 +20,7 @@ from dcgan.errors import InputError, RunError
 from dcgan.kernels import ops
 from dcgan.models import IMAGE_SIZES
 from dcgan.networks import Engine
+from dcgan.training.settings import parse_yaml
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,6 +76,53 @@ GeneratorEngine = Annotated[
         "reference: plain PyTorch."
     ),
 ]
+
+MODULE_METAVAR, ARGS_METAVAR = "MODULE:CLASS", "KEY=VALUE,…"
+NetGModule = Annotated[
+    str | None,
+    typer.Option(
+        "--netG-module",
+        metavar=MODULE_METAVAR,
+        help="Class of a Generator of your own, pkg.module:Class or path/to/file.py:Class; required if FROM "
+        "holds one, since nothing that a file names is imported.",
+        show_default=False,
+    ),
+]
+NetGArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--netG-args",
+        metavar=ARGS_METAVAR,
+        help="Arguments of its constructor, instead of those that FROM records.",
+        show_default=False,
+    ),
+]
+
+
+def arguments(option: str, texts: Sequence[str] | None) -> dict[str, Any] | None:
+    """Parse the texts of an option that can be repeated, ``key=value`` separated by commas; values are YAML.
+
+    A comma separates only if a key and '=' follow, so that a value may be a list, ``widths=[8,16]``.
+
+    Raises:
+        InputError: a text has another form, is not valid YAML or gives a key twice.
+    """
+    if not texts:  # not given
+        return None
+    found: dict[str, Any] = {}
+    for text in re.split(r",(?=\s*\w+\s*=)", ",".join(filter(None, texts))):
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not text:
+            continue
+        if not equals or not key.isidentifier():
+            raise InputError(f"{option} must be key=value, separated by commas, got {text!r}")
+        if key in found:
+            raise InputError(f"{option} must give {key} once, got {', '.join(texts)!r}")
+        try:
+            found[key] = parse_yaml(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"{option} must be key=value with a YAML value, got {text!r}") from error
+    return found
 
 
 def reporting(command: Callable[P, R]) -> Callable[P, R]:

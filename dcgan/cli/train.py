@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
-from dcgan.cli.options import forced, output_folder, reporting
+from dcgan.cli.options import ARGS_METAVAR, arguments, forced, output_folder, reporting
 from dcgan.errors import InputError
 from dcgan.training.settings import Settings, read_file, write_file
 
@@ -25,7 +25,7 @@ EXAMPLES = {  # the option names of pytorch/examples, where they differ
     "epochs": ["--niter"],
     "seed": ["--manualSeed"],
 }
-METAVARS: dict[Any, str] = {int: "N", float: "X", list[str]: "A,B,…"}
+METAVARS: dict[Any, str] = {int: "N", float: "X", list[str]: "A,B,…", dict[str, Any]: ARGS_METAVAR}
 
 
 def train(given: dict[str, Any], out: Path, config: Path | None, resume: bool, dry_run: bool) -> None:
@@ -47,6 +47,7 @@ def train(given: dict[str, Any], out: Path, config: Path | None, resume: bool, d
     from dcgan.training.stop import recording_signals
 
     settings = _settings(given, out, config, resume)
+    settings.import_foreign()
     with distributed.process_group(settings.device) as (share, device), recording_signals() as stop:
         first = share.rank == 0
         console = Console(quiet=not first)
@@ -94,16 +95,19 @@ def _settings(given: dict[str, Any], out: Path, config: Path | None, resume: boo
             f"--out: {out} already holds a run; add --resume to continue it, or choose another folder"
         )
     from_file = {} if config is None else read_file(config)
-    new = Settings.of(from_file, str(config)).updated(given)
-    return Settings.of(read_file(path), str(path)).resumed(from_file | given) if resume else new
+    base = Settings.of(read_file(path), str(path)) if resume else Settings()
+    new = Settings.of(base.to_dict() | from_file, str(config)).updated(given)
+    return base.resumed(from_file | given) if resume else new
 
 
 def _headline(run: Any) -> str:
     settings, images = run.settings, run.images
     where = str(run.device) if run.share.world == 1 else f"{run.share.world} × {run.device.type}"
     skipped = f", {len(images.skipped)} skipped" if images.skipped else ""
+    networks = [settings.netG_module or settings.model, settings.netD_module or settings.model]
+    what = " and ".join(dict.fromkeys(networks))
     return (
-        f"Training {settings.model} on {len(images)} images of {images.name}{skipped} "
+        f"Training {what} on {len(images)} images of {images.name}{skipped} "
         f"({images.channels}×{settings.image_size}×{settings.image_size}), {settings.epochs} epochs "
         f"in batches of {settings.batch_size}, {settings.dtype} on {where}, engine {settings.engine}"
     )
@@ -123,7 +127,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         parser=_parser(name, kind) if kind in (int, float) else None,
     )
     if kind in METAVARS:
-        kind = str
+        kind = list[str] if kind == dict[str, Any] else str
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -136,7 +140,7 @@ def _parser(name: str, kind: type) -> Callable[[str], Any]:
         with contextlib.suppress(ValueError):
             value = kind(text)
         try:
-            Settings(**{name: value})
+            Settings(**{"netG_module": "", name: value})  # with which every image size is allowed
         except InputError as error:
             raise typer.BadParameter(str(error).removeprefix(f"{name} ")) from None
         return value
@@ -176,6 +180,9 @@ def command(
     accepted as well: --batchSize, --imageSize, --niter, --nc, --manualSeed, --outf.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    for name, option in (("netG_args", "--netG-args"), ("netD_args", "--netD-args")):
+        if (args := arguments(option, given.pop(name, None))) is not None:
+            given[name] = args
     if "classes" in given:
         given["classes"] = [name for name in given["classes"].split(",") if name]
     train(given, out, config, resume, dry_run)

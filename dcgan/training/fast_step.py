@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dcgan import fast, models
-from dcgan.introspection import HOOKS, why_all_eager, why_eager
+from dcgan.introspection import HOOKS, plain_type, why_all_eager, why_called, why_eager
 from dcgan.kernels import coverage, ops, weight_cache
 from dcgan.kernels.capturing import Cuda
 from dcgan.kernels.loss import bce_with_logits, grouped_bce_with_logits
@@ -307,7 +307,7 @@ class TrainStep:
         """Return BCE against one target, and the mean probability; outside autocast, where BCELoss raises."""
         values, are_logits = output
         with torch.autocast(self._device.type, enabled=False):
-            return bce_with_logits(values, target) if are_logits else _bce(values, target)
+            return bce_with_logits(values.flatten(), target) if are_logits else _bce(values, target)
 
     def _loss_g(self, output: tuple[Tensor, bool]) -> Tensor:
         if self._loss == "minimax":
@@ -451,7 +451,9 @@ def _logits(discriminator: nn.Module) -> Callable[[Tensor], Tensor] | None:
     main = getattr(discriminator, "main", None)
     ours = isinstance(discriminator, models.Discriminator | models.MLPDiscriminator)
     if ours or isinstance(main, nn.Sequential):
-        if why_eager(main) or not isinstance(main, nn.Sequential) or not len(main):
+        if not isinstance(main, nn.Sequential) or plain_type(main) is not nn.Sequential or not len(main):
+            return None
+        if why_called(main):
             return None
         if why_eager(main[-1]) or not isinstance(main[-1], nn.Sigmoid):
             return None

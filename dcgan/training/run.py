@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from dcgan import models, pretrained
+from dcgan import pretrained
 from dcgan.batchnorm import SyncBatchNorm2d
 from dcgan.checkpoint import Checkpoint, CheckpointError, Folder
 from dcgan.data import Images
 from dcgan.devices import resolve
 from dcgan.errors import InputError, RunError
+from dcgan.foreign import Foreign, shaped
 from dcgan.models import weights_init
 from dcgan.networks import Architecture
+from dcgan.state_dicts import Network
 from dcgan.training import distributed
 from dcgan.training.fast_step import TrainStep
 from dcgan.training.feed import FIXED_NOISE, SCORE_NOISE, SINGLE_PROCESS, Feed, Share, normal
@@ -38,7 +40,6 @@ SAMPLING_BATCH = 64
 SCORE_SAMPLES = 2048
 """Maximum number of generated images that a score is computed from."""
 
-_GENERATORS = (models.Generator, models.MLPGenerator)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,7 +73,8 @@ class Run:
         self.settings, self.images, self.share = settings, images, share
         self.device = device = resolve(device)
         self.architecture: Architecture = settings.architecture(images.channels)
-        if settings.sync_batchnorm and settings.model != "dcgan":
+        foreign = self.architecture.foreign_g, self.architecture.foreign_d
+        if settings.sync_batchnorm and settings.model != "dcgan" and foreign == (None, None):
             raise InputError(f"sync_batchnorm requires model dcgan, got model {settings.model!r}")
         if settings.dtype == "tf32" and device.type != "cuda":
             raise InputError(f"dtype tf32 requires a GPU, got device {device.type!r}; use float32")
@@ -89,10 +91,14 @@ class Run:
         torch.manual_seed(settings.seed)
         engine = settings.engine
         networks = [self.architecture.generator(engine), self.architecture.discriminator(engine)]
-        for network, file in zip(networks, (settings.netG, settings.netD), strict=True):
-            network.apply(weights_init)
+        names: tuple[Network, Network] = ("generator", "discriminator")
+        foreign = self.architecture.foreign_g, self.architecture.foreign_d
+        files = settings.netG, settings.netD
+        for name, network, own, file in zip(names, networks, foreign, files, strict=True):
+            if own is None:
+                network.apply(weights_init)
             if start and file is not None:
-                _load_initial_weights(network, Path(file))
+                _load_initial_weights(network, name, own, Path(file))
         self.ema: nn.Module | None = None
         if settings.ema is not None:
             self.ema = self.architecture.generator(engine)
@@ -141,11 +147,18 @@ class Run:
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Return the inputs of the next step: real images and noise."""
         epoch, batch, step, _ = self.position
-        return self.feed.real(epoch, batch), self.feed.noise(step, self.feed.size(batch))
+        noise = self.feed.noise(step, self.feed.size(batch))
+        return self.feed.real(epoch, batch), shaped(self.generator, noise)
 
     def step(self, real: Tensor, noise: Tensor) -> Result:
         """Take one step on these inputs and advance the position; does not wait for the device."""
-        result = self._step(real, noise)
+        try:
+            result = self._step(real, noise)
+        except RuntimeError as error:  # of BCELoss on a CPU
+            foreign = self.architecture.foreign_d
+            if foreign is None or "between 0 and 1" not in str(error):
+                raise
+            raise foreign.not_probabilities("--netD-module") from error
         epoch, batch, step, images = self.position
         images += self.feed.size(batch)
         batch += 1
@@ -164,7 +177,7 @@ class Run:
         generator.eval()
         try:
             for z in noise.split(SAMPLING_BATCH):
-                yield generator(z.to(self.device)).float()
+                yield generator(shaped(generator, z.to(self.device))).float()
         finally:
             generator.train(training)
 
@@ -203,7 +216,7 @@ class Run:
 
     def _check(self, saved: Checkpoint) -> None:
         if saved.architecture != self.architecture:
-            was, now = asdict(saved.architecture), asdict(self.architecture)
+            was, now = vars(saved.architecture), vars(self.architecture)
             differing = [name for name in now if was[name] != now[name]]
             raise InputError(
                 f"the checkpoint has {', '.join(f'{name}={was[name]!r}' for name in differing)}, "
@@ -244,14 +257,17 @@ def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state | {"param_groups": groups})
 
 
-def _load_initial_weights(network: nn.Module, file: Path) -> None:
+def _load_initial_weights(network: nn.Module, name: Network, foreign: Foreign | None, path: Path) -> None:
     """Load initial weights from a model file of the same architecture."""
-    from_file = pretrained.generator if isinstance(network, _GENERATORS) else pretrained.discriminator
-    pretrained_network = from_file(file, engine="reference")
+    if foreign is not None:
+        state, file = pretrained.state_of_foreign(path, name)
+        pretrained.load_foreign(network, state, file, name, foreign)
+        return
+    pretrained_network = pretrained.read(path, name).module("reference")
     try:
         network.load_state_dict(pretrained_network.state_dict())
     except RuntimeError as error:
-        raise InputError(f"{file} does not fit the run: {error}") from error
+        raise InputError(f"{path} does not fit the run: {error}") from error
 
 
 # --- training loop ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from dcgan.errors import InputError
 from dcgan.files import replacing
+from dcgan.foreign import Foreign, is_plain
 from dcgan.models import IMAGE_SIZES
 from dcgan.networks import Architecture, Engine, Model
 from dcgan.training.config import Config, Loss
@@ -38,15 +39,27 @@ def _one_of(*values: int) -> AfterValidator:
     return AfterValidator(lambda value: values[values.index(value)])  # index raises ValueError
 
 
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    if not is_plain(value):
+        raise ValueError
+    return value
+
+
 Count = Annotated[int, Field(ge=1), Allowed("an integer of at least 1")]
 CountOrZero = Annotated[int, Field(ge=0), Allowed("an integer of at least 0")]
-ImageSize = Annotated[int, _one_of(*IMAGE_SIZES), Allowed(f"one of {', '.join(map(str, IMAGE_SIZES))}")]
+SIZES = f"one of {', '.join(map(str, IMAGE_SIZES))}"
+ImageSize = Annotated[int, Field(ge=1), Allowed(f"{SIZES}, or with networks of your own a positive integer")]
 Channels = Annotated[int, _one_of(1, 3), Allowed("1 or 3")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a positive number")]
 Fraction = Annotated[float, Field(ge=0, lt=1), Allowed("a number in [0, 1)")]
 Switch = Annotated[bool, Allowed("true or false")]
 Classes = Annotated[
     list[str], Field(min_length=1), Allowed("a list of strings that names at least one class")
+]
+Arguments = Annotated[
+    dict[str, Any],
+    AfterValidator(_plain),
+    Allowed("a table of numbers, strings, booleans, and lists of them"),
 ]
 
 RESUMABLE = {
@@ -139,16 +152,51 @@ class Settings(BaseModel):
     """Initialize the generator from this model file."""
     netD: str | None = None
     """Initialize the discriminator from this model file."""
+    netG_module: str | None = None
+    """Train your own generator: pkg.module:Class or path/to/file.py:Class. It maps z [N, nz, 1, 1] or [N, nz]
+    to images and initializes itself. Default: the generator of --model."""
+    netG_args: Arguments | None = None
+    """Arguments of --netG-module's constructor as key=value, separated by commas; values are YAML."""
+    netD_module: str | None = None
+    """Train your own discriminator, given as for --netG-module. It maps images to N probabilities.
+    Default: the discriminator of --model."""
+    netD_args: Arguments | None = None
+    """Arguments of --netD-module's constructor, as for --netG-args."""
 
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise InputError(_message(error)) from None
+        for option, module, args in (
+            ("--netG", self.netG_module, self.netG_args),
+            ("--netD", self.netD_module, self.netD_args),
+        ):
+            if module is None and args is not None:
+                raise InputError(f"{option}-args requires {option}-module, got {args!r}")
+        if self.netG_module is None and self.netD_module is None and self.image_size not in IMAGE_SIZES:
+            raise InputError(f"image_size must be {SIZES}, got {self.image_size!r}")
+
+    @property
+    def foreign_g(self) -> Foreign | None:
+        """The user's own Generator, if any."""
+        return None if self.netG_module is None else Foreign(self.netG_module, self.netG_args or {})
+
+    @property
+    def foreign_d(self) -> Foreign | None:
+        """The user's own Discriminator, if any."""
+        return None if self.netD_module is None else Foreign(self.netD_module, self.netD_args or {})
+
+    def import_foreign(self) -> None:
+        """Import the user's own networks, to report errors early. Raises InputError."""
+        for foreign, option in ((self.foreign_g, "--netG-module"), (self.foreign_d, "--netD-module")):
+            if foreign is not None:
+                foreign.load(option)
 
     def architecture(self, channels: int) -> Architecture:
         """Return the architecture of both networks for images with `channels` channels."""
-        return Architecture(self.model, self.nz, channels, self.ngf, self.ndf, self.image_size)
+        sizes = self.nz, channels, self.ngf, self.ndf, self.image_size
+        return Architecture(self.model, *sizes, self.foreign_g, self.foreign_d)
 
     def config(self) -> Config:
         """Return the part of the settings that the training loop and step use."""
@@ -210,6 +258,11 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """Return the values in a TOML or YAML file; the suffix decides the format.
 
@@ -220,7 +273,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} must end in .toml, .yaml or .yml")
     try:
         text = path.read_text()
-        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
+        values = tomllib.loads(text) if path.suffix == ".toml" else parse_yaml(text)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 4
+ABI = 5
 PATH = Path(__file__).with_name("libdcgan.so")
 BUILD_ERROR = Path(__file__).with_name("build-error.txt")  # written by setup.py if compilation fails
 

@@ -68,10 +68,10 @@ def train_forward(specs: Sequence[ConvSpec], call: TrainCall) -> TrainOutputs:
         _set_weight(layer, stage.weight, held)
         maps.append(buffers.empty_map(spec.shape, channels_last=True))
         layer.y = maps[-1].data_ptr()
+        layer.gamma, layer.beta = address(stage.gamma, held), address(stage.beta, held)
         if stage.norm:
             all_stats.append(x.new_empty((4, call.groups, stage.c_out)))
             layer.stats, layer.epsilon = all_stats[-1].data_ptr(), stage.eps
-            layer.gamma, layer.beta = address(stage.gamma, held), address(stage.beta, held)
     adaptive_threads.for_kind((plan, "forward"), plan.threads).run(
         *(library.library().dcgan_train_forward, ctypes.addressof(layers), len(specs)),
         *(len(x), call.groups, call.slope, x.data_ptr(), plan.threads),
@@ -110,7 +110,7 @@ def train_backward(specs: Sequence[ConvSpec], call: TrainBackward, results: Trai
             layer.y = held[-1].data_ptr()
         if stage.norm:
             layer.stats, layer.epsilon = address(next(stats), held), stage.eps
-            layer.dgamma, layer.dbeta = _result(dgamma, copies), _result(dbeta, copies)
+        layer.dgamma, layer.dbeta = _result(dgamma, copies), _result(dbeta, copies)
         if dweight.numel():
             layer.dweight, layer.dweight_strides = dweight.data_ptr(), library.Strides(*dweight.stride())
     dx = results.x

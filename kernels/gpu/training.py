@@ -2,12 +2,12 @@
 
 Forward: one launch packs all weights. A layer is its product, whose epilogue leaves partial statistics, and
 ``batchnorm.forward``, which merges them. The next product applies the BatchNorm as its prologue, fused or in
-a standalone kernel.
+a standalone kernel. Without a BatchNorm, the epilogue adds the bias and applies the activation.
 
 Backward, from the last layer to the first: dgrad, whose epilogue computes g and its partial sums;
 ``batchnorm.backward``, which merges these; ``batchnorm.apply``, one sweep that computes the du of the layer
 before and this layer's x̂; and wgrad, which reads that x̂ and this layer's du. No product of the backward has a
-prologue. Gradients of weights are written in the weight's dtype.
+prologue. Gradients of weights are written in the weight's dtype. A bias's is PyTorch's sum of du.
 
 :func:`forward_specs`, :func:`dgrad_spec` and :func:`wgrad_spec` describe the products from shapes alone.
 """
@@ -127,6 +127,13 @@ def _pack(specs: Sequence[ConvSpec], call: TrainCall) -> tuple[Tensor, Tensor]:
     return forward, backward
 
 
+def _output(y: Tensor, stage: TrainStage, groups: int) -> Pointers:
+    """Return a layer's output with its bias, which is that of every group."""
+    if stage.norm or stage.beta is None:
+        return Pointers(y)
+    return Pointers(y, shift=stage.beta.to(torch.float32).expand(groups, -1).contiguous())
+
+
 def _normalized(y: Tensor, stats: Tensor | None) -> Pointers:
     """Return what a layer stores, with the vectors of its BatchNorm."""
     return Pointers(y) if stats is None else Pointers(y, None, stats[0], stats[2], stats[3])
@@ -146,7 +153,8 @@ def forward(specs: Sequence[ConvSpec], call: TrainCall) -> TrainOutputs:
         packed = packing.views(buffer, _shapes(_forward_weights(specs, call.stages)))
         for spec, stage, weight in zip(forward_specs(specs), call.stages, packed, strict=True):
             y = torch.empty_strided(spec.shape, spec.y.stride, dtype=spec.dtype, device=spec.device)
-            product = Product(spec, _normalized(x, stats), stage.weight, Pointers(y))
+            output = _output(y, stage, call.groups)
+            product = Product(spec, _normalized(x, stats), stage.weight, output)
             partial = run(product, weight).partial
             stats = None
             if stage.norm:
@@ -175,8 +183,10 @@ def backward(specs: Sequence[ConvSpec], call: TrainBackward, results: TrainGradi
         for i in reversed(range(1, len(specs))):
             if du is None:
                 return
+            it.bias(i, du)
             du = it.after_activation(i, du) if it.stats[i - 1] is None else it.after_batchnorm(i, du)
         if du is not None:
+            it.bias(0, du)
             it.first_layer(du)
 
 
@@ -202,6 +212,12 @@ class _Backward:
         needed = [any(of_layer) for of_layer in columns]
         self.below = [call.need_x or any(needed[:i]) for i in range(len(specs))]
         """Whether the gradient of a layer's input is needed."""
+
+    def bias(self, i: int, du: Tensor) -> None:
+        """Compute the gradient of layer i's bias, if it has one that is needed."""
+        if self.call.need_beta[i] and not self.stages[i].norm:
+            dtype = self.results.beta[i].dtype
+            self.results.beta[i] = du.sum((0, 2, 3), dtype=torch.float32).to(dtype)
 
     def first_layer(self, du: Tensor) -> None:
         if self.call.need_weight[0]:

@@ -45,6 +45,24 @@ def test_verdicts(fast: float, error: float, verdict: str) -> None:
     assert situations.verdict(situation, {"ratio": 1 / fast, "error": error}) == verdict
 
 
+@pytest.mark.parametrize(
+    ("ratios", "last", "seconds"),
+    [([1.0], 1.0, [2.0]), ([0.9, 1.2], 1.2, [2.0, 8.0]), ([0.9, 0.8], 0.8, [2.0, 8.0])],
+)
+def test_slower_rows_are_measured_again_for_longer(
+    ratios: list[float], last: float, seconds: list[float]
+) -> None:
+    given, remaining = [], list(ratios)
+
+    def measure(seconds: float, rounds: int) -> dict[str, float]:
+        given.append((seconds, rounds))
+        return {"ratio": remaining.pop(0)}
+
+    row = situations.measured_twice(measure, lambda row: situations.judge(row["ratio"], 0, 0), 2.0, 3)
+    assert row == {"ratio": last}
+    assert given == [(s, int(3 * s / 2)) for s in seconds]
+
+
 def test_situations_cover_every_dtype_mode_and_edit() -> None:
     listed = situations.situations(16)
     assert len(listed) == len(set(listed))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrizations
 
-from dcgan import fast, layers
+from dcgan import fast, training_layers
 from dcgan.batchnorm import SyncBatchNorm2d
 from dcgan.kernels import ops, weight_cache
 from tests.support.networks import (
@@ -194,7 +194,7 @@ def test_layer_by_layer_is_seen(kind: str) -> None:
     fast, x = torch.compile(model, backend=graphs, fullgraph=True), sample(model)
     with ops.use_engine("reference"):
         first = fast(x)
-        with layers.layer_by_layer():
+        with training_layers.layer_by_layer():
             second = fast(x)
     assert relative(second, first) < ROUNDING
     assert graphs.forward.count("train_chain") == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcgan import fast, layers
+from dcgan import fast
 from dcgan.kernels import chain, weight_cache
 from tests.support import native
 from tests.support.changes import CHANGES, NOT_REPEATABLE, other_slope
@@ -20,11 +20,6 @@ from tests.support.networks import NETWORKS, fast_network, randomise, reference,
 from tests.support.tolerance import relative
 
 pytestmark = [native.NEEDED, pytest.mark.usefixtures("one_thread", "no_grad", "empty_weight_cache")]
-
-
-@pytest.fixture(autouse=True)
-def _no_chains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_chains", weakref.WeakKeyDictionary())
 
 
 def assert_accurate(model: Any, x: Tensor) -> Tensor:
@@ -134,7 +129,7 @@ def test_removing_a_hook_restores_the_chain(kind: str, index: int) -> None:
     y = model(x)
     assert relative(y, before) < 1e-6
     assert len(seen) == 1
-    row = next(row for row in fast.explain(model, x) if row.modules == str(index))
+    row = next(row for row in fast.explain(model, x) if row.modules == f"main.{index}")
     assert (row.engine, row.reason) == ("eager", "the module has hooks")
     handle.remove()
     assert torch.equal(assert_accurate(model, x), before)
@@ -205,19 +200,20 @@ def test_a_copy_has_its_own_cache(kind: str) -> None:
 # --- cache size and lifetime -------------------------------------------------------------------------------
 
 
-class Packings:
-    """Weak references to every packed weight."""
+class Created:
+    """Weak references to objects of one kind."""
 
     def __init__(self) -> None:
-        self.created: list[weakref.ref[Tensor]] = []
+        self.created: list[weakref.ref[Any]] = []
 
     def alive(self) -> int:
         return sum(ref() is not None for ref in self.created)
 
 
 @pytest.fixture
-def packings(monkeypatch: pytest.MonkeyPatch) -> Packings:
-    found, pack = Packings(), native.run.pack
+def packings(monkeypatch: pytest.MonkeyPatch) -> Created:
+    """Every packed weight."""
+    found, pack = Created(), native.run.pack
 
     def watched(*args: Any, **options: Any) -> Tensor:
         packed: Tensor = pack(*args, **options)
@@ -228,8 +224,31 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Packings:
     return found
 
 
+@pytest.fixture
+def chains(monkeypatch: pytest.MonkeyPatch) -> Created:
+    """Every chain, and every plan of one for an input's shape."""
+    found = Created()
+    for kind in (chain.Chain, native.run.Prepared):
+        made = kind.__init__
+
+        def watched(self: Any, *args: Any, made: Any = made) -> None:
+            found.created.append(weakref.ref(self))
+            made(self, *args)
+
+        monkeypatch.setattr(kind, "__init__", watched)
+    return found
+
+
+def chain_of(model: Any) -> chain.Chain:
+    """Return what a network has prepared for its forward, which is a single part."""
+    (part,) = model.main._fused_pipeline()._parts.values()
+    assert part.state.chain is not None
+    found: chain.Chain = part.state.chain
+    return found
+
+
 @NETWORKS
-def test_cache_does_not_grow_with_calls(kind: str, packings: Packings) -> None:
+def test_cache_does_not_grow_with_calls(kind: str, packings: Created) -> None:
     """Weights are packed once, for calls and explain."""
     model = fast_network(kind)
     x = sample(model)
@@ -240,23 +259,21 @@ def test_cache_does_not_grow_with_calls(kind: str, packings: Packings) -> None:
 
 
 @NETWORKS
-def test_cache_does_not_grow_with_batch_sizes(kind: str, packings: Packings) -> None:
+def test_cache_does_not_grow_with_batch_sizes(kind: str, packings: Created) -> None:
     """A layer has at most one packed weight per algorithm, and the number of plans is bounded."""
     model = fast_network(kind)
     for _ in range(2):
         for batch in range(1, 2 * chain.Chain._MAX_PREPARED + 3):
             assert_accurate(model, sample(model, batch))
     assert 4 <= native.packed() == packings.alive() == len(packings.created) <= 4 * 3
-    cached = layers._chains[model.main][False][1]
-    assert cached is not None
-    assert len(cached._prepared) <= chain.Chain._MAX_PREPARED
+    assert len(chain_of(model)._prepared) <= chain.Chain._MAX_PREPARED
 
 
 @NETWORKS
 @pytest.mark.parametrize(
     "name", ["Adam fused", "copy_", "data =", "load_state_dict assign", "parameter replaced"]
 )
-def test_cache_does_not_grow_with_changes(kind: str, name: str, packings: Packings) -> None:
+def test_cache_does_not_grow_with_changes(kind: str, name: str, packings: Created) -> None:
     """Stale packed weights are freed, even those for batch sizes that do not occur again."""
     model = fast_network(kind)
     for batch in range(1, 7):
@@ -268,7 +285,7 @@ def test_cache_does_not_grow_with_changes(kind: str, name: str, packings: Packin
 
 
 @NETWORKS
-def test_train_clears_the_cache(kind: str, packings: Packings) -> None:
+def test_train_clears_the_cache(kind: str, packings: Created) -> None:
     """Everything is freed, because training needs the memory."""
     model = fast_network(kind)
     for batch in (1, 5, 9):
@@ -279,17 +296,17 @@ def test_train_clears_the_cache(kind: str, packings: Packings) -> None:
 
 
 @NETWORKS
-def test_freed_with_the_network(kind: str, packings: Packings) -> None:
+def test_freed_with_the_network(kind: str, packings: Created, chains: Created) -> None:
     model = fast_network(kind)
     for batch in (1, 5, 9):
         model(sample(model, batch))
     assert native.packed() >= 4
-    assert len(layers._chains) == 1
+    assert chains.alive() == 1 + 3
     gone = weakref.ref(model.main)
     del model
     gc.collect()
     assert gone() is None
-    assert packings.alive() == len(layers._chains) == len(weight_cache._entries) == 0
+    assert packings.alive() == chains.alive() == len(weight_cache._entries) == 0
 
 
 class Watcher:
@@ -304,7 +321,7 @@ class Watcher:
 
 
 @NETWORKS
-def test_freed_where_a_hook_refers_to_the_network(kind: str) -> None:
+def test_freed_where_a_hook_refers_to_the_network(kind: str, chains: Created) -> None:
     """The cycle is collected only if no cache holds a strong reference to any part of it."""
     watcher = Watcher(fast_network(kind))
     watcher.model(sample(watcher.model))
@@ -313,7 +330,8 @@ def test_freed_where_a_hook_refers_to_the_network(kind: str) -> None:
     del watcher
     gc.collect()
     assert gone() is None
-    assert len(layers._chains) == 0
+    assert chains.created
+    assert chains.alive() == 0
 
 
 @NETWORKS
@@ -328,7 +346,7 @@ def test_freed_where_a_layer_refers_to_the_network(kind: str) -> None:
     assert not weight_cache._entries
 
 
-def test_many_short_lived_networks(packings: Packings) -> None:
+def test_many_short_lived_networks(packings: Created) -> None:
     for i in range(10):
         model = fast_network("GD"[i % 2])
         assert_accurate(model, sample(model))
@@ -339,7 +357,7 @@ def test_many_short_lived_networks(packings: Packings) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_16_bit_weights_are_packed_once(autocast: bool, packings: Packings) -> None:
+def test_16_bit_weights_are_packed_once(autocast: bool, packings: Created) -> None:
     """Packed weights are cached for a bfloat16 network, and under autocast, whose casts are cached too."""
     model = fast_network("G") if autocast else fast_network("G").bfloat16()
     z = sample(model)
@@ -354,9 +372,8 @@ def test_only_the_first_call_prepares() -> None:
     model = fast_network("G")
     z = sample(model)
     model(z)
-    cached = layers._chains[model.main][False][1]
-    assert cached is not None
+    cached = chain_of(model)
     (first,) = cached._prepared.values()
     model(z)
-    assert layers._chains[model.main][False][1] is cached
+    assert chain_of(model) is cached
     assert list(cached._prepared.values()) == [first]

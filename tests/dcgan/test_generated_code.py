@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcgan import fast, layers, models
+from dcgan import fast, models, training_layers
 from tests.support import generated_code
 
 
@@ -36,7 +36,7 @@ def test_training_layer_by_layer_launches_only_our_ops_and_per_channel_kernels(d
     Each BatchNorm takes at most 3 kernels plus its counter forward, and 2 backward; G has four, D three.
     """
     generator, discriminator = fast.Generator().to(dtype), fast.Discriminator().to(dtype)
-    with layers.layer_by_layer():
+    with training_layers.layer_by_layer():
         of_g = generated_code.training_launches(generator, (64, 100))
         of_d = generated_code.training_launches(discriminator, (64, 1, 64, 64), input_gradient=True)
     for phases, norms in ((of_g, 4), (of_d, 3)):

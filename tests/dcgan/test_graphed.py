@@ -80,13 +80,13 @@ def _as_one_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 AS_ONE_OPERATOR = pytest.mark.usefixtures("_as_one_operator")
 
 
-def graph_of(model: Any, batch: int = 3) -> tuple[Graphed, SimulatedCuda]:
+def graph_of(model: Any, batch: int = 3, example: Any = None) -> tuple[Graphed, SimulatedCuda]:
     """Construct a Graphed as for a network on a GPU."""
     first = next(model.parameters())
     on_cuda = types.SimpleNamespace(is_cuda=True, dtype=first.dtype, device=first.device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.__dict__, "parameters", lambda: iter([on_cuda]))
-        run = graphed.graphed(model, batch)
+        run = graphed.graphed(model, batch, example)
     backend = run._backend
     assert isinstance(backend, SimulatedCuda)
     assert backend.device == first.device
@@ -450,7 +450,7 @@ def test_weights_that_are_no_longer_frozen_are_captured_again(expired: list[infe
     run(z)
     (network,) = run._networks.values()
     assert [weights.checked for weights in network._weights.values()] == [True]
-    model._freeze = lambda: None
+    model.main._fused_freeze = lambda: None
     model.refresh()
     backend.new()
     for _ in range(2):
@@ -466,24 +466,81 @@ def test_weights_that_are_no_longer_frozen_are_captured_again(expired: list[infe
     assert expired == []
 
 
-@native.NEEDED
 @AS_ONE_OPERATOR
 @pytest.mark.parametrize("name", ["a weight in place", "load_state_dict", "an optimizer's step", "refresh"])
-def test_changed_values_are_captured_where_layers_run_one_by_one(name: str) -> None:
-    """Here the graph holds packed weights that only the host can renew, and keeps them alive."""
+def test_changed_values_are_followed_next_to_a_module_that_is_called(
+    name: str, expired: list[inference.Weights]
+) -> None:
+    """A replay reads the module's tensors, and the operator's weights are reported to the device."""
     model = fast_network("G")
-    model.main[-1] = nn.Softsign()
+    model.main[-1] = nn.GroupNorm(1, 3)
     run, backend = graph_of(model)
     z = sample(model, 3)
     run(z)
-    run(z)
-    assert backend.new() == [*CAPTURED, "replay"]
-    assert not run._networks
-    assert run._kept_alive
+    backend.new()
+    (network,) = run._networks.values()
+    (weights,) = network._weights.values()
+    expired.clear()
     VALUES[name][0](model)
     run(z)
-    run(z)
+    assert backend.new() == ["replay"]
+    assert weights in expired
+    model.main[-1].weight.data = model.main[-1].weight + 1
+    for _ in range(2):
+        run(z)
     assert backend.new() == [*CAPTURED, "replay"]
+
+
+# --- networks of any class ----------------------------------------------------------------------------------
+
+
+class Foreign(nn.Module):
+    """A network with a Sequential, a written-out forward, and an attribute that this reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2))
+        self.conv, self.norm = nn.Conv2d(4, 2, 4, 2, 1), nn.BatchNorm2d(2)
+        self.factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * self.factor
+        return torch.relu(self.norm(self.conv(x)))
+
+
+def change_factor(model: Any) -> None:
+    model.factor = 3.0
+
+
+def change_slope(model: Any) -> None:
+    model.first[1].negative_slope = 0.4
+
+
+def append_layer(model: Any) -> None:
+    model.first.append(nn.Tanh())
+
+
+def add_hook(model: Any) -> None:
+    model.conv.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("change", [None, change_factor, change_slope, append_layer, add_hook])
+def test_a_network_of_any_class(fused: bool, change: Change | None) -> None:
+    """It is captured again after a change of what a trace has read, of a layer, and of the layers' list."""
+    torch.manual_seed(0)
+    plain: Any = Foreign().double().eval()
+    model = fast.fuse(plain, inplace=True) if fused else plain
+    example = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    run, backend = graph_of(model, 3, example)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert relative(run(x), plain(x)) < EXACT
+    run(x)
+    assert backend.new() == [*CAPTURED, "replay"]
+    if change is not None:
+        change(model)
+        assert relative(run(x), plain(x)) < EXACT
+        assert backend.new() == (CAPTURED if fused or change is not change_factor else ["replay"])
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -496,12 +553,20 @@ def test_the_batch_must_be_a_positive_integer(batch: Any) -> None:
 
 
 def test_the_model_must_be_a_network_on_a_gpu() -> None:
-    layer: Any = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match=r"model must be a Generator or a Discriminator, got Linear"):
-        graphed.graphed(layer, 2)
+    function: Any = torch.relu
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got builtin_function_or_method"):
+        graphed.graphed(function, 2)
     for model in (models.Generator(6, features=4, image_size=32), fast.Discriminator(features=4)):
         with pytest.raises(ValueError, match=r"on a CUDA device, its parameters are on cpu"):
             graphed.graphed(model, 2)
+
+
+def test_the_example_must_be_a_tensor_that_the_network_takes() -> None:
+    model = Foreign().eval()
+    with pytest.raises(ValueError, match=r"example must be given for a Foreign: a tensor like those"):
+        graph_of(model)
+    with pytest.raises(TypeError, match=r"example must be a tensor of one or more rows, got list"):
+        graph_of(model, 3, [1.0])
 
 
 BAD: dict[str, tuple[str, Callable[[Tensor], Tensor], type[Exception], str]] = {

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from dcgan import fast, layers
+from dcgan import fast, models, pipeline, training_layers
 from dcgan.batchnorm import SyncBatchNorm2d
 from dcgan.kernels import ops, train_chain
 from tests.support import native
@@ -200,6 +200,15 @@ ONE_OPERATOR: dict[str, Change] = {
     "layers that occur twice": layers_that_occur_twice,
     "shared statistics": shared_statistics,
     "tied weights": tied_weights,
+    "a bias": replace(0, with_bias),
+    "a bias in the last layer": lambda m: replace(-2, with_bias)(m),
+    "biases": lambda m: [replace(i, with_bias)(m) for i, c in enumerate(m.main) if c in convolutions(m)],
+    "spectral_norm": lambda m: parametrizations.spectral_norm(convolutions(m)[1]),
+    "old spectral_norm": lambda m: nn.utils.spectral_norm(convolutions(m)[1]),
+    "weight_norm": lambda m: parametrizations.weight_norm(convolutions(m)[1]),
+    "orthogonal": lambda m: parametrizations.orthogonal(convolutions(m)[1]),
+    "identity": lambda m: m.main.insert(3, nn.Identity()),
+    "dropout in eval mode": lambda m: m.main.insert(3, nn.Dropout(0.5).eval()),
     "all parameters frozen": freeze(lambda name: True),
     "first layers frozen": freeze(lambda name: int(name.split(".")[1]) < 4),
     "last layers frozen": freeze(lambda name: int(name.split(".")[1]) > 2),
@@ -285,7 +294,7 @@ def test_logits(method: str, operators: list[int]) -> None:
     assert operators == [len(convolutions(other))] * 2
 
 
-# --- networks that run layer by layer, or eagerly -----------------------------------------------------------
+# --- networks that run as several operators, layer by layer, or eagerly -------------------------------------
 
 
 def with_hook(register: str, kind: str) -> Change:
@@ -332,27 +341,25 @@ HOOKS = (
     "register_full_backward_pre_hook",
 )
 LAYER_BY_LAYER: dict[str, Change] = {
-    **{f"{hook} of a {kind}": with_hook(hook, kind) for hook in HOOKS for kind in ("convolution", "norm")},
-    **{f"{hook} of an activation": with_hook(hook, "activation") for hook in HOOKS},
     "one norm in eval mode": one_norm_in_eval,
     "all norms in eval mode": lambda m: [norm.eval() for _, norm in norms(m)],
-    "a bias": replace(0, with_bias),
-    "a bias in the last layer": lambda m: replace(-2, with_bias)(m),
     "two slopes": replace_activations(nn.LeakyReLU(0.3), nn.LeakyReLU(0.05)),
     "tanh inside": replace_activations(nn.Tanh()),
     "sigmoid inside": replace_activations(nn.ReLU(), nn.Sigmoid()),
-    "negative slope": replace_activations(nn.LeakyReLU(-0.5)),
-    "spectral_norm": lambda m: parametrizations.spectral_norm(convolutions(m)[1]),
-    "old spectral_norm": lambda m: nn.utils.spectral_norm(convolutions(m)[1]),
-    "weight_norm": lambda m: parametrizations.weight_norm(convolutions(m)[1]),
-    "orthogonal": lambda m: parametrizations.orthogonal(convolutions(m)[1]),
-    "dropout": insert(lambda: nn.Dropout(0.0)),
-    "dropout first": insert(lambda: nn.Dropout(0.0), 0),
-    "identity": insert(nn.Identity),
-    "GroupNorm": replace_norms(lambda c: nn.GroupNorm(1, c)),
-    "ELU": replace_activations(nn.ELU()),
-    "dilated": replace(0, dilated),
-    "norm at the end": norm_at_the_end,
+}
+HOOKED = {f"{hook} of a {kind}": with_hook(hook, kind) for hook in HOOKS for kind in ("convolution", "norm")}
+HOOKED |= {f"{hook} of an activation": with_hook(hook, "activation") for hook in HOOKS}
+SEVERAL_OPERATORS: dict[str, tuple[Change, list[int], list[int]]] = {
+    # The layers of each operator of G, and of D.
+    **{name: (hook, [1, 2], [1, 2]) for name, hook in HOOKED.items() if name.endswith("convolution")},
+    **{name: (hook, [3, 1], [3, 1]) for name, hook in HOOKED.items() if not name.endswith("convolution")},
+    "negative slope": (replace_activations(nn.LeakyReLU(-0.5)), [1, 1, 1, 1], [1, 1, 1, 1]),
+    "dropout": (insert(lambda: nn.Dropout(0.0)), [1, 3], [2, 2]),
+    "GroupNorm": (replace_norms(lambda c: nn.GroupNorm(1, c)), [1, 1, 1, 1], [2, 1, 1]),
+    "ELU": (replace_activations(nn.ELU()), [1, 1, 1, 1], [1, 1, 1, 1]),
+    "dilated": (replace(0, dilated), [3], [3]),
+    "dropout first": (insert(lambda: nn.Dropout(0.0), 0), [4], [4]),
+    "norm at the end": (norm_at_the_end, [4], [4]),
 }
 
 
@@ -373,15 +380,29 @@ def test_layer_by_layer(kind: str, name: str, operators: list[int]) -> None:
 
 @in_float64
 @NETWORKS
+@pytest.mark.parametrize("name", SEVERAL_OPERATORS)
+def test_several_operators(kind: str, name: str, operators: list[int]) -> None:
+    """Each run of covered layers is an operator, and everything else is called between them."""
+    change, of_g, of_d = SEVERAL_OPERATORS[name]
+    model, other = changed(kind, change)
+    model.double(), other.double()
+    assert_agree(model, other, sample(model), steps=2)
+    assert operators == 2 * (of_g if kind == "G" else of_d)
+
+
+@in_float64
+@NETWORKS
 def test_hooks_of_main(kind: str, operators: list[int]) -> None:
-    """The network then runs as PyTorch's modules."""
+    """They run around the operator."""
     fired: list[str] = []
-    model, other = changed(
-        kind, lambda m: m.main.register_forward_hook(lambda *_: fired.append("forward") and None)
-    )
-    assert_agree(model, other, sample(model))
-    assert not operators
-    assert fired == ["forward"] * 4
+    model, other = changed(kind, unchanged)
+    for network in (model, other):
+        network.main.register_forward_pre_hook(lambda _, args: fired.append("pre") or (0.5 * args[0],))
+        network.main.register_forward_hook(lambda _, args, y: fired.append("forward") or 3 * y)
+        network.main.register_full_backward_hook(lambda *_: fired.append("backward"))
+    assert_agree(model, other, sample(model), steps=1)
+    assert fired == ["pre", "forward", "backward"] * 2
+    assert len(operators) == 1
 
 
 @in_float64
@@ -500,10 +521,10 @@ def test_layer_by_layer_on_request(kind: str, operators: list[int]) -> None:
     model, other = changed(kind, unchanged)
     x = sample(model)
     for _ in range(2):
-        with layers.layer_by_layer(), layers.layer_by_layer():
+        with training_layers.layer_by_layer(), training_layers.layer_by_layer():
             assert_agree(model, other, x, steps=1)
     assert not operators
-    with pytest.raises(KeyboardInterrupt), layers.layer_by_layer():
+    with pytest.raises(KeyboardInterrupt), training_layers.layer_by_layer():
         raise KeyboardInterrupt
     other(x)
     assert len(operators) == 1
@@ -511,8 +532,11 @@ def test_layer_by_layer_on_request(kind: str, operators: list[int]) -> None:
 
 @native.NEEDED
 @pytest.mark.parametrize("compiled", [False, True])
-def test_layers_of_different_engines(compiled: bool, operators: list[int]) -> None:
-    """A layer that the native engine lacks runs on the reference, and the others on the native engine."""
+def test_layers_of_different_engines(
+    compiled: bool, operators: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch runs a layer that the native engine lacks, and one operator of that engine those after it."""
+    monkeypatch.setattr("dcgan.kernels.coverage.MIN_LAYER_MACS", 0)
     model, other = changed("D", lambda m: m.main.__setitem__(0, nn.Conv2d(3, 2, 3, 1, 0, bias=False)))
     small = nn.Conv2d(4, 1, 4, 2, 1, bias=False), nn.Flatten(0), nn.Sigmoid()
     for network in (model, other):
@@ -526,10 +550,10 @@ def test_layers_of_different_engines(compiled: bool, operators: list[int]) -> No
         assert relative(actual, model.main(x)) < native.NETWORK
         return
     with ops.recording() as choices:
-        actual = layers.run(other.main[:-2], x.float(), False)
+        actual = fast.fuse(other.main[:-2])(x.float())
     assert relative(actual.flatten(), model.main[:-2](x).flatten()) < native.NETWORK
-    assert [choice.engine for choice in choices] == ["reference", "native", "native"]
-    assert not operators
+    assert [choice.engine for choice in choices] == ["native", "native"]
+    assert operators == [2]
 
 
 @in_float64
@@ -537,9 +561,12 @@ def test_layers_of_different_engines(compiled: bool, operators: list[int]) -> No
 def test_no_layer_at_all(memory_format: torch.memory_format, operators: list[int]) -> None:
     """A discriminator of a Sigmoid alone, whose logits are its input."""
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
-    y = layers.run(nn.Sequential(nn.Sigmoid()), x, logits=True)
-    assert torch.equal(y, x)
-    assert y.stride() == x.stride()
+    model = models.Discriminator(3, 1, 32)
+    model.main = nn.Sequential(nn.Sigmoid())
+    for main in (nn.Sequential(), fast.fuse(model).main):
+        y = pipeline.Pipeline(list(main._modules.items())[:-1], lambda: None)(x)  # type: ignore[arg-type]
+        assert torch.equal(y, x)
+        assert y.stride() == x.stride()
     assert not operators
 
 
@@ -778,7 +805,8 @@ def test_operations_in_place_on_the_result(kind: str, channels: int, engine: str
 def run(network: Any, x: Tensor, engine: str) -> Tensor:
     """Return the output of a network's main on an engine, which is not a view as the network's own may be."""
     with ops.use_engine(engine):
-        return layers.run(network.main, x.view(*x.shape, 1, 1) if x.ndim == 2 else x, logits=False)
+        y: Tensor = network.main(x.view(*x.shape, 1, 1) if x.ndim == 2 else x)
+    return y
 
 
 @in_float64
@@ -881,18 +909,21 @@ BETWEEN: dict[str, Change] = {
     "weights_init": lambda m: (torch.manual_seed(5), m.apply(fast.models.weights_init)),
     "eval and train": lambda m: m.eval().train(),
 }
-THEN_LAYER_BY_LAYER: dict[str, Change] = {
-    "hook": hooked,
-    "a norm in eval mode": one_norm_in_eval,
+BETWEEN |= {
     "bias": lambda m: [replace(0, with_bias)(m), m.double(), nn.init.constant_(m.main[0].bias, 0.5)],
     "spectral_norm": lambda m: (torch.manual_seed(5), parametrizations.spectral_norm(convolutions(m)[1])),
+    "old weight_norm": old_weight_norm,
     "an inserted module": insert(nn.Identity),
+}
+THEN_NOT_AS_ONE: dict[str, tuple[Change, list[int]]] = {
+    "hook": (hooked, [1, 2]),
+    "a norm in eval mode": (one_norm_in_eval, []),
 }
 
 
 @in_float64
 @NETWORKS
-@pytest.mark.parametrize("name", [*BETWEEN, *THEN_LAYER_BY_LAYER])
+@pytest.mark.parametrize("name", [*BETWEEN, *THEN_NOT_AS_ONE])
 def test_a_change_between_steps(kind: str, name: str, operators: list[int]) -> None:
     """Nothing of an earlier step is reused."""
     model, other = changed(kind, unchanged)
@@ -900,11 +931,11 @@ def test_a_change_between_steps(kind: str, name: str, operators: list[int]) -> N
     assert_agree(model, other, x, steps=1)
     for network in (model, other):
         torch.manual_seed(3)
-        {**BETWEEN, **THEN_LAYER_BY_LAYER}[name](network)
+        (BETWEEN[name] if name in BETWEEN else THEN_NOT_AS_ONE[name][0])(network)
     if name in ("bias", "spectral_norm"):  # drawn at random: let both have the same
         other.load_state_dict(model.state_dict())
     assert_agree(model, other, x)
-    assert len(operators) == (3 if name in BETWEEN else 1)
+    assert operators == [4] + 2 * ([4] if name in BETWEEN else THEN_NOT_AS_ONE[name][1])
 
 
 @in_float64
@@ -914,10 +945,10 @@ def test_removing_a_hook_restores_the_operator(kind: str, operators: list[int]) 
     handle = other.main[0].register_forward_hook(lambda *_: None)
     x = sample(model)
     assert_agree(model, other, x, steps=1)
-    assert not operators
+    assert operators == [3]
     handle.remove()
     assert_agree(model, other, x, steps=1)
-    assert len(operators) == 1
+    assert operators == [3, 4]
 
 
 @in_float64
@@ -1097,11 +1128,20 @@ class Groups(nn.Module):
 
 AT_ONCE = {
     name: ONE_OPERATOR[name]
-    for name in ("unchanged", "momentum None", "no statistics", "momentum -0.3", "shared statistics")
+    for name in (
+        "unchanged",
+        "momentum None",
+        "no statistics",
+        "momentum -0.3",
+        "shared statistics",
+        "a bias",
+    )
 }
-NOT_AT_ONCE = {
-    name: LAYER_BY_LAYER[name]
-    for name in ("one norm in eval mode", "a bias", "spectral_norm", "register_forward_hook of a norm")
+NOT_AT_ONCE: dict[str, tuple[Change, list[int]]] = {
+    # The layers of each operator, for each group.
+    "one norm in eval mode": (one_norm_in_eval, []),
+    "spectral_norm": (ONE_OPERATOR["spectral_norm"], [4]),  # each group's forward updates its vectors
+    "register_forward_hook of a norm": (HOOKED["register_forward_hook of a norm"], [3, 1]),
 }
 
 
@@ -1109,12 +1149,13 @@ NOT_AT_ONCE = {
 @pytest.mark.parametrize("name", [*AT_ONCE, *NOT_AT_ONCE])
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_groups(name: str, groups: int, operators: list[int]) -> None:
-    model, other = changed("D", {**AT_ONCE, **NOT_AT_ONCE}[name])
+    model, other = changed("D", AT_ONCE[name] if name in AT_ONCE else NOT_AT_ONCE[name][0])
     model.double(), other.double()
     x = sample(model, 6)
     assert bool(other.engine_of_groups(x, groups)) == (name in AT_ONCE)
     assert_agree(Groups(model, groups), Groups(other, groups), x)
-    assert len(operators) == (2 if name in AT_ONCE else 0)
+    count = len(convolutions(other))
+    assert operators == 2 * ([count] if name in AT_ONCE else groups * NOT_AT_ONCE[name][1])
 
 
 @native.NEEDED
@@ -1145,7 +1186,7 @@ def test_groups_in_eval_mode(groups: int, operators: list[int]) -> None:
     assert not operators
 
 
-@pytest.mark.parametrize("change", ["too small", "hook of main", "float64"])
+@pytest.mark.parametrize("change", ["too small", "float64"])
 def test_groups_of_networks_that_run_eagerly(
     change: str, operators: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1153,9 +1194,6 @@ def test_groups_of_networks_that_run_eagerly(
     model, other = changed("D", unchanged, dtype=torch.float64 if change == "float64" else torch.float32)
     if change == "too small":
         monkeypatch.setattr("dcgan.kernels.coverage.MIN_TRAINING_MACS", 1e12)
-    if change == "hook of main":
-        for network in (model, other):
-            network.main.register_forward_hook(lambda *_: None)
     x = sample(model, 4)
     assert not other.engine_of_groups(x, 2)
     assert_agree(Groups(model, 2), Groups(other, 2), x, tolerance=1e-6)

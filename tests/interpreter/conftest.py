@@ -7,12 +7,10 @@ The variable must be set before triton is imported, so these tests need a separa
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from dcgan import layers
 from dcgan.kernels import ops
 from dcgan.kernels.gpu import tuning
 from tests.interpreter.memory import guarded
@@ -38,7 +36,6 @@ def inference_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tiles to pack.
     """
     monkeypatch.setattr(tuning, "sm_count", lambda device: PROGRAMS)
-    monkeypatch.setattr(layers, "_chains", weakref.WeakKeyDictionary())
     with ops.use_engine("triton"), fresh_memory_is_nan():
         yield
 

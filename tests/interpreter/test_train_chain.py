@@ -97,15 +97,15 @@ CHAINS: dict[str, tuple[tuple[int, int, int], list[Layer]]] = {
         [
             Layer(UP, 5, norm=True, act="relu"),
             Layer(DOWN, 6, norm=True, affine="gamma", act="leaky_relu"),
-            Layer(UP, 3, act="tanh"),
+            Layer(UP, 3, act="tanh", bias=True),
         ],
     ),
     "odd maps down": (
         (1, 13, 9),
         [
-            Layer(DOWN, 5, act="leaky_relu"),
+            Layer(DOWN, 5, act="leaky_relu", bias=True),
             Layer(DOWN, 18, norm=True, act="leaky_relu"),
-            Layer(DOWN, 1, (3, 2), 1, 0, act="sigmoid"),
+            Layer(DOWN, 1, (3, 2), 1, 0, act="sigmoid", bias=True),
         ],
     ),
     "odd maps up": (
@@ -123,7 +123,7 @@ CHAINS: dict[str, tuple[tuple[int, int, int], list[Layer]]] = {
             Layer(UP, 5, norm=True, affine="gamma", act="leaky_relu"),
             Layer(DOWN, 36, norm=True, affine="neither", act="none"),
             Layer(UP, 4, norm=True, affine="beta", act="relu"),
-            Layer(DOWN, 7, act="leaky_relu"),
+            Layer(DOWN, 7, act="leaky_relu", bias=True),
             Layer(UP, 3, act="tanh"),
         ],
     ),
@@ -133,7 +133,7 @@ CHAINS: dict[str, tuple[tuple[int, int, int], list[Layer]]] = {
             Layer(UP, 3, norm=True, act="relu"),
             Layer(DOWN, 20, norm=True, act="leaky_relu"),
             Layer(UP, 1, norm=True),
-            Layer(DOWN, 2),
+            Layer(DOWN, 2, bias=True),
         ],
     ),
     "maps of one pixel": (  # statistics over the images alone
@@ -141,18 +141,22 @@ CHAINS: dict[str, tuple[tuple[int, int, int], list[Layer]]] = {
         [
             Layer(DOWN, 20, (3, 4), 1, 0, norm=True, act="leaky_relu"),
             Layer(UP, 6, (2, 3), 1, 0, norm=True, act="relu"),
-            Layer(DOWN, 2, (2, 3), 1, 0, act="sigmoid"),
+            Layer(DOWN, 2, (2, 3), 1, 0, act="sigmoid", bias=True),
         ],
     ),
     "without BatchNorms": (
         (2, 9, 8),
-        [Layer(DOWN, 6, act="leaky_relu"), Layer(DOWN, 33, act="none"), Layer(UP, 3, act="relu")],
+        [
+            Layer(DOWN, 6, act="leaky_relu", bias=True),
+            Layer(DOWN, 33, act="none", bias=True),
+            Layer(UP, 3, act="relu", bias=True),
+        ],
     ),
-    "one layer": ((3, 6, 7), [Layer(DOWN, 19, act="tanh")]),
+    "one layer": ((3, 6, 7), [Layer(DOWN, 19, act="tanh", bias=True)]),
     "wide": (  # more channels than an up_block has
         (5, 3, 2),
         [
-            Layer(DOWN, 66, act="leaky_relu"),
+            Layer(DOWN, 66, act="leaky_relu", bias=True),
             Layer(UP, 70, norm=True, act="relu"),
             Layer(UP, 68, norm=True, affine="gamma", act="leaky_relu"),
             Layer(DOWN, 67, norm=True, act="relu"),
@@ -299,6 +303,7 @@ def random_call(generator: random.Random) -> TrainCall:
             kinds.append((UP, (k_h, k_w), 1, 0, k_h, k_w))
         transposed, kernel, stride, padding, h, w = one_of(kinds)
         last = i + 1 == count
+        norm = not last and images // groups * h * w > 1 and generator.random() < 0.7
         layers.append(
             Layer(
                 transposed,
@@ -306,10 +311,11 @@ def random_call(generator: random.Random) -> TrainCall:
                 kernel,
                 stride,
                 padding,
-                norm=not last and images // groups * h * w > 1 and generator.random() < 0.7,
+                norm=norm,
                 affine=one_of(AFFINE),
                 act=one_of(LAST_ACTS if last else MIDDLE_ACTS),
                 eps=one_of([1e-5, 1e-3, 0.1]),
+                bias=not norm and generator.random() < 0.5,
             )
         )
     return call_of(layers, x, groups)._replace(slope=one_of([0.0, 0.2, 1.0]))
@@ -326,7 +332,7 @@ def test_batchnorms(affine: str, act: str) -> None:
     """With an activation of a layer without one beside it, and each last activation in turn."""
     last = LAST_ACTS[(AFFINE.index(affine) + MIDDLE_ACTS.index(act)) % len(LAST_ACTS)]
     layers = [
-        Layer(DOWN, 5, act=act),
+        Layer(DOWN, 5, act=act, bias=True),
         Layer(UP, 6, norm=True, affine=affine, act=act, eps=0.1),
         Layer(DOWN, 2, act=last),
     ]
@@ -488,10 +494,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 DISCRIMINATOR = [
-    Layer(DOWN, 5, act="leaky_relu"),
+    Layer(DOWN, 5, act="leaky_relu", bias=True),
     Layer(DOWN, 6, norm=True, act="leaky_relu"),
     Layer(DOWN, 7, norm=True, act="leaky_relu"),
-    Layer(DOWN, 1, (2, 2), 1, 0, act="sigmoid"),
+    Layer(DOWN, 1, (2, 2), 1, 0, act="sigmoid", bias=True),
 ]
 WGRAD, WGRAD_NARROW = ["wgrad", "split_k"], ["wgrad_narrow", "split_k"]
 HEAD = ["prologue", "dense_outer", "backward", "apply"]
@@ -501,9 +507,11 @@ BACKWARD = {
     "x": [*HEAD, *MIDDLE, "up_block", "up_narrow"],
     "no weights": [*HEAD, *MIDDLE, "up_block", "up_narrow"],
     "weights": [*HEAD, *WGRAD, *MIDDLE, *WGRAD, *WGRAD, "up_block", *WGRAD_NARROW],
-    "vectors": [*HEAD, "up_block", "backward"],
+    "vectors": [*HEAD, *MIDDLE, "up_block"],
+    "beta 3": ["prologue"],
     "gamma 2": HEAD[:-1],
     "beta 1": [*HEAD, "up_block", "backward"],
+    "beta 0": [*HEAD, *MIDDLE, "up_block"],
     "weight 3": ["prologue", "apply", *WGRAD],
     "weight 3, gamma 2": [*HEAD, *WGRAD],
     "weight 2": [*HEAD, "apply", *WGRAD],

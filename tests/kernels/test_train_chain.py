@@ -47,11 +47,11 @@ UP, DOWN = True, False
 SMALL = (
     Layer(UP, 3, 3, 1, 0, norm=True, act="relu"),
     Layer(UP, 2, norm=True, affine="gamma", act="leaky_relu"),
-    Layer(DOWN, 3, act="leaky_relu"),
+    Layer(DOWN, 3, act="leaky_relu", bias=True),
     Layer(UP, 2, norm=True, affine="neither", act="none"),
-    Layer(UP, 1, act="tanh"),
+    Layer(UP, 1, act="tanh", bias=True),
 )
-"""From one pixel; both kinds of convolutions, with different BatchNorms and without one."""
+"""From one pixel; both kinds of convolutions, with different BatchNorms and with a bias."""
 
 
 def small_call(batch: int = 4, groups: int = 1, dtype: torch.dtype = torch.float64) -> TrainCall:
@@ -74,10 +74,14 @@ def test_reference_networks(kind: str, channels: int, batch: int, engine: Engine
 
 SHAPES: dict[str, tuple[tuple[int, int, int, int], list[Layer]]] = {
     "one layer": ((2, 3, 5, 7), [Layer(DOWN, 2, act="tanh")]),
-    "one up layer of one pixel": ((3, 5, 1, 1), [Layer(UP, 3, 4, 1, 0, act="sigmoid")]),
+    "one up layer of one pixel": ((3, 5, 1, 1), [Layer(UP, 3, 4, 1, 0, act="sigmoid", bias=True)]),
     "odd maps down": (
         (3, 1, 13, 9),
-        [Layer(DOWN, 4, act="leaky_relu"), Layer(DOWN, 3, norm=True, act="relu"), Layer(DOWN, 1, 2, 1, 0)],
+        [
+            Layer(DOWN, 4, act="leaky_relu", bias=True),
+            Layer(DOWN, 3, norm=True, act="relu"),
+            Layer(DOWN, 1, 2, 1, 0, bias=True),
+        ],
     ),
     "odd maps up": (
         (2, 3, 3, 5),
@@ -88,7 +92,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, int], list[Layer]]] = {
         [
             Layer(DOWN, 3, (3, 5), 1, 2, norm=True, act="relu"),
             Layer(UP, 4, (5, 4), 3, 2, norm=True, act="leaky_relu"),
-            Layer(DOWN, 2, 1, 1, 0, act="sigmoid"),
+            Layer(DOWN, 2, 1, 1, 0, act="sigmoid", bias=True),
         ],
     ),
     "both kinds": ((4, 3, 1, 1), list(SMALL)),
@@ -130,6 +134,23 @@ def test_layers_without_batchnorm(act: str, next_norm: bool, engine: Engine) -> 
     assert_matches_eager(build(2, layers), torch.randn(3, 2, 6, 6), engine)
 
 
+@pytest.mark.parametrize("act", MIDDLE_ACTS)
+@pytest.mark.parametrize("last", LAST_ACTS)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_biases(act: str, last: str, groups: int, engine: Engine) -> None:
+    """In the first layer, above and below a BatchNorm, and in the last layer."""
+    layers = [
+        Layer(DOWN, 5, act=act, bias=True),
+        Layer(UP, 3, act=act, bias=True),
+        Layer(DOWN, 4, norm=True, act=act),
+        Layer(UP, 7, act=act, bias=True),
+        Layer(UP, 3, act=last, bias=True),
+    ]
+    network = build(2, layers)
+    network.groups = groups
+    assert_matches_eager(network, torch.randn(3 * groups, 2, 5, 6), engine, channels_last=groups == 1)
+
+
 @pytest.mark.parametrize("act", LAST_ACTS)
 @pytest.mark.parametrize("norm", [False, True])
 def test_last_activations(act: str, norm: bool, engine: Engine) -> None:
@@ -154,12 +175,12 @@ def test_a_mean_much_larger_than_the_deviation() -> None:
     assert_matches_eager(network, x, engine)
 
 
-@pytest.mark.parametrize("where", ["x", "weight", "gamma", "dy"])
+@pytest.mark.parametrize("where", ["x", "weight", "gamma", "bias", "dy"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(where: str, value: float) -> None:
     """They spread to the same elements as in PyTorch's modules, and not to other groups."""
     layers = [
-        Layer(DOWN, 3, act="leaky_relu"),
+        Layer(DOWN, 3, act="leaky_relu", bias=True),
         Layer(DOWN, 2, norm=True, act="relu"),
         Layer(UP, 3, norm=True, act="leaky_relu"),
         Layer(UP, 1, 3, 1, 1, act="tanh"),
@@ -171,7 +192,7 @@ def test_values_that_are_not_finite(where: str, value: float) -> None:
         x[3, 1, 6, 5] = value
     with torch.no_grad():
         for name, parameter in eager.named_parameters():
-            if (where, name) in (("weight", "2.weight"), ("gamma", "3.weight")):
+            if (where, name) in (("weight", "2.weight"), ("gamma", "3.weight"), ("bias", "0.bias")):
                 parameter.view(-1)[1] = value
 
     def loss(y: Tensor) -> Tensor:
@@ -325,7 +346,11 @@ def backward_calls(monkeypatch: pytest.MonkeyPatch) -> list[TrainBackward]:
 
 
 @pytest.mark.usefixtures("reference_engine")
-@pytest.mark.parametrize("wanted", [["x"], ["weight 0"], ["gamma 1", "beta 0"], ["x", "weight 4"]], ids=str)
+@pytest.mark.parametrize(
+    "wanted",
+    [["x"], ["weight 0"], ["gamma 1", "beta 0"], ["beta 2"], ["beta 4"], ["x", "weight 4"]],
+    ids=str,
+)
 def test_only_the_gradients_asked_for_are_computed(
     wanted: list[str], backward_calls: list[TrainBackward]
 ) -> None:
@@ -528,7 +553,10 @@ def test_first_and_second_derivatives(groups: int, act: str) -> None:
 
 @pytest.mark.usefixtures("reference_engine")
 def test_every_entry_of_the_jacobian() -> None:
-    layers = [Layer(UP, 2, 2, 1, 0, norm=True, act="leaky_relu"), Layer(DOWN, 1, 2, 1, 0, act="tanh")]
+    layers = [
+        Layer(UP, 2, 2, 1, 0, norm=True, act="leaky_relu"),
+        Layer(DOWN, 1, 2, 1, 0, act="tanh", bias=True),
+    ]
     call = chain_of(build(2, layers)).double().call(torch.randn(3, 2, 1, 1).double().requires_grad_())
     function, inputs = as_function(call)
     assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
@@ -614,8 +642,8 @@ def random_networks(draw: st.DrawFn, fast: bool) -> tuple[Eager, Tensor, bool]:
         affine, act = draw(st.sampled_from(AFFINE)), draw(st.sampled_from(LAST_ACTS if last else MIDDLE_ACTS))
         eps = draw(st.sampled_from([1e-2, 1e-1] if fast else [1e-5, 1e-3, 1e-1]))
         momentum = draw(st.sampled_from([None, 0.0, 0.1, 1.0]))
-        channels = draw(st.integers(1, 5))
-        layers.append(Layer(transposed, channels, (k_h, k_w), s, p, norm, affine, act, eps, momentum))
+        channels, bias = draw(st.integers(1, 5)), not norm and draw(st.booleans())
+        layers.append(Layer(transposed, channels, (k_h, k_w), s, p, norm, affine, act, eps, momentum, bias))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     eager = build(c_in, layers, slope=draw(st.sampled_from([0.0, 0.2, 1.0])))
     eager.groups = groups

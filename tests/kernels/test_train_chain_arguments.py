@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dcgan.kernels import cpu, ops
 from dcgan.kernels.reference import accumulator_dtype
 from dcgan.kernels.spec import ConvSpec, TrainCall, TrainStage
-from dcgan.kernels.train_chain import track_, train_chain
+from dcgan.kernels.train_chain import specs, track_, train_chain
 from tests.support.native_training import strided
 from tests.support.networks import NETWORKS, results
 from tests.support.tolerance import relative, unit
@@ -40,9 +40,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 UP, DOWN = True, False
 LAYERS = (
     Layer(UP, 4, norm=True, act="relu"),
-    Layer(DOWN, 3, act="leaky_relu"),
+    Layer(DOWN, 3, act="leaky_relu", bias=True),
     Layer(UP, 5, norm=True, affine="beta", act="leaky_relu"),
-    Layer(UP, 2, act="tanh"),
+    Layer(UP, 2, act="tanh", bias=True),
 )
 
 
@@ -266,8 +266,8 @@ def test_errors_of_smooth_networks_are_about_those_of_eager(dtype: torch.dtype, 
     layers = [
         Layer(UP, 12, norm=True),
         Layer(UP, 8, norm=True, affine="gamma"),
-        Layer(DOWN, 6),
-        Layer(UP, 3, act="tanh"),
+        Layer(DOWN, 6, bias=True),
+        Layer(UP, 3, act="tanh", bias=True),
     ]
     for _ in range(3):
         ours, eager = errors(build(8, layers), torch.randn(8, 8, 4, 4), dtype, wide)
@@ -491,43 +491,48 @@ INVALID: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"act must be one of .* in every layer but the last, got 'sigmoid' in layer 0",
     ),
     **{
-        f"{name}: {what}": ({0: normed(**{name: vector})}, error, message.format(name=name))
-        for name in ("gamma", "beta")
+        f"{name} {given}: {what}": (
+            {i: make(**{name: vector})},
+            error,
+            message.format(name=name) + f" in layer {i}",
+        )
+        for name, given, i, make in (
+            ("gamma", "of a BatchNorm", 0, normed),
+            ("beta", "of a BatchNorm", 0, normed),
+            ("beta", "as a bias", 1, stage),
+        )
         for what, vector, error, message in (
             (
                 "length",
                 torch.ones(4),
                 ValueError,
-                r"{name} must be \[3\], one value per channel, got \[4\] in layer 0",
+                r"{name} must be \[3\], one value per channel, got \[4\]",
             ),
             (
                 "dimensions",
                 torch.ones(3, 1),
                 ValueError,
-                r"{name} must be \[3\], one value per channel, got \[3, 1\] in layer 0",
+                r"{name} must be \[3\], one value per channel, got \[3, 1\]",
             ),
             (
                 "dtype",
                 torch.ones(3).int(),
                 TypeError,
-                r"{name} must be floating point, got torch.int32 in layer 0",
+                r"{name} must be floating point, got torch.int32",
             ),
             (
                 "device",
                 torch.ones(3, device="meta"),
                 ValueError,
-                r"{name} must be on x's device cpu, got meta in layer 0",
+                r"{name} must be on x's device cpu, got meta",
             ),
         )
     },
-    **{
-        f"{name} without a BatchNorm": (
-            {1: stage(**{name: torch.ones(3)})},
-            ValueError,
-            rf"{name} must be None in a layer without a BatchNorm, got one in layer 1",
-        )
-        for name in ("gamma", "beta")
-    },
+    "gamma without a BatchNorm": (
+        {1: stage(gamma=torch.ones(3))},
+        ValueError,
+        r"gamma must be None in a layer without a BatchNorm, got one in layer 1",
+    ),
 }
 
 
@@ -540,7 +545,8 @@ def invalid_call(name: str) -> TrainCall:
 
 
 def test_the_call_is_valid_without_changes() -> None:
-    call = TrainCall(X, [normed(gamma=torch.ones(3), beta=torch.ones(3)), stage(), stage(act="tanh")])
+    first = normed(gamma=torch.ones(3), beta=torch.ones(3))
+    call = TrainCall(X, [first, stage(beta=torch.ones(3)), stage(act="tanh")])
     assert train_chain(call)[0].shape == (4, 3, 2, 2)
 
 
@@ -565,7 +571,7 @@ def map_first(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def test_an_argument_is_checked_again_after_a_valid_call() -> None:
-    """Checks are cached by shapes; gamma and beta are not part of the key."""
+    """Checks are cached by shapes; those of gamma and beta are not part of the key."""
     valid = TrainCall(X, [normed(gamma=torch.ones(3)), stage()])
     for _ in range(2):
         train_chain(valid)
@@ -573,6 +579,21 @@ def test_an_argument_is_checked_again_after_a_valid_call() -> None:
             train_chain(valid._replace(stages=[normed(gamma=torch.ones(2)), stage()]))
         with pytest.raises(ValueError, match="groups must divide"):
             train_chain(valid._replace(groups=3))
+
+
+def test_calls_that_differ_in_a_bias_alone(engine: Engine) -> None:
+    """With one and without, in turn: neither runs what is prepared for the other."""
+    call = call_of(engine.dtype)
+    bare = call._replace(stages=[*call.stages[:-1], call.stages[-1]._replace(beta=None)])
+    zero = torch.zeros_like(call.stages[-1].beta)  # type: ignore[arg-type]
+    zeros = call._replace(stages=[*call.stages[:-1], call.stages[-1]._replace(beta=zero)])
+    for _ in range(2):
+        biased, without, with_zeros = (train_chain(c)[0].detach() for c in (call, bare, zeros))
+        assert torch.equal(without, with_zeros)
+        assert call.stages[-1].beta is not None
+        shifted = (without.atanh() + call.stages[-1].beta.detach()[:, None, None]).tanh()
+        assert relative(biased, shifted) <= 10 * engine.tolerance
+        assert [specs(c)[-1].y.shifted for c in (call, bare)] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "batches", "momentum", "count"])
@@ -601,6 +622,6 @@ def test_the_backward_ignores_gradients_of_absent_vectors() -> None:
         dx, weights, gammas, betas = BACKWARD_OP(y, y, saved, stats, packed, needs, *arguments(call))
     assert dx.shape == call.x.shape
     assert [t.numel() for t in gammas] == [4, 0, 0, 0]
-    assert [t.numel() for t in betas] == [4, 0, 5, 0]
+    assert [t.numel() for t in betas] == [4, 3, 5, 2]
     assert all(g.shape == s.weight.shape for g, s in zip(weights, call.stages, strict=True))
     assert {t.dtype for t in (*weights, dx)} == {accumulator_dtype(torch.float64)}

@@ -42,9 +42,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 UP, DOWN = True, False
 LAYERS = (
     Layer(UP, 3, norm=True, act="relu"),
-    Layer(DOWN, 2, act="leaky_relu"),
+    Layer(DOWN, 2, act="leaky_relu", bias=True),
     Layer(UP, 3, norm=True, affine="gamma", act="leaky_relu"),
-    Layer(UP, 1, act="tanh"),
+    Layer(UP, 1, act="tanh", bias=True),
 )
 ROUNDING = 1e-11  # in float64: Inductor fuses and reorders operations
 
@@ -68,9 +68,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "nothing kept": {"keep": False},
     "one layer": {"layers": (Layer(DOWN, 1, act="sigmoid"),)},
     "one layer without activation": {"layers": (Layer(UP, 2),)},
+    "one layer with a bias": {"layers": (Layer(UP, 3, bias=True),), "groups": 2},
     "affine": {"layers": (Layer(UP, 3, norm=True), Layer(UP, 2, norm=True, affine="neither"), Layer(UP, 1))},
     # Without a BatchNorm, whose statistics are NaN, which opcheck finds different from NaN.
-    "empty": {"batch": 0, "layers": (Layer(UP, 3, act="relu"), Layer(DOWN, 2))},
+    "empty": {"batch": 0, "layers": (Layer(UP, 3, act="relu", bias=True), Layer(DOWN, 2))},
 }
 CONFIGURED = pytest.mark.parametrize("name", CONFIGURATIONS)
 
@@ -273,7 +274,7 @@ TRANSFORMED = [(groups, act) for groups in (1, 2) for act in LAST_ACTS]
 
 
 def transformed(groups: int, act: str) -> tuple[Chain, Eager, Tensor]:
-    eager = build(2, [*LAYERS[:-1], Layer(UP, 1, act=act)]).double()
+    eager = build(2, [*LAYERS[:-1], Layer(UP, 1, act=act, bias=True)]).double()
     eager.groups = groups
     for parameter in eager.parameters():
         parameter.requires_grad_(False)

@@ -169,6 +169,8 @@ def exact_layers(call: TrainCall, own: Passes) -> dict[str, Tensor]:
             shift = torch.zeros_like(scale) if stage.beta is None else stage.beta.expand_as(scale)
             found |= {f"mean {i}": mean, f"var {i}": var, f"scale {i}": scale, f"shift {i}": shift}
         else:
+            if stage.beta is not None:
+                y = y + stage.beta[:, None, None]
             y = reference.activate(y, stage.act, call.slope)
         found[f"y {i}"] = y
         before = stored.double()

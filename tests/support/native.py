@@ -17,10 +17,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dcgan import models
 from dcgan.kernels import ops, weight_cache
 from dcgan.kernels.cpu import algorithm_selection, library
 from tests.support.float64_reference import Problem, column, expected_outputs, op
+from tests.support.networks import plain
 from tests.support.tolerance import unit
 
 run = importlib.import_module("dcgan.kernels.cpu.inference")  # the package has a function named run
@@ -179,9 +179,9 @@ def eager64(model: Any, x: Tensor) -> Tensor:
     for module in wide.modules():  # double() does not convert tensors that are not parameters
         if isinstance(weight := module.__dict__.get("weight"), Tensor):
             module.weight = weight.double()
-    base = models.Generator if isinstance(wide, models.Generator) else models.Discriminator
     with torch.no_grad():
-        return base.forward(wide, x.double())
+        y: Tensor = plain(wide)(x.double())
+    return y
 
 
 def packed() -> int:

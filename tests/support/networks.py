@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcgan import fast, models
+from dcgan import fast, fusing, models
 
 NETWORKS = pytest.mark.parametrize("kind", ["G", "D"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -50,6 +50,17 @@ def drop_in(model: Any) -> Any:
 def fast_network(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
     """Return a fast network in eval mode."""
     return drop_in(reference(kind, dtype=dtype, **sizes)).eval()
+
+
+def plain(module: Any) -> Any:
+    """Return the network that PyTorch's own modules run: its layers are shared, its containers PyTorch's."""
+    if not any(isinstance(inner, fusing.Fused) for inner in module.modules()):
+        return module
+    found = object.__new__(getattr(type(module), "_fused_from", type(module)))
+    state = {name: value for name, value in module.__dict__.items() if name != "_fused_prepared"}
+    found.__dict__.update(state)
+    found.__dict__["_modules"] = {name: plain(child) for name, child in module._modules.items()}
+    return found
 
 
 def sample(model: Any, batch: int = 5) -> Tensor:

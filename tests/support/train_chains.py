@@ -62,10 +62,12 @@ class Layer:
     act: str = "none"
     eps: float = 1e-5
     momentum: float | None = 0.1
+    bias: bool = False
+    """Whether the convolution has a bias, which it has only without a BatchNorm."""
 
     def __str__(self) -> str:
         """Return a short form for test names."""
-        norm = f"-norm-{self.affine}" if self.norm else ""
+        norm = f"-norm-{self.affine}" if self.norm else "-bias" if self.bias else ""
         return f"{'up' if self.transposed else 'down'}{self.channels}{norm}-{self.act}"
 
 
@@ -127,8 +129,9 @@ def stages(modules: nn.Sequential) -> list[TrainStage]:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             transposed = isinstance(module, nn.ConvTranspose2d)
             geometry: Any = {"stride": module.stride[0], "padding": module.padding[0]}
-            found.append(TrainStage(transposed, module.weight, **geometry))
+            found.append(TrainStage(transposed, module.weight, beta=module.bias, **geometry))
         elif isinstance(module, nn.BatchNorm2d):
+            assert found[-1].beta is None
             changes: Any = {"gamma": module.weight, "beta": module.bias, "norm": True, "eps": module.eps}
             found[-1] = found[-1]._replace(**changes)
         else:
@@ -137,7 +140,7 @@ def stages(modules: nn.Sequential) -> list[TrainStage]:
 
 
 def build(c_in: int, layers: Sequence[Layer], slope: float = 0.2) -> Eager:
-    """Draw a network in float32: maps are of order one, and the BatchNorms' parameters nontrivial."""
+    """Draw a network in float32: maps are of order one; biases and the BatchNorms' parameters nontrivial."""
     modules: list[nn.Module] = []
     acts = {
         "relu": nn.ReLU,
@@ -147,9 +150,11 @@ def build(c_in: int, layers: Sequence[Layer], slope: float = 0.2) -> Eager:
     }
     for layer in layers:
         make: Any = nn.ConvTranspose2d if layer.transposed else nn.Conv2d
-        conv = make(c_in, layer.channels, layer.kernel, layer.stride, layer.padding, bias=False)
+        conv = make(c_in, layer.channels, layer.kernel, layer.stride, layer.padding, bias=layer.bias)
         taps = conv.weight[0, 0].numel() / (layer.stride**2 if layer.transposed else 1)
         nn.init.normal_(conv.weight, 0.0, (c_in * max(taps, 1)) ** -0.5)
+        if layer.bias:
+            nn.init.normal_(conv.bias, 0.0, 0.3)
         modules.append(conv)
         if layer.norm:
             norm: Any = nn.BatchNorm2d(layer.channels, layer.eps, layer.momentum)

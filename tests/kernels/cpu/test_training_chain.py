@@ -39,19 +39,24 @@ UP, DOWN = True, False
 MIXED = (
     Layer(UP, 9, 3, 1, 0, norm=True, act="relu"),
     Layer(UP, 5, norm=True, affine="gamma", act="leaky_relu"),
-    Layer(DOWN, 6, act="leaky_relu"),
+    Layer(DOWN, 6, act="leaky_relu", bias=True),
     Layer(UP, 17, norm=True, affine="neither", act="none"),
     Layer(DOWN, 4, norm=True, affine="beta", act="relu"),
-    Layer(UP, 3, act="tanh"),
+    Layer(UP, 3, act="tanh", bias=True),
 )
-"""From one pixel; both kinds of convolution, with every kind of BatchNorm and without one."""
+"""From one pixel; both kinds of convolution, with every kind of BatchNorm and with biases."""
 ODD = (
-    Layer(DOWN, 7, act="leaky_relu"),
+    Layer(DOWN, 7, act="leaky_relu", bias=True),
     Layer(DOWN, 18, norm=True, act="leaky_relu"),
     Layer(DOWN, 1, 3, 1, 0, act="none"),
 )
 """From 14×15 pixels."""
-WITHOUT_NORMS = (Layer(DOWN, 5, act="leaky_relu"), Layer(DOWN, 19, act="none"), Layer(UP, 3, act="sigmoid"))
+WITHOUT_NORMS = (
+    Layer(DOWN, 5, act="leaky_relu", bias=True),
+    Layer(DOWN, 19, act="none", bias=True),
+    Layer(UP, 6, act="relu"),
+    Layer(UP, 3, act="sigmoid", bias=True),
+)
 
 
 # --- calls --------------------------------------------------------------------------------------------------
@@ -194,16 +199,18 @@ def test_batchnorms(affine: str, act: str) -> None:
 @pytest.mark.parametrize("act", MIDDLE_ACTS)
 def test_layers_without_batchnorm(act: str, last: str) -> None:
     layers = [
-        Layer(DOWN, 6, act=act),
+        Layer(DOWN, 6, act=act, bias=True),
         Layer(DOWN, 5, norm=True),
         Layer(UP, 3, act=act),
-        Layer(UP, 2, act=last),
+        Layer(UP, 2, act=last, bias=True),
     ]
     assert_accurate(draw(lambda: call_of(layers, torch.randn(3, 2, 9, 8))))
 
 
 def test_one_layer_and_one_pixel() -> None:
-    assert_accurate(draw(lambda: call_of([Layer(DOWN, 3, act="sigmoid")], torch.randn(2, 4, 7, 6))))
+    assert_accurate(
+        draw(lambda: call_of([Layer(DOWN, 3, act="sigmoid", bias=True)], torch.randn(2, 4, 7, 6)))
+    )
     pixel = [Layer(DOWN, 5, 1, 1, 0, norm=True, act="relu"), Layer(UP, 2, 1, 1, 0)]
     assert_accurate(draw(lambda: call_of(pixel, torch.randn(6, 4, 1, 1))))
 
@@ -262,7 +269,7 @@ def test_the_bits_of_single_ops(isa: str) -> None:
 
 def test_many_layers() -> None:
     """Unlike a chain in inference, one in training has no maximum length."""
-    call = call_of([Layer(UP, 8, 1, 1, 0)] * (cpu.MAX_LAYERS + 1), torch.randn(2, 8, 1, 1))
+    call = call_of([Layer(UP, 8, 1, 1, 0, bias=True)] * (cpu.MAX_LAYERS + 1), torch.randn(2, 8, 1, 1))
     dy = cotangent(call)
     assert_same(results(call, dy), results(call, dy, run=train_chain.one_by_one))
 
@@ -391,7 +398,7 @@ def test_two_forwards_before_their_backwards() -> None:
 # --- values that are not finite -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["x", "dy", "weight 1", "gamma 0", "beta 0"])
+@pytest.mark.parametrize("place", ["x", "dy", "weight 1", "gamma 0", "beta 0", "beta 2"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_where_eager_is(place: str, value: float) -> None:
     """No NaN or infinity is hidden, and none spreads to another group."""
