@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Test files run in JOBS processes; threads that wait leave the cores to the others.
+JOBS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: setup demo test test-slow bench peers lint format gpu clean
 
@@ -30,14 +33,14 @@ test: setup
 	@echo "== C++ tests, with and without AddressSanitizer and UBSan =="
 	$(MAKE) --no-print-directory -C csrc/tests
 	@echo "== Triton kernels in Triton's interpreter =="
-	TRITON_INTERPRET=1 $(PY) -m pytest -m "not slow" tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter
 	@echo "== Everything else =="
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup
 	@echo "== Exhaustive tests =="
-	TRITON_INTERPRET=1 $(PY) -m pytest -m slow tests/interpreter
-	$(PY) -m pytest -m slow
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreter
+	$(PYTEST) -m slow
 
 $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install -q --disable-pip-version-check -e '.[peers]'

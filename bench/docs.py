@@ -1,4 +1,4 @@
-"""``python -m bench docs``: write the tables of README.md and docs/benchmarks.md from bench/results.
+"""``python -m bench docs``: write the tables of README.md and docs/ from bench/results.
 
 A table is delimited by ``<!-- bench docs: NAME -->`` and ``<!-- end -->``; NAME is a key of :data:`TABLES`.
 Only rows from the machine of the last row count, and of several measurements of a case the last one.
@@ -19,10 +19,12 @@ from bench.plot import LABELS
 HELP = "write the tables of README.md and docs/ from bench/results"
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/full-run.md", "docs/training.md")
 MARKED = re.compile(r"(<!-- bench docs: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 OURS = ("fast", "train-step")
+RUNS = {"dcgan": "dcgan-kernels", "reference": "reference engine"}
+"""The runs of examples/full_run.py, by the name in their rows."""
 VERSIONS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "zentorch": "zentorch"}
 
 Row = dict[str, Any]
@@ -187,6 +189,74 @@ def fused() -> str:
     return f"{machine(latest('any.jsonl'))}.\n\n{table(heading, lines)}"
 
 
+def epochs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the heading and lines of examples/full_run.py's rows: a line per run and epoch, then a floor."""
+    header, *found = rows
+    floor = header["floor"] or {}
+    lines = []
+    for row in found:
+        times = (cell(row, key, ",.0f") for key in ("seconds", "images_per_second"))
+        lines.append([RUNS[row["run"]], str(row["epoch"]), *times, *scores(row)])
+    if floor:
+        lines.append(["real images", "", "", "", *scores(floor)])
+    heading = ["", "epoch", "seconds", "images/s", "Fréchet", "kernel", "precision", "recall", "density"]
+    return [*heading, "coverage"], lines
+
+
+def scores(row: Row) -> list[str]:
+    deviation = cell(row, "kernel_std", ".2g")
+    kernel = cell(row, "kernel", ".3g") + (f" ± {deviation}" if deviation else "")
+    shares = (cell(row, key, ".3f") for key in ("precision", "recall", "density", "coverage"))
+    return [cell(row, "frechet", ".3g"), kernel, *shares]
+
+
+def cell(row: Row, key: str, form: str) -> str:
+    return "" if row.get(key) is None else format(row[key], form)
+
+
+def rates(rows: Sequence[Row]) -> str:
+    """Say how many epochs of examples/full_run.py's rows each run trained for how long, and at which rate."""
+    header, *found = rows
+    sentences = []
+    for name, title in RUNS.items():
+        own = [row for row in found if row["run"] == name]
+        timed = [row for row in own if row["seconds"] is not None]
+        if own:
+            text = f"{title}: {own[-1]['epoch']} of {header['runs'][name]['epochs']} epochs"
+            if timed:
+                seconds = sum(row["seconds"] for row in timed)
+                images = sum(row["seconds"] * row["images_per_second"] for row in timed)
+                missing = "" if len(timed) == own[-1]["epoch"] else f" for {len(timed)} of them"
+                text += f", {minutes(seconds)} of training{missing} at {images / seconds:,.0f} images/s"
+            sentences.append(text)
+    return "; ".join(sentences)
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:,.0f} minutes"
+
+
+def full() -> str:
+    """Return the scores of a full training run by epoch."""
+    rows = output.read(ROOT / "bench/results/full-run.jsonl")
+    gpu = rows[0]["hardware"]["gpu"]
+    where = f"{gpu}; {machine(rows[:1])}" if gpu else machine(rows[:1])
+    return f"{where}. {rates(rows)}.\n\n{table(*epochs(rows))}"
+
+
+def few() -> str:
+    """Return the scores of training on few images, with and without DiffAugment, by epoch."""
+    header, *found = output.read(ROOT / "bench/results/few-images.jsonl")
+    names = {"plain": "no augmentation", "diffaugment": "DiffAugment"}
+    lines = []
+    for row in found:
+        first = [names[row["run"]], str(row["epoch"]), cell(row["training"], "frechet", ".3g")]
+        lines.append([*first, *scores(row["held_out"])])
+    lines.append(["other real images", "", "", *scores(header["floor"])])
+    heading = ["", "epoch", "Fréchet, training images", "Fréchet", "kernel", "precision", "recall"]
+    return f"{machine([header])}.\n\n{table([*heading, 'density', 'coverage'], lines)}"
+
+
 def section(file: str, heading: str) -> str:
     """Return a section of a Markdown file, without its heading."""
     _, _, rest = (ROOT / "bench/results" / file).read_text().partition(f"## {heading}\n\n")
@@ -200,6 +270,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": lambda: race("train.jsonl"),
     "situations": situations,
     "any": fused,
+    "full": full,
+    "few": few,
     "predict": lambda: section("predict-h200.md", "Steps"),
     "predict_inference": lambda: section("predict-h200-inference.md", "Replays"),
 }

@@ -28,10 +28,10 @@ from bench import options, output
 from dcgan.checkpoint import Folder
 from dcgan.data import Images
 from dcgan.devices import resolve
+from dcgan.settings import Settings
 from dcgan.training.reference_step import Result
 from dcgan.training.report import Report
 from dcgan.training.run import Run, follow
-from dcgan.training.settings import Settings
 from dcgan.training.stop import Stop
 
 HELP = "compare the throughput of dcgan train with that of its training step"

@@ -13,6 +13,7 @@ from types import ModuleType
 RENAMED = {
     "dcgan.graphs": "dcgan.graphed",
     "dcgan.training.fused": "dcgan.training.fast_step",
+    "dcgan.training.settings": "dcgan.settings",
     "dcgan.training.step": "dcgan.training.reference_step",
 }
 

@@ -1,9 +1,9 @@
 """Checkpoints of a run: a file holds everything needed to resume; a folder keeps the last few and the best.
 
 A file is a dict of tensors and plain values written by ``torch.save``, so ``torch.load(path,
-weights_only=True)`` reads it; nothing in it is ever executed, and a class that it names is not imported
-unless the user names it too. It is written under a temporary name, synchronised to disk and renamed, so a
-checkpoint's name never refers to a partial file.
+weights_only=True)`` reads it. Nothing in it is ever executed, and a class that it names is imported only if
+the user names it too, or the settings of the run whose folder he gives do. It is written under a temporary
+name, synchronised to disk and renamed, so a checkpoint's name never refers to a partial file.
 
 ``last.pt`` and ``best.pt`` are pointer files: symlinks, or where symlinks are not supported, one-line text
 files that contain the checkpoint's name. In a folder that was copied with symlinks followed they are full
@@ -60,7 +60,10 @@ class Checkpoint:
         images: number of real images seen.
         random: RNG states, by name.
         config: the run's configuration as plain values.
+        dataset_size: number of images of the dataset; 0 if unknown.
         score: score of the Generator, lower is better; None if it was not measured.
+        score_name: what the score is, for example the name of a distance; scores of different names are not
+            compared.
     """
 
     architecture: Architecture
@@ -76,7 +79,9 @@ class Checkpoint:
     images: int = 0
     random: dict[str, Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    dataset_size: int = 0
     score: float | None = None
+    score_name: str = "pixel_frechet_distance"
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
@@ -117,6 +122,8 @@ def parse(content: Any, path: Path) -> Checkpoint:
         )
     try:
         architecture = Architecture.of(content["architecture"])
+        added = {"score_name": Checkpoint.score_name, "dataset_size": 0}  # since the first version
+        content = added | content
         values = {f.name: content[f.name] for f in fields(Checkpoint)}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is a damaged checkpoint: {error}") from error
@@ -172,7 +179,7 @@ class Folder:
     def __init__(self, path: Path, keep: int = 3) -> None:
         check_integers(1, keep=keep)
         self.path, self.keep = path, keep
-        self._best_score: float | None = None
+        self._best_score: tuple[str, float] | None = None
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write the checkpoint, update ``last.pt`` and, for a new best score, ``best.pt``; delete old ones.
@@ -186,7 +193,7 @@ class Folder:
         path = self._step_path(checkpoint.step)
         write(checkpoint, path)
         with self._writing():
-            self._update_pointers(path, checkpoint.score)
+            self._update_pointers(path, checkpoint)
             pointed_at = {self._target(LAST), self._target(BEST)}
             for old in self._step_files()[self.keep :]:
                 if old not in pointed_at:
@@ -234,7 +241,7 @@ class Folder:
                 say(f"{failure}; going back to the previous checkpoint, {path.name}")
             if mark:
                 with self._writing():
-                    self._update_pointers(path, found.score)
+                    self._update_pointers(path, found)
             return found, path
         raise CheckpointError("; ".join([f"no checkpoint to resume from in {self.path}", *failures.values()]))
 
@@ -278,14 +285,18 @@ class Folder:
         target = read_pointer(link) if link.is_symlink() else resolve_pointer(link)
         return target if target is not None and target != link and target.exists() else None
 
-    def _update_pointers(self, path: Path, score: float | None) -> None:
+    def _update_pointers(self, path: Path, checkpoint: Checkpoint) -> None:
         point(self.path / LAST, path.name)
-        if score is not None and self._is_best(score):
+        if checkpoint.score is not None and self._is_best(checkpoint.score_name, checkpoint.score):
             point(self.path / BEST, path.name)
-            self._best_score = score
+            self._best_score = checkpoint.score_name, checkpoint.score
 
-    def _is_best(self, score: float) -> bool:
+    def _is_best(self, name: str, score: float) -> bool:
         if self._best_score is None and (best := self.best()) is not None:
             with suppress(CheckpointError):
-                self._best_score = read(best).score
-        return self._best_score is None or score <= self._best_score
+                found = read(best)
+                if found.score is not None:
+                    self._best_score = found.score_name, found.score
+        if self._best_score is None or self._best_score[0] != name:
+            return True
+        return score <= self._best_score[1]

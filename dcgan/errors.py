@@ -24,6 +24,15 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_plain(value: object) -> bool:
+    """Return whether ``value`` is a number, string, bool or None, or a list or dict of such values."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def check_integers(
     minimum: int, error: type[ValueError] = InputError, allowed: str = "", /, **values: object
 ) -> None:
@@ -47,6 +56,11 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise InputError, which lists ``allowed``, unless ``value`` is one of them, of the same type."""
     if not any(isinstance(value, type(one)) and value == one for one in allowed):
         raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def counted(count: int, noun: str) -> str:
+    """Return for example '1 step' or '2,000 steps'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def one_line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from dcgan import extras, fast, fusing, models, pretrained
+from dcgan import extras, fusing, models, pretrained
 from dcgan.errors import InputError, RunError, is_integer
 from dcgan.files import writing
 
@@ -271,12 +271,6 @@ def _evaluated(
             fusing.refresh(network)
 
 
-_REFERENCES: dict[type[nn.Module], type[nn.Module]] = {
-    fast.Generator: models.Generator,
-    fast.Discriminator: models.Discriminator,
-}
-
-
 def _copy(network: nn.Module) -> Any:
     """Return a deep copy. Tensors that a hook has computed, as in pruning, are detached to be copyable."""
     computed = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor)]
@@ -320,7 +314,7 @@ def _changes(network: Any) -> str:
     except ValueError as error:
         return str(error)
     found = []
-    if _REFERENCES.get(type(network), type(network)) is not kind:
+    if type(network).forward is not kind.forward:
         found.append(f"the network is a {type(network).__qualname__}")
     expected = {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in default.named_modules()}
     changed: list[str] = []

@@ -10,6 +10,7 @@ EXTRAS = {
     "eval": ("torchmetrics",),
     "inception": ("torch_fidelity",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "hub": ("huggingface_hub",),
 }
 """Top-level modules by the extra in pyproject.toml that installs them."""
 

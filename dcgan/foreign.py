@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcgan.errors import InputError, one_line
+from dcgan.errors import InputError, is_plain, one_line
 
 ROWS = 2
 """Batch size of a dry run."""
@@ -169,15 +169,6 @@ def shaped(network: nn.Module, z: Tensor) -> Tensor:
     """Return z, [N, latent_dim] or [N, latent_dim, 1, 1], in the shape that ``network`` takes."""
     shape = latent_shape(network)
     return z if shape is None else z.reshape(len(z), *shape)
-
-
-def is_plain(value: object) -> bool:
-    """Return whether ``value`` is a number, string, bool or None, or a list or dict of such values."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
-    if isinstance(value, list):
-        return all(map(is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 # --- import -------------------------------------------------------------------------------------------------

@@ -239,7 +239,13 @@ def to_uint8(batch: Tensor) -> Tensor:
 
 # --- files --------------------------------------------------------------------------------------------------
 # All but save_grid take at least one batch of pixels, uint8 [N, C, H, W] on the CPU; image files need 1 or 3
-# channels (else InputError). Files are replaced atomically; RunError if a file cannot be written.
+# channels and a suffix of their format (else InputError). The integer factor ``scale`` enlarges images by
+# repeating pixels. Files are replaced atomically; RunError if a file cannot be written.
+
+IMAGES = (".png", ".jpg", ".jpeg")
+ANIMATIONS = (".gif", ".webp")
+_MAX_SIDES = {".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535, ".webp": 16_383}
+"""Greatest height and width in pixels, where Pillow's encoder or the format has one."""
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 1) -> None:
@@ -261,34 +267,35 @@ def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 1) -> N
         save_image(pixels, file, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
 
 
-def write_grid(pixels: Iterable[Tensor], path: Path, columns: int = 8) -> None:
-    """Write one PNG with the images row by row, separated by black lines of 2 pixels.
+def write_grid(pixels: Iterable[Tensor], path: Path, columns: int = 8, scale: int = 1) -> None:
+    """Write one PNG or JPEG with the images row by row, separated by black lines of 2 pixels.
 
-    The result equals :func:`save_grid`'s, but uint8 takes a quarter of the memory of floats.
+    A PNG equals :func:`save_grid`'s, but uint8 takes a quarter of the memory of floats.
     """
     from torchvision.utils import make_grid  # here, because importing it takes more than a second
 
-    check_integers(1, columns=columns)
-    grid = _to_pil(make_grid(torch.cat(list(pixels)), nrow=columns))
-    with writing(path) as file:
-        grid.save(file, format="PNG")
+    check_integers(1, columns=columns, scale=scale)
+    _check_suffix(path, IMAGES)
+    grid = make_grid(torch.cat([_enlarge(scale, batch) for batch in pixels]), nrow=columns)
+    _write_image(_to_pil(grid), path)
 
 
-def write_files(pixels: Iterable[Tensor], folder: Path, indices: Iterable[int] | None = None) -> int:
-    """Write one PNG per image, named by its index (0, 1, … by default); return the number of images."""
+def write_files(
+    pixels: Iterable[Tensor], folder: Path, indices: Iterable[int] | None = None, suffix: str = ".png"
+) -> int:
+    """Write one file per image, named by its index (0, 1, … by default); return the number of images."""
+    _check_suffix(Path(file_name(0, suffix)), IMAGES)
     count = 0
     each = (image for batch in pixels for image in batch)
     for image, index in zip(each, itertools.count() if indices is None else indices, strict=False):
-        pil_image = _to_pil(image)
-        with writing(folder / file_name(index)) as file:
-            pil_image.save(file, format="PNG")
+        _write_image(_to_pil(image), folder / file_name(index, suffix))
         count += 1
     return count
 
 
-def file_name(index: int) -> str:
+def file_name(index: int, suffix: str = ".png") -> str:
     """Return the index padded to six digits, ``000000.png``, whatever the number of images."""
-    return f"{index:06d}.png"
+    return f"{index:06d}{suffix}"
 
 
 def write_npy(pixels: Iterable[Tensor], path: Path, n: int) -> None:
@@ -311,25 +318,61 @@ def write_npy(pixels: Iterable[Tensor], path: Path, n: int) -> None:
             raise InputError(f"n must equal the number of images, {written}, got {n}")
 
 
-def write_animation(pixels: Iterable[Tensor], path: Path, milliseconds: int = 80) -> None:
+def write_animation(pixels: Iterable[Tensor], path: Path, milliseconds: int = 80, scale: int = 1) -> None:
     """Write a looping GIF or lossless WebP, by the suffix, showing each image for ``milliseconds``.
 
     GIF has 256 colours per image: enough for grey images, but not for RGB.
     """
-    check_integers(1, milliseconds=milliseconds)
-    kind = path.suffix.lower()
-    if kind not in ANIMATIONS:
-        raise InputError(f"path must end in one of {', '.join(ANIMATIONS)}, got {str(path)!r}")
+    check_integers(1, milliseconds=milliseconds, scale=scale)
+    kind = _check_suffix(path, ANIMATIONS)
     if kind == ".webp" and not features.check("webp"):
         raise InputError("this Pillow was built without WebP support; use .gif")
-    first, *rest = [_to_pil(image) for batch in pixels for image in batch]
+    first, *rest = [_to_pil(image) for batch in pixels for image in _enlarge(scale, batch)]
+    _check_sides(first, kind)
     options: dict[str, Any] = {"lossless": True} if kind == ".webp" else {}
     options |= {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0}
     with writing(path) as file:
         first.save(file, kind[1:], **options)
 
 
-ANIMATIONS = (".gif", ".webp")
+def _check_suffix(path: Path, allowed: tuple[str, ...]) -> str:
+    """Return the suffix in lower case. Raises InputError if it is not allowed."""
+    kind = path.suffix.lower()
+    if kind not in allowed:
+        raise InputError(f"path must end in one of {', '.join(allowed)}, got {str(path)!r}")
+    return kind
+
+
+def _check_sides(image: Image.Image, kind: str) -> None:
+    """Raise InputError if the image is higher or wider than files of the kind can be."""
+    limit = _MAX_SIDES.get(kind, math.inf)
+    if max(image.size) > limit:
+        raise InputError(
+            f"a {kind} file has at most {limit:,} pixels in height and width, but this one would have "
+            f"{image.height:,} and {image.width:,}; use a smaller scale or another format"
+        )
+
+
+def _enlarge(scale: int, pixels: Tensor) -> Tensor:
+    try:
+        return pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise RunError(
+            f"images enlarged {scale} times do not fit into memory; use a smaller scale"
+        ) from error
+
+
+def _write_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG, or a JPEG of high quality with all of its colour."""
+    kind = path.suffix.lower()
+    _check_sides(image, kind)
+    options: dict[str, Any] = {"format": "PNG"}
+    if kind != ".png":
+        options = {"format": "JPEG", "quality": 95, "subsampling": 0}
+    with writing(path) as file:
+        image.save(file, **options)
 
 
 def _to_pil(image: Tensor) -> Image.Image:

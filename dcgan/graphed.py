@@ -88,7 +88,10 @@ class Graphed:
         from . import fast  # deferred: imports this module
 
         model = self.model
-        if type(model) not in (fast.Generator, fast.Discriminator) or "forward" in model.__dict__:
+        forwards = models.Generator.forward, models.Discriminator.forward
+        if not isinstance(model, fast.Generator | fast.Discriminator) or "forward" in model.__dict__:
+            return False
+        if type(model).forward not in forwards:
             return False
         main: Any = model.main
         if type(main) is not fusing.Sequential or len(self._networks) != 1 or self._kept_alive:

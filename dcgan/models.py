@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dcgan.choices import IMAGE_SIZES
 from dcgan.errors import check_positive_integers
 
-IMAGE_SIZES = (32, 64, 128, 256)
 LEAKY_SLOPE = 0.2
 
 

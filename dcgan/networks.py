@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from dcgan import fast, models
+from dcgan.choices import IMAGE_SIZES, Engine, Model
 from dcgan.errors import InputError, check_choice, check_positive_integers
 from dcgan.foreign import Foreign
 from dcgan.kernels import ops
-
-Model = Literal["dcgan", "mlp"]
-Engine = Literal["auto", "reference", "triton", "native"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Architecture:
         channels: channels of an image, usually 1 or 3.
         features_g: the Generator's ``features``; unused for 'mlp'.
         features_d: the Discriminator's ``features``; unused for 'mlp'.
-        image_size: height and width of an image, one of ``models.IMAGE_SIZES``, or any if a network is
+        image_size: height and width of an image, one of ``dcgan.choices.IMAGE_SIZES``, or any if a network is
             foreign.
         foreign_g, foreign_d: the classes of networks that the user has written; None for those of ``model``.
 
@@ -49,7 +47,7 @@ class Architecture:
         sizes = ("latent_dim", "channels", "features_g", "features_d", "image_size")
         check_positive_integers(**{name: getattr(self, name) for name in sizes})
         if self.foreign_g is None and self.foreign_d is None:
-            check_choice("image_size", self.image_size, models.IMAGE_SIZES)
+            check_choice("image_size", self.image_size, IMAGE_SIZES)
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Architecture:
@@ -99,7 +97,7 @@ class Architecture:
         if self.model == "mlp" and engine not in ("auto", "reference"):
             raise InputError(f"engine must be auto or reference for the model mlp, got {engine!r}")
         if self.model == "dcgan":
-            check_choice("image_size", self.image_size, models.IMAGE_SIZES)
+            check_choice("image_size", self.image_size, IMAGE_SIZES)
         return self.model == "mlp" or engine == "reference"
 
 

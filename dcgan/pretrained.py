@@ -3,6 +3,7 @@
 The format is recognised by content, and nothing in a file is ever executed. Supported are:
 
 * the folder of a run, or its ``checkpoints`` folder: the last or the best checkpoint;
+* a folder of the Hugging Face Hub, as :mod:`dcgan.hub` writes it;
 * a checkpoint of :mod:`dcgan.checkpoint`: the Generator's moving average if there is one;
 * a state dict written by ``torch.save``, as a zip archive or in the older format: ``generator_epoch_N.pth``
   and ``discriminator_epoch_N.pth``, and ``netG_epoch_N.pth`` and ``netD_epoch_N.pth`` of pytorch/examples,
@@ -18,7 +19,10 @@ Sizes are inferred from the state dict. The exception is the image size of the f
 can be loaded only from a checkpoint or from a safetensors file of this project, since these record it.
 
 The same holds for networks that the user has written. Such a file names their class and its arguments, but
-the class is imported only if the caller names it too (``module``).
+the class is imported only if the caller names it too (``module``), or passes the folder of a run whose
+``config.yaml`` names the same class with the same arguments. That is a settings file, which one can read
+before trusting it, and ``dcgan train --resume`` imports what it names too. For a checkpoint, or a folder of
+checkpoints, nothing is imported that the caller does not name.
 """
 
 from __future__ import annotations
@@ -30,21 +34,21 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dcgan import checkpoint, state_dicts
 from dcgan.checkpoint import CheckpointError
+from dcgan.choices import Engine, Network, Which
 from dcgan.errors import InputError, check_choice, one_line
 from dcgan.foreign import Foreign, Sampler, latent_shape
-from dcgan.networks import Architecture, Engine
-from dcgan.state_dicts import Network
-
-Which = Literal["last", "best"]
+from dcgan.networks import Architecture
 
 SAFETENSORS = ".safetensors"
+HUB_FILE = "model.safetensors"
+"""The weights in a folder of the Hugging Face Hub, as :mod:`dcgan.hub` writes it."""
 MAX_HEADER_BYTES = 100_000_000  # defined by the safetensors format
 CLASS = "class"
 """Key in a safetensors file's metadata for the class of a network that the user has written."""
@@ -63,6 +67,11 @@ class Pretrained:
         architecture: architecture of that network; the ``features`` of the other one are meaningless.
         state: the state dict, on the CPU.
         averaged: whether they are the moving average.
+        has_average: whether the checkpoint of a run holds a moving average, used or not.
+        decay: decay of the moving average, if the checkpoint of a run says it.
+        epoch, step: epoch in which the checkpoint of a run was written, counted from 1, and its number of
+            steps; None for any other file.
+        config: the run's ``config.yaml`` if the class of a foreign network is imported because that names it.
     """
 
     file: Path
@@ -70,6 +79,11 @@ class Pretrained:
     architecture: Architecture
     state: Mapping[str, Any]
     averaged: bool = False
+    has_average: bool = False
+    decay: float | None = None
+    epoch: int | None = None
+    step: int | None = None
+    config: Path | None = None
 
     def module(self, engine: Engine = "auto", device: torch.device | str = "cpu") -> nn.Module:
         """Return the network with these weights on ``device``, float32, in eval mode.
@@ -80,7 +94,13 @@ class Pretrained:
             CheckpointError: the weights do not match the network; the message names the file.
             InputError: the engine has no kernels for the network, or it is foreign and cannot be constructed.
         """
-        module: nn.Module = getattr(self.architecture, self.network)(engine)
+        check_choice("engine", engine, get_args(Engine))
+        try:
+            module: nn.Module = getattr(self.architecture, self.network)(engine)
+        except InputError as error:
+            if self.config is None:
+                raise
+            raise InputError(f"{self.config}: {error}") from error
         if self.foreign is not None:
             load_foreign(module, self.state, self.file, self.network, self.foreign)
             return module.to(device).eval()
@@ -140,7 +160,7 @@ def generator(
         which: which checkpoint of a folder to use: the last, or the best if the run measured a score.
         device: device of the network.
         module: the class of a network that the user has written, 'pkg.module:Class' or
-            'path/to/file.py:Class'; required if the file names one.
+            'path/to/file.py:Class'; required if the file names one, unless ``path`` is the folder of a run.
         args: arguments of its constructor; None for those that the file records.
 
     Raises:
@@ -194,6 +214,9 @@ def read(
         return _from_state(content, metadata, network, ema, file)
     recorded = found.foreign
     if module is None and recorded is not None:
+        config = _config_naming(recorded, Path(path), file, network)
+        if config is not None:
+            return replace(found, config=config)
         raise InputError(
             f"{file} holds the weights of a network of your own, and a class that a file names is not "
             f"imported: pass {option}-module {shlex.quote(recorded.spec)}"
@@ -204,6 +227,39 @@ def read(
         args = {} if recorded is None else recorded.args
     foreign: dict[str, Any] = {_FIELDS[network]: Foreign(module, dict(args))}
     return replace(found, architecture=replace(found.architecture, **foreign))
+
+
+def _config_naming(recorded: Foreign, path: Path, file: Path, network: Network) -> Path | None:
+    """Return ``config.yaml`` of the run whose folder is ``path``; None if it is not the folder of a run.
+
+    Raises:
+        InputError: it is invalid, does not name the class and the arguments that the checkpoint ``file``
+            records, or the class's file does not exist.
+    """
+    from dcgan import settings  # here, because it needs packages that only the command line requires
+
+    config, option = path / settings.CONFIG, _OPTIONS[network]
+    if not config.is_file() or not (path / "checkpoints").is_dir():
+        return None
+    given = settings.Settings.of(settings.read_file(config), str(config))
+    named = given.foreign_g if network == "generator" else given.foreign_d
+    key, advice = option.removeprefix("--"), f"pass {option}-module"
+    if named is None or named.spec != recorded.spec:
+        value = None if named is None else named.spec
+        raise InputError(
+            f"{config} has {key}_module {value!r}, but {file} records {recorded.spec!r}: {advice}"
+        )
+    if named != recorded:
+        raise InputError(
+            f"{config} has {key}_args {named.args!r}, but {file} records {recorded.args!r}: {advice}"
+        )
+    where = Path(named.spec.rpartition(":")[0])
+    if where.suffix == ".py" and not where.expanduser().is_file():
+        raise InputError(
+            f"{config} has {key}_module {named.spec!r}, and there is no such file as seen from {Path.cwd()}: "
+            f"change to the folder in which the run was trained, or {advice}"
+        )
+    return config
 
 
 def load_foreign(
@@ -257,15 +313,26 @@ def find(path: Path, which: Which = "last") -> Path:
         return found
     if folder.last() is not None:
         raise CheckpointError(f"{folder.path} has no best checkpoint because the run measured no score")
+    if which == "last" and (path / HUB_FILE).is_file():
+        return path / HUB_FILE
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".ckpt", SAFETENSORS))
     hint = f"; pass one of its files, for example {others[-1]}" if others else ""
     raise CheckpointError(f"{path} has no checkpoint of a run{hint}")
 
 
 def _from_checkpoint(content: checkpoint.Checkpoint, network: Network, ema: bool, file: Path) -> Pretrained:
-    if network == "generator" and ema and content.ema is not None:
-        return Pretrained(file, network, content.architecture, content.ema, averaged=True)
-    return Pretrained(file, network, content.architecture, getattr(content, network))
+    average, decay = content.ema if network == "generator" else None, content.config.get("ema")
+    return Pretrained(
+        file,
+        network,
+        content.architecture,
+        state=average if ema and average is not None else getattr(content, network),
+        averaged=ema and average is not None,
+        has_average=average is not None,
+        decay=decay if average is not None and isinstance(decay, float) else None,
+        epoch=content.epoch + bool(content.batch),  # it counts only complete ones
+        step=content.step,
+    )
 
 
 def _from_foreign_safetensors(

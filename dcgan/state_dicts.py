@@ -11,15 +11,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from dcgan import models
+from dcgan.choices import Network
 from dcgan.networks import Architecture
-
-Network = Literal["generator", "discriminator"]
 
 NAMES: dict[Network, frozenset[str]] = {
     "generator": frozenset(("generator", "gen", "netg", "g")),

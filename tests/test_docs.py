@@ -17,7 +17,7 @@ import typer
 from bench import __main__ as bench_main
 from dcgan import extras
 from dcgan.cli.app import app
-from dcgan.training.settings import tomllib
+from dcgan.settings import tomllib
 from examples.networks import DcganG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +80,9 @@ def check_dcgan(arguments: list[str]) -> None:
     """Parse a command line of ``dcgan`` without running it."""
     group: Any = typer.main.get_command(app)
     name, *rest = arguments
+    if name.startswith("-"):
+        assert any(name in param.opts for param in group.params), name
+        return
     command = group.commands[name]
     if rest not in ([], ["--help"]):
         command.make_context(name, rest)

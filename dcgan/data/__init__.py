@@ -4,9 +4,10 @@
 an epoch. :func:`digits` and :class:`Batches` suffice for small experiments.
 """
 
+from dcgan.choices import DATASETS, TEST_SPLITS
 from dcgan.data.decoding import normalise
 from dcgan.data.loading import Images, Split, load
 from dcgan.data.order import Batches
-from dcgan.data.sources import DATASETS, TEST_SPLITS, digits
+from dcgan.data.sources import digits
 
 __all__ = ["DATASETS", "TEST_SPLITS", "Batches", "Images", "Split", "digits", "load", "normalise"]

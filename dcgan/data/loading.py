@@ -19,12 +19,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from dcgan.choices import DATASETS, IMAGE_SIZES
 from dcgan.data import decoding
 from dcgan.data.cache import Item, Note, Pixels, load_or_build
-from dcgan.data.sources import DATASETS, Source, detect_channels, evenly_spaced, find
+from dcgan.data.sources import ROOT, Source, detect_channels, evenly_spaced, find
 from dcgan.errors import InputError, check_choice, check_integers, is_integer, one_line
 from dcgan.files import cache_folder
-from dcgan.models import IMAGE_SIZES
 
 Split = Literal["train", "test"]
 
@@ -75,7 +75,7 @@ def _silent(message: str) -> None:
 
 def load(
     name: str,
-    root: Path = Path("data"),
+    root: Path = ROOT,
     *,
     image_size: int = 64,
     channels: int | None = None,
@@ -105,7 +105,8 @@ def load(
     * ``digits``: scikit-learn's 1,797 digits, resized bicubically from 8×8; 1 channel.
     * ``fake``: noise, 1,024 images or ``limit``; 3 channels.
 
-    The first four are downloaded through torchvision if they are missing.
+    The first four are downloaded through torchvision if they are missing. Only the default root is then
+    created; another one has to exist.
 
     Images from files are cached in ``cache`` after resizing, and rebuilt when a file's size or time changes.
     Cache files may be deleted at any time.
@@ -113,7 +114,7 @@ def load(
     Args:
         name: one of :data:`DATASETS`.
         root: the folder that contains the dataset; ``digits`` and ``fake`` need none.
-        image_size: H and W, one of :data:`dcgan.models.IMAGE_SIZES`.
+        image_size: H and W, one of :data:`dcgan.choices.IMAGE_SIZES`.
         channels: 1 or 3; None for the dataset's default.
         classes: names of the classes to keep; labels then index these, in the dataset's order.
         workers: number of decoding threads; 0 decodes in the calling thread.
@@ -183,7 +184,7 @@ def _select_classes(
     if isinstance(classes, str) or not classes:
         raise InputError(f"classes must be a sequence of at least one name, got {classes!r}")
     if source.labels is None:
-        raise InputError(f"classes must be None because {name} has no classes here, got {', '.join(classes)}")
+        raise InputError(f"classes must not be given: {name} has no classes here, got {', '.join(classes)}")
     for given in classes:
         if given not in source.classes:
             raise InputError(f"classes must be among {', '.join(source.classes)}, got {given!r}")
@@ -191,7 +192,7 @@ def _select_classes(
     chosen = everything[wanted[source.labels]]
     names = tuple(itertools.compress(source.classes, wanted))
     if not len(chosen):
-        raise InputError(f"classes {', '.join(names)}: {name} has no images of these classes")
+        raise InputError(f"classes must have images, but {name} has none of {', '.join(names)}")
     return names, (np.cumsum(wanted) - 1)[source.labels], chosen
 
 

@@ -5,6 +5,7 @@ Files are expected where torchvision stores them below ``root``; torchvision dow
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import os
@@ -20,13 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcgan.choices import TEST_SPLITS
 from dcgan.data.decoding import is_grey, peek
 from dcgan.errors import InputError, check_integers, one_line
 
-DATASETS = ("mnist", "fashion-mnist", "cifar10", "celeba", "folder", "digits", "fake")
-TEST_SPLITS = ("mnist", "fashion-mnist", "cifar10", "celeba", "fake")
-"""Datasets that have a ``'test'`` split in addition to ``'train'``."""
-
+ROOT = Path("data")
+"""The default root, the only one that a download creates: another one that is missing may be misspelt."""
 DIGIT_SIZE = 8
 FAKE_IMAGES = 1024
 TIMEOUT = 30.0
@@ -89,13 +89,17 @@ def find(
     try:
         return read(name, root, split)
     except InputError as missing:
+        if root != ROOT and not root.exists():
+            hint = f"create it to let {name} be downloaded into it" if download else _offline_hint(name)
+            raise InputError(f"root {str(root)!r} does not exist; {hint}") from missing
         if not download:
             raise InputError(f"{missing}. {_offline_hint(name)}") from missing
         say(f"{missing}. Downloading {name} into {root}.")
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(TIMEOUT)
         try:
-            _torchvision(name)(str(root), download=True)
+            with _removing_empty_folders(root, name):
+                _torchvision(name)(str(root), download=True)
         except Exception as error:  # urllib, tarfile, zipfile, gdown and torchvision raise unrelated types
             raise InputError(
                 f"{missing}, and downloading {name} into {root} failed: {one_line(error)}. "
@@ -104,6 +108,20 @@ def find(
         finally:
             socket.setdefaulttimeout(before)
         return read(name, root, split)
+
+
+@contextlib.contextmanager
+def _removing_empty_folders(root: Path, name: str) -> Iterator[None]:
+    """If the block fails, remove the folders that torchvision has created for a download and left empty."""
+    own = root / TORCHVISION[name]
+    missing = [path for path in (own / "raw", own, root / "celeba", root) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it does not exist, or is not empty
+                path.rmdir()
+        raise
 
 
 def _torchvision(name: str) -> Any:
@@ -218,6 +236,8 @@ def _folder(root: Path) -> Source:
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    if not os.path.exists(root):
+        raise InputError(f"root {str(root)!r} does not exist")
     if not os.path.isdir(root):
         raise InputError(f"root must be a folder of images, got {str(root)!r}, which is not a folder")
     try:

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import socket
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,11 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcgan import extras, generation
-from dcgan.errors import InputError
+from dcgan.choices import FeaturesName as Name
+from dcgan.errors import InputError, one_line
 from dcgan.evaluation import classifier
 from dcgan.evaluation.real import Part
-
-Name = Literal["inception", "digits", "pixels"]
 
 PIXEL_GRID = 8
 """Height and width to which ``pixels`` averages images."""
@@ -35,6 +37,9 @@ INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """File name used by torch-fidelity; it ends in the first digits of the SHA-256, as is usual for torch.hub."""
 
 INCEPTION_SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+
+TIMEOUT = 30.0
+"""Seconds without a response after which the download fails; torch.hub would wait forever."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ def choose(
 ) -> Features:
     """Return the features with this name; ``auto`` selects the first of the three that is available.
 
+    Inception's weights are downloaded if they are missing, but only if the name is 'inception'.
+
     Args:
         name: 'auto', 'inception', 'digits' or 'pixels'.
         train, test: two parts of the dataset: a classifier is trained on the first, and its accuracy is
@@ -105,8 +112,8 @@ def choose(
         say: receives messages about slow steps and about caching.
 
     Raises:
-        InputError: an unknown name; Inception's weights are missing or damaged; 'digits' does not support the
-            dataset.
+        InputError: an unknown name; Inception's weights are damaged, or are missing and cannot be downloaded;
+            'digits' does not support the dataset.
     """
     if name not in ("auto", *get_args(Name)):
         raise InputError(f"features must be one of auto, {', '.join(get_args(Name))}, got {name!r}")
@@ -115,7 +122,7 @@ def choose(
         if inception_weights().is_file() and importlib.util.find_spec("torch_fidelity") is not None:
             name = "inception"
     if name == "inception":
-        return _inception(device)
+        return _inception(device, say)
     if name == "digits":
         return _digits(train, test, device, say)
     return Features(
@@ -133,28 +140,29 @@ def inception_weights() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
 
 
-def _inception(device: torch.device) -> Features:
-    path = inception_weights()
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"features 'inception' need the file {path}, which cannot be read ({error.strerror}); "
-            f"download it from {INCEPTION_SOURCE}{INCEPTION_WEIGHTS}, or choose digits or pixels"
-        ) from error
-    expected = path.stem.rpartition("-")[2]
-    actual = hashlib.sha256(content).hexdigest()
-    if not actual.startswith(expected):
-        raise InputError(
-            f"features 'inception': the file {path} is damaged or a different one: its SHA-256 must start "
-            f"with {expected}, but is {actual}; download it again from {INCEPTION_SOURCE}{INCEPTION_WEIGHTS}"
-        )
+def _inception(device: torch.device, say: Callable[[str], None]) -> Features:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise InputError(
-            f"features 'inception' need torch-fidelity: run {extras.install('inception')}"
+            f"features 'inception' needs torch-fidelity: run {extras.install('inception')}"
         ) from error
+    path, url = inception_weights(), INCEPTION_SOURCE + INCEPTION_WEIGHTS
+    expected = path.stem.rpartition("-")[2]
+    if not path.exists():
+        _download(url, path, expected, say)
+    try:
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"features 'inception' needs the file {path}, which cannot be read ({error.strerror}); "
+            f"download it from {url}, or choose digits or pixels"
+        ) from error
+    if not actual.startswith(expected):
+        raise InputError(
+            f"features 'inception': the file {path} is damaged or a different one: its SHA-256 must start "
+            f"with {expected}, but is {actual}; download it again from {url}"
+        )
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
@@ -168,6 +176,24 @@ def _inception(device: torch.device) -> Features:
         device=device,
         facts={"weights": path.name},
     )
+
+
+def _download(url: str, path: Path, digest: str, say: Callable[[str], None]) -> None:
+    """Download a file; ``path`` never holds one whose SHA-256 does not start with ``digest``."""
+    say(f"Downloading {url} into {path.parent}")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash is wrong
+        why = textwrap.shorten(one_line(error), 100, placeholder=" …")
+        raise InputError(
+            f"features 'inception': downloading {path.name} failed: {why}; copy that file into "
+            f"{path.parent}, or choose digits or pixels"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _digits(train: Part, test: Part, device: torch.device, say: Callable[[str], None]) -> Features:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from dcgan import data
+from dcgan.choices import MIN_IMAGES
 from dcgan.errors import InputError
-
-MIN_IMAGES = 10
-"""Minimum number of images in a set; with fewer, neither the covariance nor subsets are meaningful."""
 
 SPLIT_SEED = 0
 """RNG seed of the split into halves; it is fixed so that a classifier's training images never change."""
@@ -55,12 +53,22 @@ class Part:
 
 
 def parts(
-    name: str, root: Path, *, image_size: int, channels: int, say: Callable[[str], None]
+    name: str,
+    root: Path,
+    *,
+    image_size: int,
+    channels: int,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    workers: int = 4,
+    say: Callable[[str], None],
 ) -> tuple[Part, Part]:
     """Return a dataset's train and test splits, or two halves of it if it has no test split.
 
     Args:
-        name, root, image_size, channels, say: as for :func:`dcgan.data.load`.
+        name, root, image_size, channels, classes, workers, say: as for :func:`dcgan.data.load`.
+        limit: maximum number of images of the train split, as for :func:`dcgan.data.load`, or of both halves
+            together. A test split is not limited.
 
     Raises:
         InputError: as for :func:`dcgan.data.load`, or either part has fewer than 10 images.
@@ -70,12 +78,22 @@ def parts(
         every = torch.arange(len(images)) if index is None else index
         return Part(name, what, images.pixels, images.labels, len(images.classes), every)
 
-    def load(split: data.Split) -> data.Images:
-        return data.load(name, root, image_size=image_size, channels=channels, split=split, say=say)
+    def load(split: data.Split, limit: int | None) -> data.Images:
+        return data.load(
+            name,
+            root,
+            image_size=image_size,
+            channels=channels,
+            classes=classes,
+            limit=limit,
+            workers=workers,
+            split=split,
+            say=say,
+        )
 
-    train = load("train")
+    train = load("train", limit)
     if name in data.TEST_SPLITS:
-        result = part(train, "train split"), part(load("test"), "test split")
+        result = part(train, "train split"), part(load("test", None), "test split")
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
         first, second = order.tensor_split(2)

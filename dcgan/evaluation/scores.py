@@ -1,10 +1,10 @@
-"""Distances between two sets of features, including the cheap one that scores checkpoints during training."""
+"""Scores of one set of features against another, and a cheap score for the checkpoints of a training run."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,38 +17,55 @@ from dcgan.evaluation.real import MIN_IMAGES
 SUBSETS = 100
 SUBSET_SIZE = 1000
 
+NEIGHBOURS = 5
+"""k of :func:`radii`."""
+ROWS = 1000
+"""Number of points whose distances to all others are in memory at a time."""
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Distances between two sets of images in feature space; lower is closer.
+    """How close a set of images is to a set of real ones in feature space.
+
+    All of them depend on the number of images, so compare only figures for the same numbers. Lower is better
+    for the first three, higher for the others.
 
     Args:
         frechet: the Fréchet distance between Gaussians with the moments of the sets. It is biased upwards for
-            few images, so compare only figures for the same number of images.
+            few images.
         kernel, kernel_std: the squared maximum mean discrepancy with the kernel (xᵀy/F + 1)³, unbiased, hence
             possibly slightly negative: mean and standard deviation over ``SUBSETS`` random subsets.
+        precision, recall, density, coverage: see :func:`overlap`.
         subset_size: number of images per subset.
-        images: number of images in the two sets.
+        images: number of images in the two sets, the real ones first.
     """
 
     frechet: float
     kernel: float
     kernel_std: float
+    precision: float
+    recall: float
+    density: float
+    coverage: float
     subset_size: int
     images: tuple[int, int]
 
 
-def compare(first: Tensor, second: Tensor, seed: int = 0) -> Scores:
-    """Compute the Fréchet and kernel distance of two sets of features in float64, the latter by torchmetrics.
+def compare(first: Tensor, second: Tensor, seed: int = 0, first_radii: Tensor | None = None) -> Scores:
+    """Compute all scores of ``second`` against ``first``, the distances in float64.
+
+    The kernel distance is computed by torchmetrics. Nothing is exchanged with other processes.
 
     Args:
-        first, second: [N, F] and [M, F], on the CPU.
+        first, second: features of real and other images, [N, F] and [M, F], on the CPU.
         seed: RNG seed of the subsets; PyTorch's global RNG state is unchanged.
+        first_radii: the result of ``radii(first)`` if it is already known.
 
     Raises:
-        InputError: a set has fewer than 10 images, or the features differ in shape.
+        InputError: a set has fewer than 10 images, the features differ in shape, or one is not finite.
 
-    Source: Heusel et al. 2017; Bińkowski et al., *Demystifying MMD GANs*, ICLR 2018.
+    Source: Heusel et al. 2017; Bińkowski et al., *Demystifying MMD GANs*, ICLR 2018; for the others see
+    :func:`overlap`.
     """
     smallest = min(len(first), len(second))
     if smallest < MIN_IMAGES:
@@ -60,17 +77,78 @@ def compare(first: Tensor, second: Tensor, seed: int = 0) -> Scores:
         )
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    distance = frechet(*_moments(first), *_moments(second))
     subset_size = min(SUBSET_SIZE, smallest // 2)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # The warning is about the metric's memory use.
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
         torch.manual_seed(seed)
-        kid = KernelInceptionDistance(nn.Identity(), subsets=SUBSETS, subset_size=subset_size)
+        kid = KernelInceptionDistance(
+            nn.Identity(),
+            subsets=SUBSETS,
+            subset_size=subset_size,
+            sync_on_compute=False,  # under torchrun only the first process scores
+        )
         kid.update(first.double(), real=True)
         kid.update(second.double(), real=False)
         mean, std = map(float, kid.compute())
-    distance = frechet(*_moments(first), *_moments(second))
-    return Scores(distance, mean, std, subset_size, (len(first), len(second)))
+    overlaps = overlap(first, second, first_radii)
+    return Scores(distance, mean, std, *overlaps, subset_size, (len(first), len(second)))
+
+
+def overlap(
+    real: Tensor, generated: Tensor, real_radii: Tensor | None = None
+) -> tuple[float, float, float, float]:
+    """Return precision, recall, density and coverage of generated images x̂ⱼ against real images xᵢ.
+
+    With r(x) the distance from x to the k-th nearest other image of its own set, k = ``NEIGHBOURS``::
+
+        precision = 1/M    Σⱼ [‖xᵢ − x̂ⱼ‖ < r(xᵢ) for an i]     generated images near real ones
+        recall    = 1/N    Σᵢ [‖xᵢ − x̂ⱼ‖ < r(x̂ⱼ) for a j]      real images near generated ones
+        density   = 1/(kM) Σⱼ Σᵢ [‖xᵢ − x̂ⱼ‖ < r(xᵢ)]           how many of the real ones those are near to
+        coverage  = 1/N    Σᵢ [‖xᵢ − x̂ⱼ‖ < r(xᵢ) for a j]      real images with a generated one nearby
+
+    Each lies in [0, 1], except that the density may exceed 1.
+
+    Args:
+        real, generated: features [N, F] and [M, F], N and M greater than k; distances between them are
+            computed in float32.
+        real_radii: the result of ``radii(real)`` if it is already known.
+
+    Source: Kynkäänniemi et al., *Improved Precision and Recall Metric for Assessing Generative Models*,
+    NeurIPS 2019; Naeem et al., *Reliable Fidelity and Diversity Metrics for Generative Models*, ICML 2020.
+    """
+    real_radii = radii(real) if real_radii is None else real_radii
+    generated_radii = radii(generated)
+    near = torch.zeros(len(generated), dtype=torch.int64)
+    recalled = covered = 0
+    distances = _distances(real, generated)
+    for block, radius in zip(distances, real_radii.split(ROWS), strict=True):
+        inside = block < radius[:, None]
+        near += inside.sum(0)
+        covered += int(inside.any(1).sum())
+        recalled += int((block < generated_radii).any(1).sum())
+    n, m = len(real), len(generated)
+    return int((near > 0).sum()) / m, recalled / n, int(near.sum()) / (NEIGHBOURS * m), covered / n
+
+
+def radii(points: Tensor) -> Tensor:
+    """Return the distance of each point [N, F] to its ``NEIGHBOURS``-th nearest other, float32 [N]."""
+    nearest = NEIGHBOURS + 1  # a point is its own nearest neighbour
+    return torch.cat(
+        [block.topk(nearest, largest=False).values[:, -1] for block in _distances(points, points)]
+    )
+
+
+def _distances(first: Tensor, second: Tensor) -> Iterator[Tensor]:
+    """Yield the Euclidean distances of ``ROWS`` of the first points at a time to all of the second, float32.
+
+    They come from a matrix product, ‖x‖² + ‖y‖² − 2xᵀy. Without the mean, less of it cancels.
+    """
+    centre = first.mean(0)
+    first, second = (first - centre).float(), (second - centre).float()
+    for rows in first.split(ROWS):
+        yield torch.cdist(rows, second, compute_mode="use_mm_for_euclid_dist")
 
 
 def frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:

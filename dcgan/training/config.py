@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from dcgan.choices import Loss
 from dcgan.errors import check_positive_integers
-
-Loss = Literal["non-saturating", "minimax"]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, get_args
@@ -18,11 +18,14 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dcgan import fast, models
+from dcgan.errors import check_integers
 from dcgan.introspection import HOOKS, plain_type, why_all_eager, why_called, why_eager
 from dcgan.kernels import coverage, ops, weight_cache
 from dcgan.kernels.capturing import Cuda
 from dcgan.kernels.loss import bce_with_logits, grouped_bce_with_logits
 from dcgan.kernels.reference import accumulator_dtype
+from dcgan.training import average
+from dcgan.training.augment import flipped
 from dcgan.training.captured_step import Backend, Graphs
 from dcgan.training.config import Loss
 from dcgan.training.reference_step import Result
@@ -31,6 +34,9 @@ ONE_PASS_ENGINES = ("triton", "native")
 """Engines with which D runs on real and on generated images in one pass."""
 Clip = float | tuple[float | None, float | None]
 _DDP = DistributedDataParallel.__name__
+_SYNCHRONIZE_BUFFERS = "forward_sync_buffers"
+if _SYNCHRONIZE_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:  # PyTorch < 2.14
+    _SYNCHRONIZE_BUFFERS = "broadcast_buffers"
 
 
 class TrainStep:
@@ -88,11 +94,17 @@ class TrainStep:
             (``torch.nn.utils.clip_grad_norm_``, after unscaling): one number for both networks, a pair (G's,
             D's), or None for no limit.
         ema: a copy of the generator that holds its exponential moving average: after each step every
-            parameter e becomes ``ema_decay·e + (1 - ema_decay)·p``, and buffers are copied. It may have a
-            wider dtype, as 16 bits cannot represent such small increments. Alternatively, a
+            parameter e becomes ``d·e + (1 - d)·p``, with the warmed-up decay d = min(ema_decay, (1 + n)/(10 +
+            n)) in step n (:class:`dcgan.training.average.MovingAverage`). Alternatively, a
             :class:`torch.optim.swa_utils.AveragedModel` of the generator, updated by its own rule (after the
             graph, not in it).
-        ema_decay: decay of the moving average, in [0, 1).
+        ema_decay: decay of the moving average in the limit, in [0, 1).
+        ema_updates: number of steps after which ``ema`` was saved, to continue with.
+        flip: mirror each real image horizontally with probability 1/2
+            (:func:`dcgan.training.augment.flipped`).
+        augment: differentiable augmentation T of a batch of images in front of D, for example a
+            :class:`dcgan.training.augment.DiffAugment`: D runs on T(x) and T(G(z)) instead of x and G(z) in
+            both phases, with new random numbers each time.
         capture: True replays CUDA graphs, False never does, and None does if possible. Capture requires CUDA
             and optimizers with ``capturable=True`` (``dcgan.training.optimizers(…, fused=True)`` creates
             them; SGD always qualifies), and fused ones with a scaler. :attr:`why_not_captured` gives the
@@ -146,6 +158,9 @@ class TrainStep:
         clip: Clip | None = None,
         ema: nn.Module | None = None,
         ema_decay: float = 0.999,
+        ema_updates: int = 0,
+        flip: bool = False,
+        augment: Callable[[Tensor], Tensor] | None = None,
         capture: bool | None = None,
         distributed: bool = False,
     ) -> None:
@@ -166,9 +181,12 @@ class TrainStep:
         if scaler is not None and autocast != torch.float16:
             raise ValueError(f"scaler requires autocast=torch.float16, got autocast={autocast}")
         if ema is not None:
-            _check_ema(ema, generator, self._device)
+            average.check(ema, generator, self._device)
         if not _is_number(ema_decay) or not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay!r}")
+        check_integers(0, ValueError, ema_updates=ema_updates)
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be callable or None, got {type(augment).__qualname__}")
 
         if distributed and not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
@@ -187,7 +205,10 @@ class TrainStep:
         self._real_label, self._loss = float(real_label), loss
         self._autocast, self._scaler = autocast, scaler
         self._clip_g, self._clip_d = _clip_pair(clip)
-        self._ema, self._ema_decay = ema, float(ema_decay)
+        self._ema, self._moving_average = ema, None
+        if ema is not None and not isinstance(ema, AveragedModel):
+            self._moving_average = average.MovingAverage(ema, generator, float(ema_decay), ema_updates)
+        self._flip, self._augment = flip, augment or _unchanged
 
         self._one = torch.ones((), device=self._device)
         self._graphs: Graphs | None = None
@@ -232,12 +253,13 @@ class TrainStep:
         try:
             self._optimizer_d.zero_grad()
             self._optimizer_g.zero_grad()
+            real = flipped(real) if self._flip else real
             fake, loss_d, d_x, d_g_z = self._differentiate_d(real, noise)
             updated = self._update(self.discriminator, self._optimizer_d, self._clip_d)
 
             with _frozen_parameters(self.discriminator), self._no_averaging():
                 with self._autocast_context():
-                    output_fake = self._discriminate(fake)
+                    output_fake = self._discriminate(self._augment(fake))
                 loss_g = self._loss_g(output_fake)
                 self._backward(loss_g)
                 updated = self._update(self.generator, self._optimizer_g, self._clip_g) or updated
@@ -247,8 +269,8 @@ class TrainStep:
             raise
         if self._scaler is not None and updated:
             self._scaler.update()
-        if self._ema is not None and not isinstance(self._ema, AveragedModel):
-            _average(self._ema, self.generator, self._ema_decay)
+        if self._moving_average is not None:
+            self._moving_average.update()
         return Result(loss_d.detach(), loss_g.detach(), d_x.detach(), d_g_z.detach())
 
     def _differentiate_d(self, real: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,7 +279,8 @@ class TrainStep:
         if discriminator is not None:
             with self._autocast_context():
                 fake = self.generator(noise)
-                logits = discriminator.logits_of_groups(_concatenated(real, fake.detach()), 2)
+                both = self._augment(_concatenated(real, fake.detach()))
+                logits = discriminator.logits_of_groups(both, 2)
             with torch.autocast(self._device.type, enabled=False):
                 losses, means = grouped_bce_with_logits(logits, [self._real_label, 0.0])
             loss_d = losses.sum()
@@ -266,13 +289,13 @@ class TrainStep:
         with weight_cache.constant_weights(self.discriminator.parameters()):
             with self._no_averaging():  # averaged once, together with the other half
                 with self._autocast_context():
-                    output_real = self._discriminate(real, self._ddp_d)
+                    output_real = self._discriminate(self._augment(real), self._ddp_d)
                 loss_real, d_x = self._bce(output_real, self._real_label)
                 # Now, to free its activations before the other half allocates its own.
                 self._backward(loss_real)
             with self._autocast_context():
                 fake = (self._ddp_g or self.generator)(noise)
-                output_fake = self._discriminate(fake.detach(), self._ddp_d)
+                output_fake = self._discriminate(self._augment(fake.detach()), self._ddp_d)
             loss_fake, d_g_z = self._bce(output_fake, 0.0)
             self._backward(loss_fake)
         return fake, loss_real.detach() + loss_fake.detach(), d_x, d_g_z
@@ -372,7 +395,10 @@ class TrainStep:
     def _tensors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the parameters that receive gradients, and all tensors that a step changes in place."""
         parameters = [*self.generator.parameters(), *self.discriminator.parameters()]
-        return parameters, [t for network in self._networks() for t in _tensors(network).values()]
+        changed = [t for network in self._networks() for t in _tensors(network).values()]
+        if self._moving_average is not None:
+            changed.append(self._moving_average.updates)
+        return parameters, changed
 
     def _fingerprint(self) -> Hashable:
         """Return the state that a captured step bakes in, to compare before each replay."""
@@ -480,7 +506,8 @@ def _wrap_in_ddp(network: nn.Module) -> DistributedDataParallel | None:
     """Wrap the network in DistributedDataParallel; None if it is fully frozen: it has no gradients."""
     if not any(p.requires_grad for p in network.parameters()):
         return None
-    return DistributedDataParallel(network, broadcast_buffers=False)
+    options: dict[str, Any] = {_SYNCHRONIZE_BUFFERS: False}
+    return DistributedDataParallel(network, **options)
 
 
 def _bce(probabilities: Tensor, target: float) -> tuple[Tensor, Tensor]:
@@ -492,13 +519,8 @@ def _bce(probabilities: Tensor, target: float) -> tuple[Tensor, Tensor]:
     return loss + (p * (p.detach() * 0)).mean(), p.mean()
 
 
-def _average(ema: nn.Module, generator: nn.Module, decay: float) -> None:
-    with torch.no_grad():
-        averages = [p.detach() for p in ema.parameters()]
-        values = [p.detach().to(e.dtype) for e, p in zip(averages, generator.parameters(), strict=True)]
-        torch._foreach_lerp_(averages, values, 1 - decay)
-        for copied, buffer in zip(ema.buffers(), generator.buffers(), strict=True):
-            copied.copy_(buffer)
+def _unchanged(images: Tensor) -> Tensor:
+    return images
 
 
 # --- graph fingerprint --------------------------------------------------------------------------------------
@@ -572,27 +594,6 @@ def _check_optimizer(name: str, optimizer: Optimizer, of: str, network: nn.Modul
     foreign = len(owned - {id(p) for p in network.parameters()})
     if foreign:
         raise ValueError(f"{name} must hold only parameters of the {of}, but has {foreign} others")
-
-
-def _check_ema(ema: nn.Module, generator: nn.Module, device: torch.device) -> None:
-    if not isinstance(ema, nn.Module):
-        raise TypeError(f"ema must be a torch.nn.Module, got {type(ema).__qualname__}")
-    copied = ema.module if isinstance(ema, AveragedModel) else ema
-    # Compared in order, as they are averaged: a wrapper around one of the two may change its names.
-    for own, other in itertools.zip_longest(_tensors(generator).items(), _tensors(copied).items()):
-        sides = [None if of is None else (of[1].shape, of[1].is_floating_point()) for of in (other, own)]
-        if sides[0] != sides[1]:
-            name = (own or other)[0]
-            found, wanted = ("none" if side is None else str(list(side[0])) for side in sides)
-            raise ValueError(
-                f"ema must be a copy of the generator, but {name} is {found} instead of {wanted}"
-            )
-    addresses = {value.data_ptr() for value in _tensors(generator).values() if value.numel()}
-    for name, value in _tensors(copied).items():
-        if value.data_ptr() in addresses:
-            raise ValueError(f"ema must be a copy of the generator, but shares {name} with it")
-        if value.device != device:
-            raise ValueError(f"ema must be on the networks' device {device}, but {name} is on {value.device}")
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

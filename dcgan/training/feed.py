@@ -12,7 +12,7 @@ from dcgan.data import normalise
 from dcgan.data.order import permutation
 from dcgan.errors import InputError
 
-NOISE, FIXED_NOISE, SCORE_NOISE = 1, 2, 3
+NOISE, FIXED_NOISE = 1, 2
 """Identifiers of independent random streams."""
 
 
@@ -39,14 +39,16 @@ class Feed:
 
     Args:
         pixels: uint8 [N, C, H, W], on the CPU.
-        batch_size: images per step, over all processes.
+        batch_size: images per step, over all processes; at most all images are used, see
+            :attr:`batch_size`.
         seed: RNG seed of order and noise.
         latent_dim: length of z.
         device: the networks' device.
         share: this process's share of each batch.
 
     Raises:
-        InputError: if the batch is larger than the dataset, or not a multiple of the number of processes.
+        InputError: if the batch is not a multiple of the number of processes, or there are fewer images than
+            processes.
     """
 
     def __init__(
@@ -58,15 +60,16 @@ class Feed:
         device: torch.device,
         share: Share = SINGLE_PROCESS,
     ) -> None:
-        if batch_size > len(pixels):
+        if len(pixels) < share.world:
             raise InputError(
-                f"batch_size must be at most the number of images, {len(pixels)}, got {batch_size}"
+                f"the dataset must have at least one image per process, {share.world}, got {len(pixels)}"
             )
         if batch_size % share.world:
             raise InputError(
                 f"batch_size must be a multiple of the number of processes, {share.world}, got {batch_size}"
             )
-        self._batch_size, self._seed, self._latent_dim = batch_size, seed, latent_dim
+        batch_size = min(batch_size, len(pixels) // share.world * share.world)
+        self.batch_size, self._seed, self._latent_dim = batch_size, seed, latent_dim
         self._device, self._share = device, share
         self._pixels = self._place(pixels)
         self._transfers = device.type == "cuda" and not self._pixels.is_cuda
@@ -94,7 +97,7 @@ class Feed:
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = permutation(len(self._pixels), self._seed, epoch).to(self._pixels.device)
-        start = batch * self._batch_size
+        start = batch * self.batch_size
         indices = self._share_of(self._order[start : start + self._sizes[batch]])
         images = self._pixels[indices]
         if self._transfers:

@@ -6,11 +6,13 @@ losses, generate samples, score and save. :mod:`dcgan.training.report` presents 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +25,22 @@ from dcgan.checkpoint import Checkpoint, CheckpointError, Folder
 from dcgan.data import Images
 from dcgan.devices import resolve
 from dcgan.errors import InputError, RunError
-from dcgan.foreign import Foreign, shaped
+from dcgan.foreign import Foreign, Sampler, shaped
 from dcgan.models import weights_init
 from dcgan.networks import Architecture
+from dcgan.settings import Settings
 from dcgan.state_dicts import Network
 from dcgan.training import distributed
+from dcgan.training.augment import DiffAugment
 from dcgan.training.fast_step import TrainStep
-from dcgan.training.feed import FIXED_NOISE, SCORE_NOISE, SINGLE_PROCESS, Feed, Share, normal
+from dcgan.training.feed import FIXED_NOISE, SINGLE_PROCESS, Feed, Share, normal
 from dcgan.training.loss_readback import NotFiniteLoss, Position, ResultQueue, Row
 from dcgan.training.reference_step import Result, optimizers
-from dcgan.training.settings import Settings
 from dcgan.training.stop import Stop
 
 SAMPLES = 64
-SAMPLING_BATCH = 64
-SCORE_SAMPLES = 2048
-"""Maximum number of generated images that a score is computed from."""
+MAX_SILENCE = 1.0
+"""Seconds after which losses are read before ``log_interval`` steps are over, so that slow runs show life."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,6 +84,7 @@ class Run:
         self.position = Position()
         if saved is not None:
             self._check(saved)
+            self.position = Position(saved.epoch, saved.batch, saved.step, saved.images)
         self._build(start=saved is None)
         if saved is not None:
             self._restore(saved)
@@ -129,6 +132,9 @@ class Run:
             clip=settings.clip,
             ema=self.ema,
             ema_decay=0.999 if settings.ema is None else settings.ema,
+            ema_updates=self.position.step,
+            flip=settings.flip,
+            augment=None if settings.diffaugment is None else DiffAugment(settings.diffaugment),
             distributed=self.share.world > 1,
         )
         self.fixed_noise = normal(settings.seed, FIXED_NOISE, 0, (SAMPLES, settings.nz, 1, 1)).to(device)
@@ -169,25 +175,26 @@ class Run:
 
     # --- samples --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def generate(self, noise: Tensor) -> Iterator[Tensor]:
-        """Yield batches of images in [-1, 1] for the noise, from G's moving average if there is one."""
+    @contextlib.contextmanager
+    def sampler(self) -> Iterator[Sampler]:
+        """Return G, or its moving average if there is one, in eval mode inside: z [N, nz] → images."""
         generator = self.generator if self.ema is None else self.ema
         training = generator.training
-        generator.eval()
         try:
-            for z in noise.split(SAMPLING_BATCH):
-                yield generator(shaped(generator, z.to(self.device))).float()
+            yield Sampler(generator, self.settings.nz)  # puts it into eval mode
         finally:
             generator.train(training)
 
+    @torch.no_grad()
     def samples(self) -> Tensor:
-        """Return 64 images generated from the fixed noise."""
-        return torch.cat(list(self.generate(self.fixed_noise)))
+        """Return 64 images in [-1, 1], generated from the fixed noise."""
+        with self.sampler() as generator:
+            images: Tensor = generator(self.fixed_noise)
+            return images.float()
 
     # --- saving ---------------------------------------------------------------------------------------------
 
-    def checkpoint(self, score: float | None = None) -> Checkpoint:
+    def checkpoint(self, scored: Scored | None = None) -> Checkpoint:
         """Return a checkpoint of the run. Its tensors are not copied: write it before the next step.
 
         Raises:
@@ -211,7 +218,9 @@ class Run:
             **self.position._asdict(),
             random=random,
             config=self.settings.to_dict(),
-            score=score,
+            dataset_size=len(self.images),
+            score=None if scored is None else scored.score,
+            score_name=Checkpoint.score_name if scored is None else scored.name,
         )
 
     def _check(self, saved: Checkpoint) -> None:
@@ -230,6 +239,11 @@ class Run:
                 f"the run to be resumed took {saved.step} steps in {saved.epoch} epochs and {saved.batch} "
                 f"batches, but an epoch has {batches} batches now: the dataset has changed"
             )
+        if saved.dataset_size not in (0, len(self.images)):
+            raise InputError(
+                f"the run to be resumed was trained on {saved.dataset_size} images, but the dataset has "
+                f"{len(self.images)} now"
+            )
 
     def _restore(self, saved: Checkpoint) -> None:
         self.generator.load_state_dict(saved.generator)
@@ -243,7 +257,6 @@ class Run:
         torch.set_rng_state(saved.random["cpu"])
         if self.device.type == "cuda" and "cuda" in saved.random:
             torch.cuda.set_rng_state(saved.random["cuda"], self.device)
-        self.position = Position(saved.epoch, saved.batch, saved.step, saved.images)
 
 
 def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -259,18 +272,42 @@ def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 def _load_initial_weights(network: nn.Module, name: Network, foreign: Foreign | None, path: Path) -> None:
     """Load initial weights from a model file of the same architecture."""
+    option = "netG" if name == "generator" else "netD"
     if foreign is not None:
         state, file = pretrained.state_of_foreign(path, name)
         pretrained.load_foreign(network, state, file, name, foreign)
         return
-    pretrained_network = pretrained.read(path, name).module("reference")
     try:
-        network.load_state_dict(pretrained_network.state_dict())
+        found = pretrained.read(path, name)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+    if found.foreign is not None:
+        raise InputError(f"{option}: {path} holds a network of your own, {found.foreign.spec}")
+    try:
+        network.load_state_dict(found.module("reference").state_dict())
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit the run: {error}") from error
+        raise InputError(f"{option}: {path} does not fit the run: {error}") from error
 
 
 # --- training loop ------------------------------------------------------------------------------------------
+
+
+Values = Mapping[str, float | int | str]
+
+
+class Scored(NamedTuple):
+    """A score of the Generator, lower is better, and all values that were measured with it.
+
+    ``name`` says what the score is; scores with different names are not compared.
+    """
+
+    name: str
+    score: float
+    values: Values
+
+
+Score = Callable[["Run"], Scored | None]
+"""Scores a run's Generator at the end of an epoch; None if no score is due."""
 
 
 class Watcher(Protocol):
@@ -280,7 +317,9 @@ class Watcher(Protocol):
 
     def samples(self, images: Tensor, position: Position) -> None: ...
 
-    def score(self, value: float, position: Position) -> None: ...
+    def scores(self, values: Values, position: Position) -> None: ...
+
+    def saved(self) -> None: ...
 
 
 @dataclass
@@ -299,17 +338,19 @@ def follow(
     watcher: Watcher | None,
     stop: Stop,
     *,
-    score: Callable[[Iterator[Tensor]], float] | None = None,
+    score: Score | None = None,
     limit: int | None = None,
 ) -> LoopTime:
     """Train to the end or until asked to stop, and save the run. Every process must call it.
+
+    The first steps are reported one by one, and those after them every second at least.
 
     Args:
         run: the run, new or resumed.
         folder: the folder of the checkpoints.
         watcher: receives the progress; None for no reports.
         stop: checked after each step, or with several processes whenever the losses are read.
-        score: maps generated images to a score, lower is better; computed once per epoch.
+        score: scores the Generator, called once per epoch.
         limit: maximum number of steps to take.
 
     Raises:
@@ -327,6 +368,9 @@ def follow(
         if rows and watcher is not None:
             watcher.steps(rows)
 
+    if first and watcher is not None and run.position.step == 0 and not run.done:
+        watcher.samples(run.samples(), run.position)
+    reported = -math.inf
     while not run.done and not (limit is not None and taken >= limit):
         began = time.perf_counter()
         before = run.position
@@ -339,9 +383,11 @@ def follow(
         last = run.done or taken == limit
         saving = ended or last or _due(settings.checkpoint_interval, run.position.step)
         sampling = ended or last or _due(settings.sample_interval, run.position.step)
-        reading = saving or sampling or _due(settings.log_interval, run.position.step)
+        quiet = run.share.world == 1 and ready - reported > MAX_SILENCE
+        reading = saving or sampling or quiet or _due(settings.log_interval, run.position.step)
         signal = stop.signal if run.share.world == 1 else 0
         if reading or signal:
+            reported = ready
             report_rows(everything=bool(saving or sampling or signal))
             signal = distributed.max_over_processes(stop.signal, run.device)
             if signal:
@@ -364,19 +410,14 @@ def _due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _save(
-    run: Run, folder: Folder, watcher: Watcher | None, score: Callable[[Iterator[Tensor]], float] | None
-) -> None:
-    value = None
-    if score is not None:
-        noise = normal(
-            run.settings.seed, SCORE_NOISE, 0, (min(SCORE_SAMPLES, len(run.images)), run.settings.nz, 1, 1)
-        )
-        value = score(run.generate(noise))
-        if watcher is not None:  # before saving: once saved, the score is not computed again
-            watcher.score(value, run.position)
+def _save(run: Run, folder: Folder, watcher: Watcher | None, score: Score | None) -> None:
+    scored = None if score is None else score(run)
+    if scored is not None and watcher is not None:  # before saving: once saved, it is not computed again
+        watcher.scores(scored.values, run.position)
     try:
-        folder.save(run.checkpoint(value))
+        folder.save(run.checkpoint(scored))
+        if watcher is not None:
+            watcher.saved()
     except NotFinite as error:
         raise RunError(f"{error}. {_last_good(folder)}") from error
 

@@ -12,10 +12,10 @@ from dcgan.checkpoint import Folder
 from dcgan.cli import options
 from dcgan.data import Images
 from dcgan.devices import resolve
+from dcgan.settings import Settings
 from dcgan.training import distributed
 from dcgan.training.feed import Feed
 from dcgan.training.run import Run, follow
-from dcgan.training.settings import Settings
 from dcgan.training.stop import Stop
 
 NAMED = torch.device("cpu", 0)
@@ -60,7 +60,7 @@ def test_commands_resolve_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) ->
     fake_resolve = {"cuda": torch.device("cuda", 3)}.__getitem__
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for module in (devices, options, distributed):
+    for module in (devices, distributed):
         monkeypatch.setattr(module, "resolve", fake_resolve)
     assert options.choose_device(name).index == 3
     with distributed.process_group(name) as (_, where):

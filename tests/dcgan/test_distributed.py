@@ -352,7 +352,7 @@ def test_torchrun(tmp_path: Path) -> None:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
             *(f"--master-port={free_port()}", "-m", "dcgan", "train", *given, "--no-tensorboard"),
-            *("--dry-run", f"--out={tmp_path / 'run'}"),
+            *("--epochs=1", "--limit=8", f"--out={tmp_path / 'run'}"),
         ],
         capture_output=True,
         text=True,

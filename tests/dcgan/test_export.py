@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def test_a_wrong_onnx_model_is_not_written(
     out = tmp_path / "d.onnx"
     out.write_bytes(b"old")
     arguments = "--to", "onnx", "--network", "discriminator", "--batch", 2, "--out", out
-    result = invoke(discriminator_file, *arguments)
+    result = invoke(discriminator_file, *arguments, "--force")
     assert result.exit_code == 1
     assert re.search(
         r"not written: ONNX Runtime \S+ differs from network\(x\) by \S+ of the outputs' spread; 1e-04 is",
@@ -237,6 +238,42 @@ def test_torch_export_of_one_batch_size(tmp_path: Path) -> None:
     program(torch.randn(1, 3, 32, 32))
     with pytest.raises(Exception, match=r"size|shape"):
         program(torch.randn(2, 3, 32, 32))
+
+
+# --- files that exist ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["--out", "default"])
+@pytest.mark.parametrize(("to", "suffix"), [("safetensors", ".safetensors"), ("torch-export", ".pt2")])
+def test_force(to: str, suffix: str, given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An existing file is refused before the source is read, and replaced with --force."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(network("generator").state_dict(), "g.pth")
+    out = Path(("mine" if given else "generator") + suffix)
+    out.write_bytes(b"old")
+    arguments = ["--to", to, *(["--out", out] if given else [])]
+    result = invoke("gone.pth", *arguments)
+    assert result.exit_code == 2
+    message = f"Error: --out: {out} exists already; give another --out, or --force to overwrite\n"
+    assert result.output == message
+    assert out.read_bytes() == b"old"
+    assert invoke("g.pth", *arguments, "--force").exit_code == 0
+    assert len(out.read_bytes()) > 1000
+
+
+def test_a_failed_export_leaves_no_folder(tmp_path: Path) -> None:
+    model = network("discriminator")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    torch.save(model.state_dict(), tmp_path / "d.pth")
+    arguments = "--to", "torch-export", "--network", "discriminator", "--out", tmp_path / "a/b/d.pt2"
+    assert invoke(tmp_path / "d.pth", *arguments).exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["d.pth"]
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = "import sys, dcgan.cli.export; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -290,7 +327,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["g.pth"], ["--to"]),
-        (["g.pth", "--to", "tflite"], ["--to", "'safetensors', 'onnx', 'torch-export'"]),
+        (["g.pth", "--to", "tflite"], ["--to", "'safetensors', 'onnx', 'torch-export', 'huggingface'"]),
         (["g.pth", "--to", "onnx", "--batch", "0"], ["--batch", "integer of at least 1", "'0'"]),
         (["g.pth", "--to", "safetensors", "--batch", "2"], ["--batch does not apply to --to safetensors"]),
         (["g.pth", "--to", "onnx", "--network", "both"], ["--network", "'generator', 'discriminator'"]),
@@ -299,6 +336,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         (["g.pth", "--to", "onnx", "--out", "g.pt2"], ["--out must end in .onnx, got 'g.pt2'"]),
         (["g.pth", "--to", "onnx", "--out", "dir.onnx"], ["--out must be a file, got the folder 'dir.onnx'"]),
         (["g.pth", "--to", "onnx", "--out", "g.pth/g.onnx"], ["--out: cannot make the folder 'g.pth'"]),
+        (["gone.pth", "--to", "onnx", "--push", "me/x"], ["--push requires --to huggingface, got --to onnx"]),
         (["gone.pth", "--to", "onnx"], ["cannot read gone.pth: No such file"]),
         (["dir.onnx", "--to", "onnx"], ["dir.onnx has no checkpoint of a run"]),
     ],

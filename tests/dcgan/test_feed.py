@@ -78,6 +78,17 @@ def test_values_match_the_reference_transform() -> None:
     torch.testing.assert_close(Feed(pixels, 1, 0, 1, CPU).real(0, 0).double(), expected, rtol=0, atol=1e-7)
 
 
-def test_a_batch_larger_than_the_dataset() -> None:
-    with pytest.raises(InputError, match="batch_size must be at most the number of images, 5, got 6"):
-        Feed(numbered(5), 6, 0, 1, CPU)
+@pytest.mark.parametrize(
+    ("images", "world", "size"), [(5, 1, 5), (5, 2, 4), (6, 1, 6), (7, 1, 6), (2, 2, 2)], ids=str
+)
+def test_a_batch_larger_than_the_dataset(images: int, world: int, size: int) -> None:
+    """It is cut to the images there are, in equal shares."""
+    feed = Feed(numbered(images), 6, 0, 1, CPU, Share(0, world))
+    assert feed.batch_size == size
+    assert feed.size(0) == size
+    assert len(feed.real(0, 0)) == size // world
+
+
+def test_fewer_images_than_processes() -> None:
+    with pytest.raises(InputError, match="at least one image per process, 3, got 2"):
+        Feed(numbered(2), 6, 0, 1, CPU, Share(0, 3))

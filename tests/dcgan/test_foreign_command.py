@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -26,9 +27,9 @@ from dcgan.data import Images
 from dcgan.errors import InputError
 from dcgan.foreign import Foreign
 from dcgan.networks import Architecture
+from dcgan.settings import Settings, read_file
 from dcgan.training import Config, TrainStep, optimizers, train_step
 from dcgan.training.run import Run
-from dcgan.training.settings import Settings, read_file
 from tests.support import foreign_networks, train_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +40,7 @@ TINY = [
     *("--dataset=fake", "--limit=20", "--channels=1", "--batch-size=8", "--image-size=32", "--ngf=4"),
     *("--ndf=4", "--nz=6", "--epochs=2", "--device=cpu", "--no-tensorboard"),
 ]
+ONE_STEP = ["--epochs=1", "--limit=8"]
 PAIRS: dict[str, dict[str, Any]] = {
     "both": {
         "netG_module": f"{MODULE}:Generator",
@@ -122,7 +124,7 @@ def test_training(pair: str, engine: str, tmp_path: Path) -> None:
 
 def test_a_foreign_network_keeps_its_own_initialization(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    given = ["--lr=1e-12", "--seed=5", "--dry-run", "--out", out]
+    given = ["--lr=1e-12", "--seed=5", *ONE_STEP, "--out", out]
     result = invoke("train", *TINY, "--netG-module", f"{MODULE}:Generator", *given)
     assert result.exit_code == 0, result.output
     torch.manual_seed(5)
@@ -171,7 +173,7 @@ def test_the_networks_cannot_change_on_resume(trained: Path) -> None:
         ("--netG-args", "width=6", "netG_args"),
     ):
         line = one_line(invoke(*given, option, value))
-        assert f"{name} is {PAIRS['both'][name]!r} in the run to be resumed" in line
+        assert f"{option} is {PAIRS['both'][name]!r} in the run to be resumed" in line
     assert (trained / "config.yaml").read_text() == before
     saved = train_runs.final(trained)
     other = Architecture(**{**vars(saved.architecture), "foreign_g": Foreign(f"{MODULE}:RowGenerator")})
@@ -221,7 +223,7 @@ def test_batchnorms_of_foreign_networks_are_synchronized() -> None:
 
 def test_initial_weights_from_a_plain_state_dict(trained: Path, tmp_path: Path) -> None:
     pair = spelled(PAIRS["both"])
-    given, dry = ["train", *TINY, *pair, "--netG", tmp_path / "g.pth"], ["--lr=1e-12", "--dry-run"]
+    given, dry = ["train", *TINY, *pair, "--netG", tmp_path / "g.pth"], ["--lr=1e-12", *ONE_STEP]
     network = foreign_networks.Generator(width=5)
     nn.init.normal_(network.out.weight)
     torch.save(network.state_dict(), tmp_path / "g.pth")
@@ -343,7 +345,7 @@ def test_settings_files(suffix: str, tmp_path: Path) -> None:
             yaml.safe_dump({"netG_module": f"{MODULE}:RowGenerator", "netG_args": {"widths": [5, 3]}})
         )
     assert Settings.of(read_file(path)).foreign_g == Foreign(f"{MODULE}:RowGenerator", {"widths": [5, 3]})
-    given = ["--netG-args", "channels=1", "--netG-args", "widths=[6, 2]", "--dry-run", "--out", out]
+    given = ["--netG-args", "channels=1", "--netG-args", "widths=[6, 2]", *ONE_STEP, "--out", out]
     result = invoke("train", *TINY, "--config", path, *given)
     assert result.exit_code == 0, result.output
     recorded = train_runs.final(out).architecture.foreign_g
@@ -367,17 +369,27 @@ def test_files_and_modules_of_the_current_folder(tmp_path: Path, monkeypatch: py
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    given = ["--netG-module", "my nets/pair.py:G", "--netD-module", "my nets/pair.py:D", "--dry-run"]
+    given = ["--netG-module", "my nets/pair.py:G", "--netD-module", "my nets/pair.py:D", *ONE_STEP]
     result = invoke("train", *TINY, *given, "--out", "a")
     assert result.exit_code == 0, result.output
     kinds = [Foreign(f"my nets/pair.py:{name}").load("") for name in "GD"]
     assert kinds[0].__module__ == kinds[1].__module__
     assert sys.modules[kinds[0].__module__].COUNT == [1]
 
+    result = invoke("generate", "a")
+    assert result.exit_code == 0, result.output
+    assert "imported from my nets/pair.py:G as a/config.yaml says" in " ".join(result.output.split())
+
     monkeypatch.chdir(folder)
     result = invoke("train", *TINY, "--netG-module", "gan_parts:Generator", "--dry-run", "--out", "b")
     assert result.exit_code == 0, result.output
     line = one_line(invoke("generate", tmp_path / "a"))
+    assert (
+        f"a/config.yaml has netG_module 'my nets/pair.py:G', and there is no such file as seen from {folder}:"
+        in line
+    )
+    assert line.endswith("or pass --netG-module")
+    line = one_line(invoke("generate", tmp_path / "a" / "checkpoints"))
     assert line.endswith("pass --netG-module 'my nets/pair.py:G'")
 
 
@@ -546,6 +558,122 @@ def test_nothing_that_a_file_names_is_imported(trained: Path, tmp_path: Path) ->
     assert not (tmp_path / "evil.py.ran").exists()
 
 
+# --- the folder of a run ------------------------------------------------------------------------------------
+
+
+def test_a_run_needs_no_module(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a run loads both networks as its config.yaml says, and each command names the class."""
+    monkeypatch.setenv("DCGAN_CACHE", str(tmp_path / "cache"))
+    saved, config = train_runs.final(trained), trained / "config.yaml"
+    for name, cls in (("generator", "Generator"), ("discriminator", "Discriminator")):
+        found = pretrained.read(trained, name)  # type: ignore[arg-type]
+        assert found.config == config
+        assert found.foreign == Foreign(f"{MODULE}:{cls}", PAIRS["both"][f"net{cls[0]}_args"])
+    assert (found.has_average, found.averaged) == (False, False)
+    state = pretrained.generator(trained).state_dict()
+    assert saved.ema is not None
+    assert all(torch.equal(state[key], value) for key, value in saved.ema.items())
+    d = pretrained.discriminator(trained).state_dict()
+    assert all(torch.equal(d[key], value) for key, value in saved.discriminator.items())
+
+    result = invoke("generate", trained, "--format=npy", "--num=3", "--out", tmp_path / "a.npy")
+    assert result.exit_code == 0, result.output
+    network = foreign_networks.Generator(width=5)
+    assert_close(tmp_path / "a.npy", expected_pixels(network, saved.ema, 3, 0))
+    words = "(epoch 2, step 6), moving average of decay 0.5, "
+    imported = f"imported from {MODULE}:Generator as {config} says"
+    assert words + imported in " ".join(result.output.split())
+    given = ["--dataset=digits", "--num=20", "--features=pixels", "--device=cpu"]
+    result = invoke("eval", trained, *given)
+    assert result.exit_code == 0, result.output
+    assert imported in " ".join(result.output.split())
+    result = invoke("export", trained, "--to", "safetensors", "--out", tmp_path / "g.safetensors")
+    assert result.exit_code == 0, result.output
+    assert imported in " ".join(result.output.split())
+
+
+def copy_of_run(run: Path, out: Path, **changes: Any) -> Path:
+    """Copy a run with changed settings in its ``config.yaml``; None removes a setting."""
+    shutil.copytree(run, out, symlinks=True)
+    values = yaml.safe_load((out / "config.yaml").read_text()) | changes
+    (out / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"netG_module": "{evil}:Generator"},
+            "config.yaml has netG_module '{evil}:Generator', but {file} records '{module}:Generator': pass",
+        ),
+        (
+            {"netG_module": None, "netG_args": None},
+            "config.yaml has netG_module None, but {file} records '{module}:Generator': pass --netG-module",
+        ),
+        (
+            {"netG_args": {"width": 6}},
+            "config.yaml has netG_args {{'width': 6}}, but {file} records {{'width': 5}}: pass --netG-module",
+        ),
+        ({"lr": "fast"}, "config.yaml: lr must be a positive number, got 'fast'"),
+    ],
+    ids=["another class", "no class", "other arguments", "an invalid setting"],
+)
+def test_a_run_whose_settings_and_checkpoint_differ(
+    changes: dict[str, Any], expected: str, trained: Path, tmp_path: Path
+) -> None:
+    evil = tmp_path / "evil.py"
+    evil.write_text("from pathlib import Path\nPath(__file__ + '.ran').touch()\n")
+    changes = {k: v.format(evil=evil) if isinstance(v, str) else v for k, v in changes.items()}
+    run = copy_of_run(trained, tmp_path / "run", **changes)
+    file = run / "checkpoints" / "step-000000006.pt"
+    line = one_line(invoke("generate", run, "--out", tmp_path / "x.png"))
+    assert expected.format(evil=evil, file=file, module=MODULE) in line
+    assert not (tmp_path / "evil.py.ran").exists()
+    result = invoke("generate", run, "--netG-module", f"{MODULE}:Generator", "--out", tmp_path / "x.png")
+    assert result.exit_code == 0, result.output
+
+
+def test_only_the_folder_of_a_run_names_a_class(trained: Path, tmp_path: Path) -> None:
+    """Not its checkpoints, nor a folder without ``config.yaml`` or without ``checkpoints``."""
+    bare = copy_of_run(trained, tmp_path / "bare")
+    (bare / "config.yaml").unlink()
+    flat = copy_of_run(trained, tmp_path / "flat")
+    for file in (flat / "checkpoints").iterdir():
+        file.rename(flat / file.name)
+    (flat / "checkpoints").rmdir()
+    inner = trained / "checkpoints"
+    for source in (inner, inner / "last.pt", inner / "step-000000006.pt", bare, flat):
+        for network, option in (("generator", "--netG"), ("discriminator", "--netD")):
+            with pytest.raises(InputError, match=f"that a file names is not imported: pass {option}-module "):
+                pretrained.read(source, network)  # type: ignore[arg-type]
+
+
+def test_errors_of_a_class_that_a_run_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the user's code names the settings file that led to it."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(f"from {MODULE} import Generator\nclass G(Generator): pass\n")
+    assert invoke("train", *TINY, "--netG-module=nets.py:G", *ONE_STEP, "--out=run").exit_code == 0
+    for name in [name for name in sys.modules if name.startswith("nets_")]:
+        monkeypatch.delitem(sys.modules, name)
+    Path("nets.py").write_text("1 / 0\n")
+    line = one_line(invoke("generate", "run"))
+    assert "run/config.yaml: --netG-module: cannot import 'nets.py:G': ZeroDivisionError" in line
+    Path("nets.py").unlink()
+    line = one_line(invoke("generate", "run"))
+    assert (
+        f"run/config.yaml has netG_module 'nets.py:G', and there is no such file as seen from {tmp_path}"
+        in line
+    )
+    with pytest.raises(
+        InputError, match=r"^engine must be one of auto, reference, triton, native, got 'fast'"
+    ):
+        pretrained.Pretrained(
+            Path("a.pt"), "generator", Architecture(), {}, config=Path("run/config.yaml")
+        ).module("fast")  # type: ignore[arg-type]
+    assert not Path("generated.png").exists()
+
+
 # --- generation ---------------------------------------------------------------------------------------------
 
 
@@ -570,15 +698,16 @@ def test_generation(engine: str, trained: Path, tmp_path: Path) -> None:
     given += ["--engine", engine, "--out", out, "--netG-module", f"{FILE}:Generator"]
     result = invoke(*given)
     assert result.exit_code == 0, result.output
-    assert "moving average; engine" in result.output
+    assert "moving average of decay 0.5; engine" in " ".join(result.output.split())
     network = foreign_networks.Generator(width=5)  # the width is the checkpoint's
     assert_close(out, expected_pixels(network, saved.ema, 10, 3))
+    given.append("--force")
     assert invoke(*given, "--no-ema").exit_code == 0
     assert_close(out, expected_pixels(network, saved.generator, 10, 3))
 
     line = one_line(invoke(*given, "--netG-args", "width=6"))
     assert f"does not fit --netG-module '{FILE}:Generator': " in line
-    given[-1] = f"{MODULE}:RowGenerator"
+    given[-2] = f"{MODULE}:RowGenerator"
     line = one_line(invoke(*given))
     assert f"'{MODULE}:RowGenerator' cannot be constructed with width=5 (--netG-args): TypeError" in line
     line = one_line(invoke(*given, "--netG-args", ""))
@@ -589,7 +718,7 @@ def test_generation(engine: str, trained: Path, tmp_path: Path) -> None:
 def test_other_formats_and_a_generator_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pair = spelled(PAIRS["a Generator of rows"])
-    assert invoke("train", *TINY, *pair, "--dry-run", "--out", "run").exit_code == 0
+    assert invoke("train", *TINY, *pair, *ONE_STEP, "--out", "run").exit_code == 0
     given = ["generate", "run", *pair[:2], "--device=cpu"]
     assert invoke(*given, "--format=npy", "--num=5", "--out=a.npy").exit_code == 0
     network = foreign_networks.RowGenerator(widths=(5, 3))

@@ -203,7 +203,7 @@ def sets(name: str, value: Any, undo: Any) -> None:
         setattr(model, name, value)
         return lambda: setattr(model, name, undo)
 
-    EDITS[f"{name} = {value}"] = Edit(change, ("Written",))
+    EDITS[f"{name} = {getattr(value, '__name__', value)}"] = Edit(change, ("Written",))
 
 
 sets("factor", 2.0, 1.0)

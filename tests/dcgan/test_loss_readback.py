@@ -11,11 +11,11 @@ import torch
 from dcgan.checkpoint import Folder
 from dcgan.data import Images
 from dcgan.errors import RunError
+from dcgan.settings import Settings
 from dcgan.training import loss_readback
 from dcgan.training.loss_readback import NotFiniteLoss, Position, ResultQueue, Row
 from dcgan.training.reference_step import Result
 from dcgan.training.run import Run, follow
-from dcgan.training.settings import Settings
 from dcgan.training.stop import Stop
 from tests.support import train_runs
 
@@ -74,15 +74,20 @@ class RecordingWatcher:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.calls: list[int] = []
+        self.grids: list[int] = []
 
     def steps(self, rows: list[Row]) -> None:
         self.rows += rows
         self.calls.append(len(rows))
 
     def samples(self, images: Any, position: Any) -> None:
-        assert self.rows[-1].step == position.step, "the steps up to a grid are reported first"
+        reported = self.rows[-1].step if self.rows else 0
+        assert reported == position.step, "the steps up to a grid are reported first"
+        self.grids.append(position.step)
 
-    def score(self, value: float, position: Any) -> None: ...
+    def scores(self, values: Any, position: Any) -> None: ...
+
+    def saved(self) -> None: ...
 
 
 def run_training(out: Path, stop: Stop | None = None, **given: Any) -> tuple[RecordingWatcher, Run]:
@@ -107,6 +112,7 @@ def test_reports_do_not_depend_on_the_steps_in_flight(
     assert delayed.rows == immediate.rows
     assert [row.step for row in delayed.rows] == list(range(1, train_runs.STEPS + 1))
     assert all(delayed.calls), "no empty reports"
+    assert immediate.grids == delayed.grids == [0, train_runs.STEPS // 2, train_runs.STEPS]
 
 
 @pytest.mark.usefixtures("_steps_in_flight")

@@ -269,7 +269,7 @@ def test_train_resume_and_generate(later: Later, tmp_path: Path) -> None:
     command("train", *options, "--no-tensorboard", "--out", str(tmp_path / "run"), "--epochs", "1")
     out = later(tmp_path / "run")
     for source in (out, out / "checkpoints" / "last.pt"):
-        command("generate", str(source), "-n", "4", "--out", str(tmp_path / "four.png"))
+        command("generate", str(source), "-n", "4", "--out", str(tmp_path / "four.png"), "--force")
     command("train", "--resume", "--out", str(out), "--epochs", "2")
     a, b = vars(train_runs.final(out)), vars(train_runs.final(tmp_path / "whole"))
     train_runs.assert_same(a["generator"], b["generator"], "generator")

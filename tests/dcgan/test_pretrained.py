@@ -150,6 +150,39 @@ def test_checkpoints(architecture: Architecture, engine: Any, tmp_path: Path) ->
     assert not pretrained.read(path, "generator").averaged
 
 
+@pytest.mark.parametrize(
+    ("batch", "epoch", "config", "decay"),
+    [(0, 2, {"ema": 0.999}, 0.999), (3, 3, {"ema": 0.5}, 0.5), (0, 2, {}, None), (0, 2, {"ema": [1]}, None)],
+)
+def test_what_a_checkpoint_says_about_its_weights(
+    batch: int, epoch: int, config: dict[str, Any], decay: float | None, tmp_path: Path
+) -> None:
+    """Its epoch counts from 1 and includes one that has begun; only the Generator has an average."""
+    path = tmp_path / "run.pt"
+    content = write(path, epoch=2, batch=batch, step=938, config=config, ema=SMALL.generator().state_dict())
+    for network in ("generator", "discriminator"):
+        for ema in (True, False):
+            found = pretrained.read(path, network, ema=ema)
+            assert (found.epoch, found.step, found.config) == (epoch, 938, None)
+            average = network == "generator"
+            assert (found.has_average, found.averaged) == (average, average and ema)
+            assert found.decay == (decay if average else None)
+    torch.save(content.generator, tmp_path / "g.pth")
+    found = pretrained.read(tmp_path / "g.pth", "generator")
+    assert (found.epoch, found.step, found.decay, found.has_average) == (None, None, None, False)
+
+
+def test_the_settings_of_a_run_are_not_needed_for_networks_of_this_project(tmp_path: Path) -> None:
+    content = checkpoint.Checkpoint(
+        SMALL, SMALL.generator("reference").state_dict(), SMALL.discriminator("reference").state_dict()
+    )
+    checkpoint.Folder(tmp_path / "checkpoints").save(content)
+    (tmp_path / "config.yaml").write_text("netG_module: [")
+    found = pretrained.read(tmp_path, "generator")
+    assert (found.config, found.foreign) == (None, None)
+    assert same(found.module(), content.generator)
+
+
 @pytest.mark.parametrize("below", ["", "checkpoints"])
 def test_a_run_folder(below: str, tmp_path: Path) -> None:
     folder = checkpoint.Folder(tmp_path / "checkpoints")

@@ -23,6 +23,7 @@ from tests.support import train_runs
 
 KINDS: dict[str, dict[str, Any]] = {
     "dcgan": {"ema": 0.9, "sample_interval": 3},
+    "augmented": {"ema": 0.999, "flip": True, "diffaugment": ["color", "translation", "cutout"]},
     "reference": {"engine": "reference", "loss": "minimax"},
     "mlp": {"model": "mlp", "clip": 1.0},
     "bfloat16": {"dtype": "bfloat16"},
@@ -160,12 +161,13 @@ def test_killed_at_random_times(uninterrupted: Callable[[str], Path], tmp_path: 
 
 def test_partial_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    for folder in (out, out / "samples", out / "checkpoints"):
-        folder.mkdir()
-        (folder / ".step-000000001.png.1.tmp").write_bytes(b"half")
-    process = start_or_resume(out, "dcgan")
-    process.join()
-    assert process.exitcode == 0
+    for given in (train_runs.TINY | {"epochs": 1}, {"epochs": 2}):
+        process = train_runs.start(out, given, out.exists())
+        process.join()
+        assert process.exitcode == 0
+        if "dataset" in given:
+            for folder in (out, out / "samples", out / "checkpoints"):
+                (folder / ".step-000000001.png.1.tmp").write_bytes(b"half")
     assert not list(out.rglob(".*.tmp"))
 
 

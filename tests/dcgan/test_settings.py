@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcgan.errors import InputError
-from dcgan.training.settings import RESUMABLE, Settings, read_file, write_file
+from dcgan.settings import RESUMABLE, Settings, keys_of, of_run, read_file, write_file
 
 
 def test_defaults_are_those_of_the_reference_recipe() -> None:
@@ -38,7 +38,9 @@ def test_defaults_are_those_of_the_reference_recipe() -> None:
         ("nz", 8.0, "an integer of at least 1"),
         ("seed", -1, "an integer of at least 0"),
         ("limit", 0, "an integer of at least 1"),
-        ("dataset", None, "a valid string"),
+        ("dataset", None, "one of mnist, fashion-mnist, cifar10"),
+        ("dataset", "imagenet", "one of mnist, fashion-mnist, cifar10"),
+        ("dataroot", None, "a valid string"),
         ("netG", 3, "a valid string"),
         ("model", "vae", "'dcgan' or 'mlp'"),
         ("engine", "cudnn", "'auto', 'reference', 'triton' or 'native'"),
@@ -56,6 +58,13 @@ def test_defaults_are_those_of_the_reference_recipe() -> None:
         ("classes", ("cat",), "a list of strings"),
         ("classes", ["cat", 1], "a list of strings"),
         ("classes", [], "at least one class"),
+        ("flip", 1, "true or false"),
+        ("diffaugment", [], "a list of color, translation, cutout, each at most once"),
+        ("diffaugment", ["color", "color"], "a list of color, translation, cutout, each at most once"),
+        ("diffaugment", ["blur"], "a list of color, translation, cutout, each at most once"),
+        ("diffaugment", "color", "a list of color, translation, cutout, each at most once"),
+        ("eval_every", -1, "an integer of at least 0"),
+        ("eval_num", 9, "an integer of at least 10"),
         ("keep", 0, "at least 1"),
         ("compile", "yes", "true or false"),
         ("compile", 1, "true or false"),
@@ -74,8 +83,8 @@ def test_invalid_values(name: str, value: Any, allowed: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["batchsize", "self", "batch size"])
-def test_an_unknown_setting_is_named_and_the_valid_ones_are_listed(name: str) -> None:
-    with pytest.raises(InputError, match=rf"here: unknown setting '{name}'; the settings are .*batch_size"):
+def test_an_unknown_setting_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=rf"here: unknown setting '{name}'; .*`dcgan train --help`"):
         Settings.of({name: 3}, "here")
 
 
@@ -104,6 +113,10 @@ def test_settings_files(name: str, text: str, tmp_path: Path) -> None:
     path.write_text(text)
     expected = Settings(dataset="folder", lr=1e-4, batch_size=32, classes=["a", "b"])
     assert Settings.of(read_file(path)) == expected
+    keys = {"dataset": "dataset", "lr": "lr", "batch_size": "batch-size", "classes": "classes"}
+    if name == "run.yml":
+        keys["batch_size"] = "batch_size"
+    assert keys_of(path) == keys
 
 
 @pytest.mark.parametrize(
@@ -160,3 +173,28 @@ def test_settings_that_may_change_on_resume() -> None:
 
 def test_settings_named_as_resumable_exist() -> None:
     assert set(Settings.model_fields) > RESUMABLE
+
+
+@pytest.mark.parametrize("network", ["netG", "netD"])
+def test_arguments_without_a_network_of_ones_own(network: str) -> None:
+    with pytest.raises(InputError, match=f"^{network}_args requires {network}_module, got {{'width': 3}}$"):
+        Settings(**{f"{network}_args": {"width": 3}})
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/last.pt", "checkpoints/step-000000006.pt"])
+def test_the_settings_of_the_run_that_a_path_belongs_to(below: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.pt").touch()
+    assert of_run(run / below) is None
+    settings = Settings(dataset="digits", ngf=8)
+    write_file(settings, run / "config.yaml")
+    assert of_run(run / below) == settings
+    assert of_run(tmp_path / "run" / "checkpoints" / "deeper" / "file.pt") is None
+    assert of_run(tmp_path) is None
+
+
+def test_a_settings_file_beside_a_model_file_belongs_to_no_run(tmp_path: Path) -> None:
+    write_file(Settings(), tmp_path / "config.yaml")
+    (tmp_path / "g.pth").touch()
+    assert of_run(tmp_path / "g.pth") is None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dcgan.training import Config, Result, TrainStep, optimizers
+from dcgan.training.augment import DiffAugment
 from tests.support.steps import (
     LATENT,
     LOSSES,
@@ -23,6 +24,7 @@ from tests.support.steps import (
     half,
     pair,
     sgds,
+    simulated_step,
     state_of,
 )
 
@@ -209,22 +211,25 @@ def test_clipping_matches_clip_grad_norm(clip: Any, norms: tuple[float | None, f
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_ema(dtype: torch.dtype) -> None:
-    """The average keeps its dtype, buffers are copied, and its prepacked weights are invalidated."""
+    """The average keeps its dtype, its decay is warmed up, and its prepacked weights are invalidated."""
     networks = pair()
     ema = copy.deepcopy(networks[0]).to(dtype).eval()
-    expected = {name: p.detach().clone() for name, p in ema.named_parameters()}
-    step = TrainStep(*networks, *adams(networks), ema=ema, ema_decay=0.9)
+    floating = {name: b for name, b in ema.named_buffers() if b.is_floating_point()}
+    assert floating
+    averaged = {**dict(ema.named_parameters()), **floating}
+    expected = {name: value.detach().clone() for name, value in averaged.items()}
+    step = TrainStep(*networks, *adams(networks), ema=ema, ema_decay=0.25)
     noise = torch.randn(2, LATENT, dtype=dtype)
-    for _ in range(3):
+    for decay in (2 / 11, 3 / 12, 0.25):
         with torch.no_grad():
             ema(noise)  # caches the prepacked weights
         step(*batch_of(networks, 4))
-        for name, p in networks[0].named_parameters():
-            expected[name] = 0.9 * expected[name] + 0.1 * p.detach().to(dtype)
-        for name, p in ema.named_parameters():
-            torch.testing.assert_close(p, expected[name], rtol=1e-6, atol=1e-8, msg=name)
-        for (name, b), own in zip(ema.named_buffers(), networks[0].buffers(), strict=True):
-            assert torch.equal(b, own.to(b.dtype)), name
+        for name, value in networks[0].state_dict().items():
+            if name in expected:
+                expected[name] = decay * expected[name] + (1 - decay) * value.detach().to(dtype)
+                torch.testing.assert_close(averaged[name], expected[name], rtol=1e-6, atol=1e-7, msg=name)
+            else:
+                assert torch.equal(value, ema.get_buffer(name)), name
         with torch.no_grad():
             image = ema(noise)
             ema.refresh()
@@ -260,3 +265,86 @@ def test_optimizers(fused: bool) -> None:
     for network, other in zip(networks, plain, strict=True):
         for p, q in zip(network.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+# --- augmentation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["fast", "reference"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_augmentation(kind: str, loss: Any, dtype: torch.dtype) -> None:
+    """Losses and both networks' gradients are those of D(T(x)) and D(T(G(z))), in both phases."""
+    networks = pair(kind=kind, dtype=dtype)
+    plain = copy.deepcopy(networks)
+
+    def augment(images: Tensor) -> Tensor:  # deterministic, and different for every column
+        return images * torch.linspace(0.5, 1.5, images.shape[-1], dtype=images.dtype) + 0.1
+
+    class Augmented(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.inner(augment(images))  # type: ignore[no-any-return]
+
+    wrapped = plain[0], Augmented(plain[1])
+    ours = TrainStep(*networks, *sgds(networks), loss=loss, augment=augment)
+    theirs = TrainStep(*wrapped, *sgds(wrapped), loss=loss)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    for _ in range(2):
+        batch = batch_of(networks, 4, dtype)
+        for got, want in zip(ours(*batch), theirs(*batch), strict=True):
+            torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+        for p, q in zip(networks[0].parameters(), plain[0].parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            scale = float(q.grad.abs().max())
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=tolerance * scale)
+        for network, other in zip(networks, plain, strict=True):
+            assert_states_close(network.state_dict(), other.state_dict(), tolerance)
+            other.load_state_dict(network.state_dict())  # so that rounding does not accumulate
+
+
+def test_flips_and_random_augmentation() -> None:
+    """Given its random numbers a step is a function of them; real images are mirrored at random."""
+    seen: list[Tensor] = []
+    augmentation = DiffAugment(["translation", "cutout"])
+
+    def augment(images: Tensor) -> Tensor:
+        seen.append(images.detach())
+        return augmentation(images)
+
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(7)
+        networks = pair()
+        batch = batch_of(networks, 4)
+        seen.clear()
+        torch.manual_seed(seed)
+        results.append(TrainStep(*networks, *adams(networks), flip=True, augment=augment)(*batch))
+        real = torch.cat(seen)[:4]
+        mirrored = [torch.equal(image, given.flip(2)) for image, given in zip(real, batch[0], strict=True)]
+        same = [torch.equal(image, given) for image, given in zip(real, batch[0], strict=True)]
+        assert all(one != other for one, other in zip(mirrored, same, strict=True))
+        assert sum(map(len, seen)) == 12  # x and G(z) in D's phase, G(z) again in G's
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+def test_captured_augmentation() -> None:
+    """Replays draw new random numbers, those that eager steps would draw."""
+    networks = pair()
+    copies = copy.deepcopy(networks)
+    options: dict[str, Any] = {"flip": True, "augment": DiffAugment(["color", "translation", "cutout"])}
+    step, _ = simulated_step(*networks, *adams(networks), **options)
+    plain = TrainStep(*copies, *adams(copies), **options)
+    for _ in range(6):
+        batch = batch_of(networks, 4)
+        random = torch.get_rng_state()
+        result = step(*batch)
+        torch.set_rng_state(random)
+        assert result == plain(*batch)
+    for network, other in zip(networks, copies, strict=True):
+        assert_states_close(network.state_dict(), other.state_dict(), 0.0)

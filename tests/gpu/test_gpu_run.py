@@ -14,8 +14,8 @@ pytest.importorskip("pydantic", reason="settings are checked with pydantic, whic
 
 from dcgan.checkpoint import Checkpoint, Folder
 from dcgan.data import Images
+from dcgan.settings import Settings
 from dcgan.training.run import Run, follow
-from dcgan.training.settings import Settings
 from dcgan.training.stop import Stop
 
 pytestmark = [pytest.mark.gpu, pytest.mark.check]

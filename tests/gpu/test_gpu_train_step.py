@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from dcgan import fast, models
 from dcgan.kernels import ops
 from dcgan.training import Config, Result, TrainStep, optimizers
+from dcgan.training.augment import DiffAugment
 from dcgan.training.captured_step import WARM_UP
 from tests.gpu.full_size import DEVICE, reference_copy
 from tests.support.reference_loop import reference_step
@@ -142,9 +143,16 @@ def synchronize(networks: Pair, others: Pair, ours: Any = (), theirs: Any = ()) 
 @pytest.mark.check
 @pytest.mark.usefixtures("_float32_products")
 @pytest.mark.parametrize("kind", ["fast", "reference"])
-@pytest.mark.parametrize("options", [{}, {"clip": 0.5}], ids=["", "clip"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip": 0.5}, {"flip": True, "augment": DiffAugment(["color", "translation", "cutout"])}],
+    ids=["", "clip", "augmented"],
+)
 def test_captured_is_eager(kind: str, options: dict[str, Any]) -> None:
-    """Compared step by step, with one smaller batch; cuDNN may change its summation order between runs."""
+    """Compared step by step, with one smaller batch; cuDNN may change its summation order between runs.
+
+    Replays draw the random numbers of augmentation that an eager step would draw.
+    """
     networks = pair(kind)
     others = copy.deepcopy(networks)
     captured = TrainStep(*networks, *sgds(networks, 0.05), capture=True, **options)
@@ -152,7 +160,10 @@ def test_captured_is_eager(kind: str, options: dict[str, Any]) -> None:
     for size in SIZES:
         synchronize(networks, others)
         batch = batch_of(networks, size)
-        for name, a, b in zip(Result._fields, captured(*batch), eager(*batch), strict=True):
+        random = torch.cuda.get_rng_state()
+        result = captured(*batch)
+        torch.cuda.set_rng_state(random)
+        for name, a, b in zip(Result._fields, result, eager(*batch), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
         for network, other in zip(networks, others, strict=True):
             for p, q in zip(network.parameters(), other.parameters(), strict=True):
@@ -192,6 +203,8 @@ def test_captured_adam(kind: str, precision: str) -> None:
             for b, c in zip(network.buffers(), other.buffers(), strict=True):
                 torch.testing.assert_close(b, c, rtol=0.05, atol=0.02)
     steps = len(SIZES)
+    assert captured._moving_average is not None
+    assert captured._moving_average.updates == steps
     assert networks[0].main[1].num_batches_tracked == steps
     assert networks[1].main[3].num_batches_tracked == 3 * steps
     for optimizer in ours:

@@ -119,7 +119,9 @@ class SimulatedGraphBackend:
         parameters, changed = self.step._tensors()
         state = [*changed, *self._optimizer_state()]
         before = [t.detach().clone() for t in state]
+        random = torch.get_rng_state()
         result = step()
+        torch.set_rng_state(random)
         with torch.no_grad():
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)

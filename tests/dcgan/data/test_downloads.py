@@ -20,36 +20,76 @@ from tests.support.image_files import RAW, luma, noise, pixels_of_file, resized,
 EXPECTED_FOLDER = {**RAW, "cifar10": "cifar-10-batches-py", "celeba": "celeba/img_align_celeba"}
 
 
-@pytest.mark.parametrize("name", EXPECTED_FOLDER)
-def test_the_error_without_network_access_gives_alternatives(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each download create its folders, as torchvision does, and then fail."""
+
+    def refuse(self: torchvision.datasets.VisionDataset) -> None:
+        folder = Path(self.root)
+        if isinstance(self, torchvision.datasets.MNIST):
+            folder = Path(self.raw_folder)
+        elif isinstance(self, torchvision.datasets.CelebA):
+            folder /= self.base_folder
+        folder.mkdir(parents=True, exist_ok=True)
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(torchvision.datasets.MNIST, "download", refuse)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
-    monkeypatch.setattr(torchvision.datasets.CelebA, "download", refuse)
+    for kind in (torchvision.datasets.MNIST, torchvision.datasets.CIFAR10, torchvision.datasets.CelebA):
+        monkeypatch.setattr(kind, "download", refuse)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", EXPECTED_FOLDER)
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_error_without_network_access_gives_alternatives(
+    name: str, exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only folders that existed before the download are left; a missing default root may be created."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "given" if exists else Path("data")
+    if exists:
+        root.mkdir()
     messages: list[str] = []
     with pytest.raises(InputError) as error:
-        load(name, tmp_path / "data", say=messages.append)
-    for words in (
-        str(tmp_path / "data" / EXPECTED_FOLDER[name]),
-        "Name or service not known",
-        "'digits'",
-        "'fake'",
-    ):
+        load(name, root, say=messages.append)
+    for words in (str(root / EXPECTED_FOLDER[name]), "Name or service not known", "'digits'", "'fake'"):
         assert words in str(error.value)
-    assert f"Downloading {name} into {tmp_path / 'data'}" in messages[0]
+    assert f"Downloading {name} into {root}" in messages[0]
+    assert list(tmp_path.rglob("*")) == ([root] if exists else [])
+
+
+@pytest.mark.usefixtures("no_network")
+def test_files_of_an_incomplete_download_are_kept(tmp_path: Path) -> None:
+    part = tmp_path / EXPECTED_FOLDER["mnist"] / "train-images-idx3-ubyte.gz"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"part")
+    with pytest.raises(InputError, match=r"failed: .*Name or service not known"):
+        load("mnist", tmp_path)
+    assert part.read_bytes() == b"part"
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", EXPECTED_FOLDER)
+def test_a_missing_root_other_than_the_default_is_not_created(name: str, tmp_path: Path) -> None:
+    root = tmp_path / "dta"
+    with pytest.raises(InputError) as error:
+        load(name, root)
+    expected = f"root {str(root)!r} does not exist; create it to let {name} be downloaded into it"
+    assert str(error.value) == expected
+    assert not root.exists()
 
 
 @pytest.mark.parametrize("name", EXPECTED_FOLDER)
-def test_download_disabled(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_download_disabled(name: str, exists: bool, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    if exists:
+        root.mkdir()
     with pytest.raises(InputError) as error:
-        load(name, tmp_path / "data", download=False)
-    for words in (str(tmp_path / "data" / EXPECTED_FOLDER[name]), "'digits'", "'folder'"):
+        load(name, root, download=False)
+    place = str(root / EXPECTED_FOLDER[name]) if exists else f"root {str(root)!r} does not exist"
+    for words in (place, "'digits'", "'folder'"):
         assert words in str(error.value)
-    assert not (tmp_path / "data").exists()
+    assert root.exists() == exists
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
@@ -68,7 +108,9 @@ def test_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(ready, self.root, dirs_exist_ok=True)
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", fetch)
-    images = load("mnist", tmp_path / "data", image_size=32)
+    monkeypatch.chdir(tmp_path)
+    images = load("mnist", image_size=32)
+    assert (tmp_path / "data" / RAW["mnist"]).is_dir()
     assert np.abs(images.pixels[3].numpy() - resized(made["train"][3], 32)).max() <= 1
 
 
@@ -120,7 +162,7 @@ def test_celeba(tmp_path: Path) -> None:
         for got, i in zip(images.pixels, numbers, strict=True):
             file = tmp_path / "celeba" / "img_align_celeba" / f"{i:06}.jpg"
             assert torch.equal(got, pixels_of_file(file))
-    with pytest.raises(InputError, match="classes must be None because celeba has no classes here"):
+    with pytest.raises(InputError, match="classes must not be given: celeba has no classes here"):
         load("celeba", tmp_path, classes=["Smiling"])
     partition.write_text("000000.jpg 1\n")
     with pytest.raises(InputError, match="lists no image of the split 'train'"):

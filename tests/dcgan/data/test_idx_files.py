@@ -66,7 +66,7 @@ def test_classes_limit_and_channels_of_mnist(tmp_path: Path) -> None:
     assert torch.equal(few.pixels, whole.pixels[:4])
     assert few.labels is not None
     assert few.labels.tolist() == [0, 1, 2, 3]
-    with pytest.raises(InputError, match=r"classes 9: mnist has no images of these classes"):
+    with pytest.raises(InputError, match=r"classes must have images, but mnist has none of 9"):
         load("mnist", tmp_path, image_size=32, split="test", classes=["9"])
 
 

@@ -59,7 +59,7 @@ def test_a_flat_folder_has_no_classes(folder: Path) -> None:
     assert images.classes == ()
     assert images.labels is None
     assert len(images) == 2
-    with pytest.raises(InputError, match="classes must be None because folder has no classes here, got cat"):
+    with pytest.raises(InputError, match="classes must not be given: folder has no classes here, got cat"):
         load("folder", folder / "dog", image_size=32, classes=["cat"])
 
 
@@ -203,4 +203,8 @@ def test_a_root_that_is_not_a_folder_of_images(what: str, tmp_path: Path) -> Non
     expected = "which contains no .jpg, .jpeg, .png" if what == "empty" else "which is not a folder"
     with pytest.raises(InputError) as error:
         load("folder", root)
-    assert f"root must be a folder of images, got {str(root)!r}, {expected}" in str(error.value)
+    if what == "missing":
+        assert str(error.value) == f"root {str(root)!r} does not exist"
+        assert not root.exists()
+    else:
+        assert f"root must be a folder of images, got {str(root)!r}, {expected}" in str(error.value)

@@ -68,7 +68,7 @@ def test_a_relative_root_and_a_home(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", str(folder.parent))
     for root in (".", "../images", "~/images", "cat/.."):
         assert load("folder", Path(root), image_size=32).classes == ("cat", "dog")
-    with pytest.raises(InputError, match="got '~nobody-here/images', which is not a folder"):
+    with pytest.raises(InputError, match="root '~nobody-here/images' does not exist"):
         load("folder", Path("~nobody-here/images"))
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
-from torch import Tensor
+from torch import Tensor, distributed
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dcgan import data, evaluation
 from dcgan.errors import InputError, RunError
 from dcgan.evaluation import scores
+from tests.dcgan.test_distributed import free_port
+from tests.support import train_runs
 from tests.support.parts import CPU, random_part, silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,3 +195,34 @@ def test_pixel_score_rejects_bad_images() -> None:
     ):
         with pytest.raises(InputError, match=f"images must be at least 2 images of 1 channels, .*{message}"):
             score(images)
+
+
+def first_process_scores(rank: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    address, patience = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=50)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=patience)
+    if rank == 0:
+        torch.save(evaluation.compare(*features_of_two_sets()).kernel, out)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def features_of_two_sets() -> tuple[Tensor, Tensor]:
+    first, second = torch.randn(2, 40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return first, second + 1
+
+
+def test_one_process_of_several_can_score(tmp_path: Path) -> None:
+    """Nothing waits for the other process, which does not score, and the scores are those of one process."""
+    port, context = free_port(), train_runs.forkserver_context()
+    out = str(tmp_path / "kernel.pt")
+    processes = [context.Process(target=first_process_scores, args=(rank, port, out)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
+    assert torch.load(out) == evaluation.compare(*features_of_two_sets()).kernel

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import http.server
+import pickle
 import re
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +35,10 @@ def fake_load(sizes: dict[str, int]) -> Callable[..., object]:
         def __len__(self) -> int:
             return len(self.pixels)
 
-    def load(name: str, root: Path, *, image_size: int, channels: int, split: str, say: object) -> Images:
-        return Images(sizes[split], image_size, channels)
+    def load(
+        name: str, root: Path, *, image_size: int, channels: int, split: str, limit: int | None, **_: object
+    ) -> Images:
+        return Images(min(sizes[split], limit or sizes[split]), image_size, channels)
 
     return load
 
@@ -42,6 +49,8 @@ def test_parts_are_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(train), train.what, len(test), test.what) == (30, "train split", 12, "test split")
     assert next(train.batches(7)).shape == (7, 3, 32, 32)
     assert [len(batch) for batch in test.batches(7)] == [7, 5]
+    limited = evaluation.parts("mnist", Path("data"), image_size=32, channels=3, limit=11, say=silent)
+    assert list(map(len, limited)) == [11, 12]
 
 
 def test_parts_are_fixed_halves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +193,114 @@ def test_choose_rejects_unsuitable_features(cache: Path) -> None:
         evaluation.choose("vgg", part, part, CPU, silent)
 
 
-def test_missing_inception_weights_are_reported_with_path_and_url(cache: Path) -> None:
-    part = random_part()
+class Site:
+    """Serves one file to torch.hub in place of the network, and counts the requests."""
+
+    def __init__(self, folder: Path, content: bytes | None) -> None:
+        self.requests: list[str] = []
+        folder.mkdir()
+        if content is not None:
+            (folder / features.INCEPTION_WEIGHTS).write_bytes(content)
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(handler) -> None:
+                self.requests.append(handler.path)
+                super().do_GET()
+
+            def log_message(self, *_: object) -> None: ...
+
+        handler = functools.partial(Handler, directory=str(folder))
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+
+
+@pytest.fixture
+def serve(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[bytes | None], Site]]:
+    """Return a function that starts a site with this file of weights, or without any."""
+    sites: list[Site] = []
+
+    def start(content: bytes | None) -> Site:
+        sites.append(Site(tmp_path / "site", content))
+        threading.Thread(target=sites[-1].server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(features, "INCEPTION_SOURCE", sites[-1].url)
+        return sites[-1]
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield start
+    for site in sites:
+        site.server.shutdown()
+        site.server.server_close()
+
+
+def test_inception_weights_are_downloaded_once_and_only_if_asked_for(
+    serve: Callable[[bytes | None], Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"stands for 91 MB"
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    monkeypatch.setattr(features, "INCEPTION_WEIGHTS", f"weights-{digest}.pth")
+    site, part = serve(content), random_part()
+    for name in ("auto", "pixels"):
+        evaluation.choose(name, part, part, CPU, silent)
+    assert site.requests == []
+    path = features.inception_weights()
+    assert not path.parent.exists()
+    messages: list[str] = []
+    for _ in range(2):
+        with pytest.raises(pickle.UnpicklingError):  # the file is accepted, but is no network
+            evaluation.choose("inception", part, part, CPU, messages.append)
+        assert path.read_bytes() == content
+    assert site.requests == [f"/{path.name}"]
+    assert messages == [f"Downloading {site.url}{path.name} into {path.parent}"]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("content", "why"), [(b"other", "invalid hash value"), (None, "404")])
+def test_a_failed_download_leaves_no_file(
+    content: bytes | None, why: str, serve: Callable[[bytes | None], Site]
+) -> None:
+    serve(content)
+    part, path = random_part(), features.inception_weights()
+    before = socket.getdefaulttimeout()
     with pytest.raises(InputError) as error:
         evaluation.choose("inception", part, part, CPU, silent)
-    for words in (str(features.inception_weights()), "No such file", "https://", "digits or pixels"):
+    for words in (f"downloading {path.name} failed", f"into {path.parent}, ", why, "digits or pixels"):
         assert words in str(error.value)
-    assert str(features.inception_weights()).startswith(str(cache.parent.parent / "torch"))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 240 + len(str(path.parent))
+    assert list(path.parent.iterdir()) == []
+    assert socket.getdefaulttimeout() == before
+
+
+def test_inception_weights_without_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "INCEPTION_SOURCE", (cache.parent / "nowhere").as_uri() + "/")
+    part, path = random_part(), features.inception_weights()
+    with pytest.raises(InputError, match="No such file") as error:
+        evaluation.choose("inception", part, part, CPU, silent)
+    for words in (path.name, str(path.parent), "digits or pixels"):
+        assert words in str(error.value)
+    assert str(path).startswith(str(cache.parent.parent / "torch"))
+    assert not path.exists()
+
+
+def test_nothing_is_downloaded_without_torch_fidelity(
+    serve: Callable[[bytes | None], Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, part = serve(b""), random_part()
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(
+        InputError, match=r"'inception' needs torch-fidelity: run pip install 'dcgan-kernels\[inception\]'"
+    ):
+        evaluation.choose("inception", part, part, CPU, silent)
+    assert site.requests == []
+
+
+def test_inception_weights_that_cannot_be_read(cache: Path) -> None:
+    features.inception_weights().mkdir(parents=True)
+    part = random_part()
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); download it from https://"):
+        evaluation.choose("inception", part, part, CPU, silent)
 
 
 def test_damaged_inception_weights_are_refused(cache: Path) -> None:
@@ -227,5 +337,7 @@ def test_inception_with_weights(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found.shape == (2, 2048)
     assert torch.equal(found[0], found[1])
     monkeypatch.setitem(sys.modules, fidelity.__name__, None)
-    with pytest.raises(InputError, match=r"run pip install 'dcgan-kernels\[inception\]'"):
+    with pytest.raises(
+        InputError, match=r"'inception' needs torch-fidelity: run pip install 'dcgan-kernels\[inception\]'"
+    ):
         evaluation.choose("inception", part, part, CPU, silent)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from dcgan.errors import InputError
+from dcgan.choices import DATASETS, IMAGE_SIZES, MIN_IMAGES, AugmentationName, Engine, Loss, Model
+from dcgan.errors import InputError, is_plain
 from dcgan.files import replacing
-from dcgan.foreign import Foreign, is_plain
-from dcgan.models import IMAGE_SIZES
-from dcgan.networks import Architecture, Engine, Model
-from dcgan.training.config import Config, Loss
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:  # these import PyTorch, for which ``dcgan --help`` must not wait
+    from dcgan.foreign import Foreign
+    from dcgan.networks import Architecture
+    from dcgan.training.config import Config
 
 
 class Allowed:
@@ -35,7 +38,7 @@ class Allowed:
         return core_schema.custom_error_schema(handler(source), "allowed", custom_error_message=self.words)
 
 
-def _one_of(*values: int) -> AfterValidator:
+def _one_of(*values: Any) -> AfterValidator:
     return AfterValidator(lambda value: values[values.index(value)])  # index raises ValueError
 
 
@@ -45,6 +48,19 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+AUGMENTATIONS = get_args(AugmentationName)
+
+
+def _augmentations(value: list[AugmentationName]) -> list[AugmentationName]:
+    if len(set(value)) != len(value):
+        raise ValueError
+    return value
+
+
+CONFIG = "config.yaml"
+"""The file of settings in a run's folder."""
+
+Dataset = Annotated[str, _one_of(*DATASETS), Allowed(f"one of {', '.join(DATASETS)}")]
 Count = Annotated[int, Field(ge=1), Allowed("an integer of at least 1")]
 CountOrZero = Annotated[int, Field(ge=0), Allowed("an integer of at least 0")]
 SIZES = f"one of {', '.join(map(str, IMAGE_SIZES))}"
@@ -56,6 +72,13 @@ Switch = Annotated[bool, Allowed("true or false")]
 Classes = Annotated[
     list[str], Field(min_length=1), Allowed("a list of strings that names at least one class")
 ]
+Augmentations = Annotated[
+    list[AugmentationName],
+    Field(min_length=1),
+    AfterValidator(_augmentations),
+    Allowed(f"a list of {', '.join(AUGMENTATIONS)}, each at most once"),
+]
+ImageCount = Annotated[int, Field(ge=MIN_IMAGES), Allowed(f"an integer of at least {MIN_IMAGES}")]
 Arguments = Annotated[
     dict[str, Any],
     AfterValidator(_plain),
@@ -64,7 +87,7 @@ Arguments = Annotated[
 
 RESUMABLE = {
     *("dataroot", "workers", "engine", "compile", "device", "epochs", "sample_interval"),
-    *("checkpoint_interval", "log_interval", "keep", "score", "tensorboard"),
+    *("checkpoint_interval", "log_interval", "keep", "score", "eval_every", "eval_num", "tensorboard"),
 }
 """The settings that may change when a run is resumed."""
 
@@ -82,16 +105,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
 
-    dataset: str = "mnist"
-    """Dataset to train on: mnist, fashion-mnist, cifar10, celeba, folder (a directory of images), digits (the
-    1,797 8×8 digits of scikit-learn) or fake (random noise)."""
+    dataset: Dataset = "mnist"
+    """Dataset to train on: mnist, fashion-mnist, cifar10, celeba, folder (your own images), digits (the 1,797
+    digits of 8×8 pixels in scikit-learn) or fake (random noise)."""
     dataroot: str = "data"
-    """Directory that holds the dataset, or for --dataset folder the images. Missing datasets are downloaded
-    into it."""
+    """Folder that holds the dataset, or the images of --dataset folder. A missing mnist, fashion-mnist,
+    cifar10 or celeba is downloaded into it."""
     classes: Classes | None = None
-    """Train on these classes only, given as a comma-separated list. Default: all classes."""
+    """Train on these classes only, separated by commas. Default: all classes."""
     limit: Count | None = None
-    """Use at most N images of the dataset. Default: all images."""
+    """Use at most this many images of the dataset. Default: all images."""
     workers: Count = 4
     """Number of threads that decode the images once, before training."""
     image_size: ImageSize = 64
@@ -101,29 +124,30 @@ class Settings(BaseModel):
     nz: Count = 100
     """Length of the latent vector z."""
     ngf: Count = 64
-    """Channels of the generator's last hidden layer (half the image size)."""
+    """Channels of the generator's last hidden layer, whose maps have half the image size."""
     ndf: Count = 64
-    """Channels of the discriminator's first hidden layer (half the image size)."""
+    """Channels of the discriminator's first hidden layer, whose maps have half the image size."""
     model: Model = "dcgan"
     """Network architecture: dcgan, or mlp (the original fully connected GAN)."""
     engine: Engine = "auto"
-    """Kernels that run the networks; auto picks the fastest available engine."""
+    """Kernels that run the networks: native (C++, CPU), triton (GPU), reference (PyTorch's own), or auto,
+    which picks the fastest that is available for each layer."""
     compile: Switch = False
     """Compile both networks with torch.compile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""
     dtype: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
-    """Compute precision: float32, tf32 (GPU only), or bfloat16 / float16 under autocast."""
+    """Precision of the computation: float32, tf32 (GPU only), or bfloat16 or float16 under autocast."""
     batch_size: Count = 128
-    """Images per step, over all processes together."""
+    """Images per step, over all processes together; at most the whole dataset is used."""
     epochs: Count = 50
     """Number of passes over the dataset."""
     lr: Positive = 0.0002
     """Adam's learning rate for both networks."""
     beta1: Fraction = 0.5
-    """Adam's beta1, the decay rate of the first moment; beta2 is always 0.999."""
+    """Adam's beta1, the decay rate of the first moment, in [0, 1); beta2 is always 0.999."""
     seed: CountOrZero = 0
-    """RNG seed for weight initialization, latent noise and data order."""
+    """RNG seed of weight initialization, latent noise and data order."""
     loss: Loss = "non-saturating"
     """Generator loss: non-saturating, or minimax (the saturating loss of the original GAN)."""
     label_smoothing: Fraction = 0.1
@@ -131,61 +155,73 @@ class Settings(BaseModel):
     clip: Positive | None = None
     """Clip the gradient norm of each network to this value. Default: no clipping."""
     ema: Fraction | None = None
-    """Keep an exponential moving average of the generator with this decay, e.g. 0.999. Default: no
-    average."""
+    """Keep an exponential moving average of the generator with this decay, e.g. 0.999. The decay is warmed
+    up, which suits short runs: after n steps it is at most (1 + n)/(10 + n). Default: no average."""
+    flip: Switch = False
+    """Mirror each real image horizontally with probability 1/2, for images that have no left and right."""
+    diffaugment: Augmentations | None = None
+    """Augment real and generated images alike in front of the discriminator, for datasets of a few thousand
+    images or fewer: color, translation and cutout, or some of them, separated by commas. Default: no
+    augmentation."""
     sync_batchnorm: Switch = False
     """Compute BatchNorm statistics over all processes instead of per process."""
     sample_interval: CountOrZero = 0
-    """Write a grid of samples every N steps, in addition to one per epoch; 0 writes only those."""
+    """Number of steps between two grids of samples, in addition to one per epoch; 0 writes only those."""
     checkpoint_interval: CountOrZero = 200
-    """Save a checkpoint every N steps, in addition to one per epoch; 0 saves only those."""
+    """Number of steps between two checkpoints, in addition to one per epoch; 0 saves only those."""
     log_interval: Count = 10
-    """Read back and log the losses every N steps."""
+    """Number of steps after which their losses are read back and logged."""
     keep: Count = 3
     """Number of recent checkpoints to keep, in addition to the best."""
     score: Literal["pixels", "none"] = "pixels"
     """Score that selects the best checkpoint, computed once per epoch: pixels (Fréchet distance of images
     reduced to 8×8 pixels; lower is better) or none."""
+    eval_every: CountOrZero = 0
+    """Number of epochs between two evaluations of generated images, as by dcgan eval; best.pt is then the
+    checkpoint with the lowest Fréchet distance. 0 never evaluates."""
+    eval_num: ImageCount = 10_000
+    """Number of images that --eval-every generates, and maximum number of real images to compare them
+    with."""
     tensorboard: Switch = True
     """Write TensorBoard event files."""
     netG: str | None = None
-    """Initialize the generator from this model file."""
+    """Initialize the generator from this model file. Default: random weights."""
     netD: str | None = None
-    """Initialize the discriminator from this model file."""
+    """Initialize the discriminator from this model file. Default: random weights."""
     netG_module: str | None = None
-    """Train your own generator: pkg.module:Class or path/to/file.py:Class. It maps z [N, nz, 1, 1] or [N, nz]
+    """Train your own generator, pkg.module:Class or path/to/file.py:Class. It maps z [N, nz, 1, 1] or [N, nz]
     to images and initializes itself. Default: the generator of --model."""
     netG_args: Arguments | None = None
-    """Arguments of --netG-module's constructor as key=value, separated by commas; values are YAML."""
+    """Arguments of --netG-module's constructor, separated by commas; values are YAML. Default: none."""
     netD_module: str | None = None
     """Train your own discriminator, given as for --netG-module. It maps images to N probabilities.
     Default: the discriminator of --model."""
     netD_args: Arguments | None = None
-    """Arguments of --netD-module's constructor, as for --netG-args."""
+    """Arguments of --netD-module's constructor, as for --netG-args. Default: none."""
 
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise InputError(_message(error)) from None
-        for option, module, args in (
-            ("--netG", self.netG_module, self.netG_args),
-            ("--netD", self.netD_module, self.netD_args),
+        for name, module, args in (
+            ("netG", self.netG_module, self.netG_args),
+            ("netD", self.netD_module, self.netD_args),
         ):
             if module is None and args is not None:
-                raise InputError(f"{option}-args requires {option}-module, got {args!r}")
+                raise InputError(f"{name}_args requires {name}_module, got {args!r}")
         if self.netG_module is None and self.netD_module is None and self.image_size not in IMAGE_SIZES:
             raise InputError(f"image_size must be {SIZES}, got {self.image_size!r}")
 
     @property
     def foreign_g(self) -> Foreign | None:
         """The user's own Generator, if any."""
-        return None if self.netG_module is None else Foreign(self.netG_module, self.netG_args or {})
+        return _foreign(self.netG_module, self.netG_args)
 
     @property
     def foreign_d(self) -> Foreign | None:
         """The user's own Discriminator, if any."""
-        return None if self.netD_module is None else Foreign(self.netD_module, self.netD_args or {})
+        return _foreign(self.netD_module, self.netD_args)
 
     def import_foreign(self) -> None:
         """Import the user's own networks, to report errors early. Raises InputError."""
@@ -195,11 +231,15 @@ class Settings(BaseModel):
 
     def architecture(self, channels: int) -> Architecture:
         """Return the architecture of both networks for images with `channels` channels."""
+        from dcgan.networks import Architecture
+
         sizes = self.nz, channels, self.ngf, self.ndf, self.image_size
         return Architecture(self.model, *sizes, self.foreign_g, self.foreign_d)
 
     def config(self) -> Config:
         """Return the part of the settings that the training loop and step use."""
+        from dcgan.training.config import Config
+
         same = self.model_dump(include={"epochs", "lr", "beta1", "loss", "seed"})
         return Config(latent_dim=self.nz, real_label=1 - self.label_smoothing, **same)
 
@@ -238,12 +278,20 @@ class Settings(BaseModel):
         return changed
 
 
+def _foreign(spec: str | None, args: dict[str, Any] | None) -> Foreign | None:
+    from dcgan.foreign import Foreign
+
+    return None if spec is None else Foreign(spec, args or {})
+
+
 def _message(error: ValidationError) -> str:
     """Return one line that names the setting, what it allows and the value given."""
     first = error.errors()[0]
     name = first["loc"][0]
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}; the settings are {', '.join(Settings.model_fields)}"
+        near = difflib.get_close_matches(str(name), Settings.model_fields, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"unknown setting {name!r}; {hint}`dcgan train --help` lists all"
     return f"{name} must be {first['msg'].removeprefix('Input should be ')}, got {first['input']!r}"
 
 
@@ -269,6 +317,15 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file cannot be read or parsed, has another suffix, or is not a table of settings.
     """
+    return {key.replace("-", "_"): value for key, value in _table(path).items()}
+
+
+def keys_of(path: Path) -> dict[str, str]:
+    """Return the key of each setting in a file, as it stands there. Raises as :func:`read_file`."""
+    return {key.replace("-", "_"): key for key in _table(path)}
+
+
+def _table(path: Path) -> dict[str, Any]:
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise InputError(f"{path} must end in .toml, .yaml or .yml")
     try:
@@ -284,7 +341,23 @@ def read_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"{path} must be a table of settings")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    return values
+
+
+def of_run(path: Path) -> Settings | None:
+    """Return the settings of a run; None if there is no ``config.yaml``.
+
+    Args:
+        path: the run's folder, its ``checkpoints`` folder, or a file in that.
+
+    Raises:
+        InputError: like :func:`read_file` and :meth:`Settings.of`.
+    """
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder.parent) if folder.name == "checkpoints" else (folder,):
+        if (place / CONFIG).is_file() and (place == path or (place / "checkpoints").is_dir()):
+            return Settings.of(read_file(place / CONFIG), str(place / CONFIG))
+    return None
 
 
 def write_file(settings: Settings, path: Path) -> None:
